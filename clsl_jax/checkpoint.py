@@ -1,0 +1,188 @@
+"""Checkpoints by Orbax: saved whole or not at all, verified when read, older ones as a fallback.
+
+The position of the input pipeline needs no file of its own: the order of examples is a function of
+the seed and the step, so `state.step` is its state, on any number of processes.
+"""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
+
+from clsl_jax.errors import InputError
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(InputError):
+    """No usable checkpoint; the message says where and what to do."""
+
+
+def checksums(state: Any) -> jax.Array:
+    """Returns a checksum of each array of a tree, uint32 [leaves], whatever its sharding.
+
+    The bytes are summed modulo 2**32, each weighted by its odd place number, so that a changed,
+    missing or moved value changes the sum. Integer sums do not depend on the order of devices.
+    """
+    return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(state)])
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    width = x.dtype.itemsize
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
+    words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # One place number an axis: no flattening, which would gather a sharded matrix.
+    weight = jnp.ones((), jnp.uint32)
+    for axis in range(words.ndim):
+        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        weight = weight * (2 * place + 1) + place
+    return jnp.sum(words * (2 * weight + 1), dtype=jnp.uint32)
+
+
+class Checkpointer:
+    """Saves and restores train states under `directory`.
+
+    Keeps the `keep` latest and the one with the highest `selection` metric.
+    """
+
+    def __init__(self, directory: str, *, keep: int = 2, read_only: bool = False) -> None:
+        self._directory = os.path.abspath(directory)
+        best = preservation_policy.BestN(
+            get_metric_fn=_selection, n=1, keep_checkpoints_without_metrics=False
+        )
+        latest = preservation_policy.LatestN(max(2, keep))
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
+                preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
+                best_fn=_selection,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
+            ),
+        )
+        self._checksums = jax.jit(checksums)
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: Any, *, step: int, meta: dict[str, Any], selection: float | None) -> None:
+        """Starts saving in the background; a checkpoint of the same step is replaced.
+
+        Args:
+          state: tree of arrays.
+          step: updates done.
+          meta: anything JSON can hold.
+          selection: the metric that picks the best checkpoint; None inside an epoch.
+        """
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        sums = [int(x) for x in jax.device_get(self._checksums(state))]
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                meta=ocp.args.JsonSave({**meta, "format": FORMAT_VERSION, "checksums": sums}),
+            ),
+            metrics=None if selection is None else {"selection": selection},
+            force=True,
+        )
+
+    def restore(self, abstract_state: Any, step: int) -> tuple[Any, dict[str, Any]]:
+        """Returns (state, meta) of one step.
+
+        Args:
+          abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
+          step: one of `steps()`.
+
+        Raises:
+          CheckpointError: if it is damaged or of another model or format.
+        """
+        where = os.path.join(self._directory, str(step))
+        try:
+            meta = self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            ).meta
+            if meta.get("format") != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"format {meta.get('format')!r}, this program reads {FORMAT_VERSION}"
+                )
+            state = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            ).state
+            found = [int(x) for x in jax.device_get(self._checksums(state))]
+            if found != meta["checksums"]:
+                wrong = sum(a != b for a, b in zip(found, meta["checksums"], strict=False))
+                raise CheckpointError(f"{wrong} arrays are not what was saved (checksum)")
+        except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(f"Checkpoint {where} cannot be used: {reason[0][:300]}") from error
+        return state, meta
+
+    def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
+        """Returns (state, meta, step) of the newest sound checkpoint, or None if there is none.
+
+        A damaged one is named in the log and set aside as `damaged-STEP`, then the one before it
+        is tried.
+
+        Raises:
+          CheckpointError: if there are checkpoints and all are damaged.
+        """
+        steps = self.steps()
+        errors = []
+        for step in reversed(steps):
+            try:
+                state, meta = self.restore(abstract_state, step)
+            except CheckpointError as error:
+                errors.append((step, str(error)))
+                logging.warning("%s. Trying the one before it.", error)
+                continue
+            for bad, _ in errors:
+                self._set_aside(bad)
+            return state, meta, step
+        if errors:
+            raise CheckpointError(
+                "\n".join(message for _, message in errors)
+                + f"\nNo sound checkpoint is left in {self._directory}. If the model was changed, "
+                "change it back; else use another --workdir to start anew."
+            )
+        return None
+
+    def best_step(self) -> int | None:
+        """Returns the step with the highest `selection` metric (the latest of equals), or None."""
+        scored = []
+        for step in self._manager.all_steps():
+            metrics = self._manager.metrics(step)
+            if metrics:
+                scored.append((_selection(metrics), step))
+        return max(scored)[1] if scored else None
+
+    def wait(self) -> None:
+        """Blocks until a save in the background is whole on disk; raises what it raised."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for a save in the background and releases everything."""
+        self._manager.close()
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            source = os.path.join(self._directory, str(step))
+            target = os.path.join(self._directory, f"damaged-{step}")
+            suffix = 0
+            while os.path.exists(target):
+                suffix += 1
+                target = os.path.join(self._directory, f"damaged-{step}-{suffix}")
+            os.rename(source, target)
+            logging.warning("Set the damaged checkpoint aside as %s", target)
+        self._manager.reload()
+
+
+def _selection(metrics: dict[str, float]) -> float:
+    return metrics["selection"]

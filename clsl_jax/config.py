@@ -1,0 +1,310 @@
+"""The configuration: every key with its default, how it is checked and how it is compared.
+
+Configurations are `ml_collections.ConfigDict`s made by `configs/*.py` from `base_config()`. They stay
+at the edges: modules and pure functions take plain keyword arguments.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from clsl_jax.errors import InputError
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be used; the message says which key, what was found and expected."""
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """Returns every key with a neutral default; `configs/*.py` start from here.
+
+    The meaning of each key stands beside it. Numbers that matter for a result are set by the
+    configuration files, whose docstrings give the recipe.
+    """
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # initial weights, shuffling, augmentation, dropout
+    c.batch_size = 64  # global: summed over all devices and processes
+    c.epochs = 60
+
+    c.data = ml_collections.ConfigDict()
+    c.data.name = "scenes"
+    c.data.dir = ""  # "": the cache for `scenes`; else where the prepared data lies
+    c.data.image_size = 448  # images are squashed to a square of this side, in pixels
+    c.data.seed = 0  # composition of `scenes`, own validation splits
+    c.data.strength = "moderate"  # of co-occurrence in `scenes`: moderate | strong
+    c.data.sizes = ()  # train, validation and test images of `scenes`; (): its own
+    c.data.workers = 0  # processes that read and augment; 0: threads of the training process
+    c.data.flip = True  # horizontal flip with probability 1/2
+    c.data.randaugment_operations = 0  # operations an image; 0 turns RandAugment off
+    c.data.randaugment_magnitude = 9  # 0 to 30
+    c.data.cutout = 0.0  # side of the cut square as a share of the image's side; 0 turns it off
+    c.data.color_jitter = 0.0  # strength of brightness, contrast and saturation changes, 0 to 1
+    c.data.translate = 0.0  # largest shift as a share of the image's side
+    c.data.scale = 0.0  # largest relative change of size
+
+    c.labels = ml_collections.ConfigDict()
+    c.labels.protocol = "uniform"  # all | released | sst | uniform | single_positive
+    c.labels.known_fraction = 0.1  # probability that an entry is known
+    c.labels.seed = 0  # of the known-label mask
+
+    c.model = ml_collections.ConfigDict()
+    c.model.backbone = "resnet101"
+    c.model.pretrained = ""  # file with backbone weights; "": random initial weights
+    c.model.widths = ()  # channels of each stage; (): the backbone's own
+    c.model.encoder_layers = 1
+    c.model.encoder_heads = 8
+    c.model.encoder_mlp = 2048
+    c.model.encoder_dropout = 0.1
+    c.model.encoder_norm_first = False
+    c.model.positions = True  # sine positions added to the encoder's queries and keys
+    c.model.srfl = True  # semantic-related feature learning
+    c.model.sgfe = True  # semantic-guided feature enhancement
+    c.model.global_branch = True  # 1x1 convolution and maximum over positions, training only
+    c.model.rank = 1024  # of the low-rank bilinear attention
+    c.model.head_dropout = 0.5
+    c.model.embeddings = "random"  # random | path of an .npz made by `clsl_jax.embed`
+    c.model.embedding_dim = 300  # width of random label embeddings
+    c.model.learn_embeddings = False  # True: the embeddings are trained with the model
+    c.model.dtype = "float32"  # compute type: float32 | bfloat16; parameters stay float32
+
+    c.graph = ml_collections.ConfigDict()
+    c.graph.layers = 0  # graph convolutions on the label embeddings; 0 is the released program
+    c.graph.threshold = 0.4  # conditional frequency from which two labels are connected
+    c.graph.smoothing = 0.25  # sum of the weights of a label's neighbours
+    c.graph.refresh = True  # recompute the graph from the recovered labels every epoch
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.name = "asl"  # asl | bce
+    c.loss.gamma_pos = 0.0
+    c.loss.gamma_neg = 2.0
+    c.loss.clip = 0.0
+    c.loss.eps = 1e-5
+    c.loss.scale = "balanced"  # balanced | released
+    c.loss.global_weight = 1.0  # of the global branch in the balanced loss
+
+    c.recovery = ml_collections.ConfigDict()
+    c.recovery.mode = "epoch"  # none | online | epoch
+    c.recovery.weight = 0.8  # lambda: weight of the recovered term
+    c.recovery.ramp_epochs = 0.0  # the weight grows linearly from 0 over so many epochs
+    c.recovery.sharpening = "safe"  # online targets: safe | released
+    c.recovery.teacher = "ema"  # whose scores are kept: ema | student
+    c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
+    c.recovery.momentum = 0.8  # of a row's scores over its visits
+    c.recovery.thresholds = "fixed"  # fixed | adaptive (per class, calibrated on known entries)
+    c.recovery.positive_threshold = 0.5  # fixed: a score from here on is a recovered positive
+    c.recovery.negative_threshold = 0.5  # fixed: a score up to here is a recovered negative
+    c.recovery.positive_precision = 0.9  # adaptive: what the threshold has to reach
+    c.recovery.negative_precision = 0.985
+    c.recovery.min_count = 5  # adaptive: known entries a threshold must rest on
+    c.recovery.soft = True  # recovered labels are the scores themselves; False: 0 and 1
+    c.recovery.confidence_power = 1.0  # weight |2q-1|**power of a soft label q
+    c.recovery.warmup_epochs = 1  # epochs before the first recovery
+
+    c.optim = ml_collections.ConfigDict()
+    c.optim.learning_rate = 9e-5  # peak of the one-cycle schedule
+    c.optim.warmup_fraction = 0.2
+    c.optim.weight_decay = 1e-4
+    c.optim.ema_decay = 0.9983  # every step, all weights and batch statistics
+    c.optim.clip_norm = 0.0  # global norm to which gradients are clipped; 0: off
+
+    c.evaluation = ml_collections.ConfigDict()
+    c.evaluation.batch_size = 0  # 0: the training batch size
+    c.evaluation.weights = "ema"  # ema | raw
+    c.evaluation.convention = "interpolated"  # AP of selection and log: interpolated | uninterpolated
+    c.evaluation.selection = "validation"  # the split that picks the best epoch: validation | test
+    c.evaluation.test_every_epoch = False  # also log the test split each epoch (never used to select)
+    c.evaluation.pictures = 12  # images on the picture sheet; 0: no sheet
+
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every_epochs = 1
+    c.checkpoint.every_steps = 0  # also inside an epoch; 0: only between epochs
+    c.checkpoint.keep = 2  # latest ones, besides the best
+    return c
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "data.strength": ("moderate", "strong"),
+    "labels.protocol": ("all", "released", "sst", "uniform", "single_positive"),
+    "model.dtype": ("float32", "bfloat16"),
+    "loss.name": ("asl", "bce"),
+    "loss.scale": ("balanced", "released"),
+    "recovery.mode": ("none", "online", "epoch"),
+    "recovery.sharpening": ("safe", "released"),
+    "recovery.teacher": ("ema", "student"),
+    "recovery.view": ("clean", "augmented"),
+    "recovery.thresholds": ("fixed", "adaptive"),
+    "evaluation.weights": ("ema", "raw"),
+    "evaluation.convention": ("interpolated", "uninterpolated"),
+    "evaluation.selection": ("validation", "test"),
+}
+
+# (key, lowest, highest); None leaves that side open.
+_RANGES: Sequence[tuple[str, float | None, float | None]] = (
+    ("batch_size", 1, None),
+    ("epochs", 1, None),
+    ("seed", 0, 2**32 - 1),
+    ("data.image_size", 8, 8192),
+    ("data.workers", 0, 1024),
+    ("data.cutout", 0, 1),
+    ("data.color_jitter", 0, 1),
+    ("data.translate", 0, 1),
+    ("data.scale", 0, 0.99),
+    ("data.randaugment_operations", 0, 10),
+    ("data.randaugment_magnitude", 0, 30),
+    ("labels.known_fraction", 0, 1),
+    ("model.encoder_layers", 0, None),
+    ("model.encoder_heads", 1, None),
+    ("model.encoder_dropout", 0, 0.99),
+    ("model.head_dropout", 0, 0.99),
+    ("model.rank", 1, None),
+    ("model.embedding_dim", 1, None),
+    ("graph.layers", 0, None),
+    ("graph.threshold", 0, 1),
+    ("graph.smoothing", 0, 1),
+    ("loss.clip", 0, 1),
+    ("loss.eps", 1e-30, 0.1),
+    ("recovery.weight", 0, None),
+    ("recovery.ramp_epochs", 0, None),
+    ("recovery.momentum", 0, 0.9999),
+    ("recovery.positive_precision", 0, 1),
+    ("recovery.negative_precision", 0, 1),
+    ("recovery.min_count", 1, None),
+    ("recovery.confidence_power", 0, None),
+    ("recovery.warmup_epochs", 0, None),
+    ("optim.learning_rate", 0, None),
+    ("optim.warmup_fraction", 0.0, 0.9),
+    ("optim.weight_decay", 0, None),
+    ("optim.ema_decay", 0, 1),
+    ("optim.clip_norm", 0, None),
+    ("evaluation.batch_size", 0, None),
+    ("evaluation.pictures", 0, 100),
+    ("checkpoint.every_epochs", 1, None),
+    ("checkpoint.every_steps", 0, None),
+    ("checkpoint.keep", 2, None),
+)
+
+# Keys that change neither the numbers of a run nor what its checkpoint holds.
+SAFE_TO_CHANGE = (
+    "data.dir",
+    "data.workers",
+    "evaluation.pictures",
+    "checkpoint.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"section.key": value} for a nested configuration."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ml_collections.ConfigDict)):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def near_keys(key: str, keys: Iterable[str], count: int = 3) -> list[str]:
+    """Returns the keys most like `key`, by their whole dotted name or by its last part."""
+    keys = list(keys)
+    last = key.rsplit(".", 1)[-1]
+    same_last = [k for k in keys if k.rsplit(".", 1)[-1] == last]
+    by_name = difflib.get_close_matches(key, keys, n=count, cutoff=0.6)
+    lasts = difflib.get_close_matches(last, {k.rsplit(".", 1)[-1] for k in keys}, n=count, cutoff=0.6)
+    by_last = [k for match in lasts for k in keys if k.rsplit(".", 1)[-1] == match]
+    return list(dict.fromkeys(same_last + by_name + by_last))[:count]
+
+
+def unknown_key_message(key: str, config: Mapping[str, Any]) -> str:
+    """Returns the message for an override of a key that does not exist."""
+    near = near_keys(key, flatten(config))
+    hint = f" Near ones: {', '.join(near)}." if near else ""
+    return f"There is no configuration key '{key}'.{hint} All keys: clsl_jax/config.py."
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks every value.
+
+    Raises:
+      ConfigError: naming every key at fault with its value and what is allowed.
+    """
+    flat = flatten(config)
+    problems = []
+    for key, allowed in _CHOICES.items():
+        if flat[key] not in allowed:
+            problems.append(f"{key}={flat[key]!r}: expected one of {', '.join(allowed)}")
+    for key, low, high in _RANGES:
+        value = flat[key]
+        if value != value or (low is not None and value < low) or (high is not None and value > high):
+            expected = f"at least {low}" if high is None else f"between {low} and {high}"
+            problems.append(f"{key}={value!r}: expected {expected}")
+    if len(config.data.sizes) not in (0, 3):
+        problems.append(f"data.sizes={config.data.sizes!r}: expected three numbers or ()")
+    if config.loss.scale == "released" and config.recovery.mode == "epoch":
+        problems.append(
+            "loss.scale='released' sees recovered labels only of the batch at hand: "
+            "set recovery.mode=online or none, or loss.scale=balanced"
+        )
+    if config.recovery.mode == "epoch" and config.recovery.thresholds == "fixed":
+        low, high = config.recovery.negative_threshold, config.recovery.positive_threshold
+        if low > high:
+            problems.append(
+                f"recovery.negative_threshold={low} lies above recovery.positive_threshold={high}"
+            )
+    if problems:
+        raise ConfigError("The configuration cannot be used:\n  " + "\n  ".join(problems))
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the resolved configuration as readable JSON."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str, where: str) -> ml_collections.ConfigDict:
+    """Returns the configuration that `to_json` wrote.
+
+    Args:
+      text: the JSON.
+      where: path named in errors.
+
+    Raises:
+      ConfigError: if the text is not such a configuration.
+    """
+    try:
+        stored = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is not JSON ({error}). Restore it or use a new workdir.") from None
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{where} holds no configuration. Restore it or use a new workdir.")
+    config = base_config()
+    known = flatten(config)
+    strange = [key for key in flatten(stored) if key not in known]
+    if strange:
+        raise ConfigError(f"{where}: " + unknown_key_message(strange[0], config))
+    config.update(stored)
+    return config
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns {key: (old, new)} for every key whose value differs."""
+    a, b = flatten(old), flatten(new)
+    return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+
+
+def check_resume(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    """Refuses to continue a run under another configuration.
+
+    Raises:
+      ConfigError: naming the keys that differ and may not.
+    """
+    unsafe = {k: v for k, v in changed_keys(old, new).items() if k not in SAFE_TO_CHANGE}
+    if unsafe:
+        rows = "\n  ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in unsafe.items())
+        raise ConfigError(
+            f"{where} was started with another configuration:\n  {rows}\n"
+            "Give the same values to continue it, or another --workdir for a new run."
+        )

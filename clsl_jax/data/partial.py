@@ -1,0 +1,167 @@
+"""Known-label masks: which entries of the label matrix training may see.
+
+A mask is bool [N, C], True where the label is known. An annotation matrix is int8 [N, C]: 1
+positive, 0 negative, -1 unknown; it is all that training sees of the labels.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from clsl_jax.errors import InputError
+
+UNKNOWN = -1
+
+
+def _all(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    del fraction, seed
+    return np.ones(labels.shape, bool)
+
+
+def _released(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    words = np.random.RandomState(seed).randint(0, 2**32, labels.shape, np.uint32)
+    return (words & 0xFFFFFF) / 2**24 < fraction
+
+
+def _sst(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    return np.random.RandomState(seed).random_sample(labels.shape) < fraction
+
+
+def _uniform(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random(labels.shape) < fraction
+
+
+def _single_positive(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    del fraction
+    # The largest of C independent uniforms is at each positive with the same probability.
+    draws = np.random.RandomState(seed).random_sample(labels.shape)
+    positive = labels == 1
+    mask = np.zeros(labels.shape, bool)
+    rows = np.flatnonzero(positive.any(axis=1))
+    mask[rows, np.where(positive, draws, -1.0).argmax(axis=1)[rows]] = True
+    return mask
+
+
+_PROTOCOLS: dict[str, Callable[[np.ndarray, float, int], np.ndarray]] = {
+    "all": _all,
+    "released": _released,
+    "sst": _sst,
+    "uniform": _uniform,
+    "single_positive": _single_positive,
+}
+PROTOCOLS = tuple(_PROTOCOLS)
+
+
+def known_mask(protocol: str, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draws which labels of a training set are known.
+
+    Args:
+      protocol: one of
+        'all': every label;
+        'released': each entry with probability `fraction`, by the 24-bit uniforms of MT19937 that
+          the CLSL authors' program draws, so that seed 0 gives its masks bit for bit;
+        'sst': the same by NumPy's 53-bit uniforms, as in SST, SARB and HST;
+        'uniform': the same by NumPy's present default generator (PCG64);
+        'single_positive': one positive, chosen at random, per image that has one, and nothing else
+          (Cole et al., arXiv 2106.09708); `fraction` is not used.
+      labels: int [N, C]: 1 positive, 0 negative, -1 not known to anybody. Only 'single_positive'
+        looks at the values beyond -1.
+      fraction: expected fraction of known entries, in (0, 1].
+      seed: in [0, 2**32).
+
+    Returns:
+      bool [N, C]. Never True where `labels` is -1.
+
+    Raises:
+      InputError: for an unknown protocol, a fraction or seed out of range, or labels not [N, C].
+    """
+    labels = np.asarray(labels)
+    if protocol not in _PROTOCOLS:
+        raise InputError(
+            f"labels.protocol: {protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}"
+        )
+    if not 0.0 < fraction <= 1.0:
+        raise InputError(f"labels.known_fraction: {fraction!r} is not in (0, 1]")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"mask seed: {seed!r} is not in [0, 2**32)")
+    if labels.ndim != 2:
+        raise InputError(f"labels: expected shape [N, C], found {list(labels.shape)}")
+    return _PROTOCOLS[protocol](labels, float(fraction), int(seed)) & (labels != UNKNOWN)
+
+
+def annotate(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Hides the labels that are not known.
+
+    Args:
+      labels: int [N, C] in {1, 0, -1}.
+      mask: bool [N, C].
+
+    Returns:
+      int8 [N, C]: the label where `mask` is True, -1 elsewhere.
+    """
+    if np.shape(labels) != np.shape(mask):
+        raise InputError(f"mask: shape {np.shape(mask)} differs from labels' {np.shape(labels)}")
+    return np.where(mask, labels, UNKNOWN).astype(np.int8)
+
+
+def mask_sha256(mask: np.ndarray) -> str:
+    """SHA-256 (hex) of a mask's uint8 values in C order; the shape does not enter."""
+    return hashlib.sha256(np.ascontiguousarray(mask, np.uint8).tobytes()).hexdigest()
+
+
+def save_mask(path: str | os.PathLike, mask: np.ndarray, **facts: str | int | float) -> str:
+    """Writes a mask, its SHA-256 and `facts` (protocol, fraction, seed, ...) to one .npz file.
+
+    The file is written beside `path` and moved into place: a killed process leaves no half file.
+
+    Returns:
+      The SHA-256 of the mask.
+    """
+    path = os.fspath(path)
+    sha256 = mask_sha256(mask)
+    header = {
+        **facts,
+        "shape": list(mask.shape),
+        "known_entries": int(np.sum(mask)),
+        "sha256": sha256,
+    }
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez(
+            file, bits=np.packbits(np.asarray(mask, bool)), facts=json.dumps(header, sort_keys=True)
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return sha256
+
+
+def load_mask(path: str | os.PathLike) -> tuple[np.ndarray, dict]:
+    """Reads what `save_mask` wrote.
+
+    Returns:
+      (mask bool [N, C], facts: those passed to `save_mask`, with shape, known_entries, sha256).
+
+    Raises:
+      FileNotFoundError: no such file.
+      InputError: the file is cut off, is something else, or does not match its own SHA-256.
+    """
+    try:
+        with np.load(path) as stored:
+            facts = json.loads(str(stored["facts"]))
+            count = int(np.prod(facts["shape"]))
+            mask = np.unpackbits(stored["bits"], count=count).astype(bool).reshape(facts["shape"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path}: not a readable mask file ({error}); delete it to draw it anew"
+        ) from error
+    if mask_sha256(mask) != facts["sha256"]:
+        raise InputError(
+            f"{path}: the mask's SHA-256 is not the one stored with it; delete it to draw it anew"
+        )
+    return mask, facts

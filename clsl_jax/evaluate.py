@@ -1,0 +1,118 @@
+"""Prediction over a whole split and the numbers that come of it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from clsl_jax import metrics, sharding
+from clsl_jax.data import pipeline, sources
+
+CONVENTIONS = ("interpolated", "uninterpolated")
+
+
+def predict(
+    split: sources.Split,
+    weights: Mapping[str, Any],
+    predict_step: Callable[[Mapping[str, Any], jax.Array], jax.Array],
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    poll: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Returns the probabilities float32 [N, C] of every image of a split, on every process.
+
+    Args:
+      split: nothing of it is dropped; the last batch is padded and the padding is masked out.
+      weights: of `steps.evaluation_weights`.
+      predict_step: compiled for `batch_size` images.
+      mesh: of devices.
+      batch_size: over all devices.
+      poll: called before each batch; may raise to stop.
+    """
+    scores = np.zeros(split.labels.shape, np.float32)
+    pending: list[tuple[Any, Any]] = []
+    for batch in batches(split, mesh=mesh, batch_size=batch_size):
+        poll()
+        probabilities = predict_step(weights, batch["image"])
+        pending.append((batch, probabilities))
+        # One batch stays in flight, so that the host prepares while the device works.
+        if len(pending) > 1:
+            _collect(scores, *pending.pop(0))
+    for entry in pending:
+        _collect(scores, *entry)
+    return scores
+
+
+def batches(
+    split: sources.Split, *, mesh: Mesh, batch_size: int
+) -> Iterator[Mapping[str, jax.Array]]:
+    """Yields padded global batches: `image` [B, S, S, 3], `row` [B], `valid` [B]."""
+    local = pipeline.eval_batches(
+        split.images,
+        batch_size=batch_size // jax.process_count(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for batch in local:
+        yield sharding.put_rows(mesh, dict(batch))
+
+
+def _collect(scores: np.ndarray, batch: Mapping[str, jax.Array], probabilities: jax.Array) -> None:
+    rows, valid, values = gather((batch["row"], batch["valid"], probabilities))
+    scores[rows[valid]] = values[valid]
+
+
+def gather(tree: Any) -> Any:
+    """Returns global arrays as NumPy arrays; with several processes, every one must call it."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
+
+
+def score(
+    scores: np.ndarray,
+    split: sources.Split,
+    class_names: Sequence[str],
+    *,
+    convention: str,
+    threshold: float = 0.5,
+    top_k: int = 3,
+) -> dict[str, Any]:
+    """Returns every metric of one split under one convention, as a JSON-able dict.
+
+    Entries that `split.ignore` marks, or whose label is unknown, count for nothing. Values lie in
+    [0, 1]; a class without a positive has no AP (None) and stays out of the mean.
+
+    Args:
+      scores: float [N, C], probabilities.
+      split: with labels [N, C] and ignore [N, C].
+      class_names: C names.
+      convention: of AP, `interpolated` or `uninterpolated`.
+      threshold: from which a class counts as predicted.
+      top_k: classes an image for the second group of numbers.
+    """
+    ignore = split.ignore | (split.labels < 0)
+    labels = np.where(ignore, 0, split.labels)
+    ap = metrics.average_precision(scores, labels, ignore, convention=convention)
+    names = ("CP", "CR", "CF1", "OP", "OR", "OF1")
+
+    def group(**how: Any) -> dict[str, float]:
+        found = metrics.classification_metrics(scores, labels, ignore, **how)
+        return {name: float(found[name]) for name in names}
+
+    return {
+        "mAP": float(metrics.mean_average_precision(scores, labels, ignore, convention=convention)),
+        "AP": {
+            name: None if np.isnan(value) else float(value)
+            for name, value in zip(class_names, ap, strict=True)
+        },
+        f"threshold_{threshold}": group(threshold=threshold),
+        f"top_{top_k}": group(top_k=top_k),
+        "images": len(labels),
+        "images_without_labels": int((~(labels == 1).any(axis=1)).sum()),
+        "ignored_entries": int(ignore.sum()),
+    }

@@ -1,0 +1,220 @@
+"""Losses for partially labelled images: element-wise terms and their reductions.
+
+The element-wise losses (`asymmetric_loss`, `binary_cross_entropy`) never reduce; `clsl_loss` does,
+at one of two scales:
+
+* ``released``: the scale of the CLSL authors' program. The known term is a *sum* over the known
+  entries, the recovered term a *mean* over all entries, both times 1000, and only the global branch
+  sees recovered labels.
+* ``balanced``: every branch gets the mean over its known entries plus the recovered entries divided
+  by the number of *unknown* ones, so that a handful of recovered labels weighs little.
+
+Letters: B batch, C classes.
+"""
+
+from collections.abc import Callable
+import math
+
+import jax
+import jax.numpy as jnp
+
+ElementwiseLoss = Callable[[jax.Array, jax.Array], jax.Array]
+
+SCALES = ("balanced", "released")
+RELEASED_FACTOR = 1000.0
+
+
+def asymmetric_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    gamma_pos: float = 0.0,
+    gamma_neg: float = 2.0,
+    clip: float = 0.0,
+    eps: float = 1e-5,
+) -> jax.Array:
+    """Asymmetric loss, element-wise and unreduced.
+
+    With ``p = sigmoid(logits)``, ``q = min(1 - p + clip, 1)`` and target ``t``::
+
+        -(1 - p_t)^gamma_t * (t log max(p, eps) + (1 - t) log max(q, eps))
+        p_t = t p + (1 - t) q,   gamma_t = t gamma_pos + (1 - t) gamma_neg
+
+    The focusing weight ``(1 - p_t)^gamma_t`` carries no gradient. Below ``eps`` the logarithm is flat,
+    so an entry wrong by more than ``-log(eps)`` in logits has no gradient either. Logarithms are taken
+    of the logits, not of rounded probabilities: any finite logit gives a finite value and gradient.
+
+    Args:
+        logits: any shape, finite. Types below float32 are computed in float32.
+        targets: same shape, in [0, 1]; soft targets are allowed.
+        gamma_pos: focusing exponent of positives, >= 0.
+        gamma_neg: focusing exponent of negatives, >= 0.
+        clip: probability margin in [0, 1) by which negatives are made easier; 0 turns it off.
+        eps: lower bound of the probabilities inside the logarithms, in [0, 1).
+
+    Returns:
+        The loss of each entry, shape of `logits`, >= 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: Ridnik et al., Asymmetric Loss For Multi-Label Classification, arXiv 2009.14119, eq. 7;
+    CLSL, arXiv 2510.10055.
+    """
+    if gamma_pos < 0 or gamma_neg < 0:
+        raise ValueError(f"asymmetric_loss: gammas must be >= 0, found {gamma_pos}, {gamma_neg}")
+    if not 0 <= clip < 1:
+        raise ValueError(f"asymmetric_loss: clip must lie in [0, 1), found {clip}")
+    if not 0 <= eps < 1:
+        raise ValueError(f"asymmetric_loss: eps must lie in [0, 1), found {eps}")
+    logits, targets = _at_least_float32(logits, targets)
+    log_p = jax.nn.log_sigmoid(logits)
+    if clip > 0:
+        log_q = jnp.log(jnp.minimum(jax.nn.sigmoid(-logits) + clip, 1.0))
+    else:
+        log_q = jax.nn.log_sigmoid(-logits)
+    if eps > 0:
+        floor = math.log(eps)
+        # `where`, not `maximum`: no gradient leaks through a tie at the floor.
+        log_p = jnp.where(log_p >= floor, log_p, floor)
+        log_q = jnp.where(log_q >= floor, log_q, floor)
+    cross_entropy = -(targets * log_p + (1.0 - targets) * log_q)
+
+    constant = jax.lax.stop_gradient(logits)
+    missed_positive = jax.nn.sigmoid(-constant)  # 1 - p, without the rounding of that difference
+    missed_negative = jnp.maximum(jax.nn.sigmoid(constant) - clip, 0.0)
+    missed = targets * missed_positive + (1.0 - targets) * missed_negative
+    gamma = targets * gamma_pos + (1.0 - targets) * gamma_neg
+    return jax.lax.stop_gradient(jnp.power(missed, gamma)) * cross_entropy
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Sigmoid cross entropy in nats, element-wise and unreduced.
+
+    Args:
+        logits: any shape, finite. Types below float32 are computed in float32.
+        targets: same shape, in [0, 1]; soft targets are allowed.
+
+    Returns:
+        The loss of each entry, shape of `logits`, >= 0.
+    """
+    logits, targets = _at_least_float32(logits, targets)
+    log_p, log_q = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return -(targets * log_p + (1.0 - targets) * log_q)
+
+
+def known_loss(losses: jax.Array, known: jax.Array, *, scale: str = "balanced") -> jax.Array:
+    """Reduces element-wise losses over the known entries.
+
+    Args:
+        losses: [B, C] element-wise losses.
+        known: [B, C] bool, or 0 and 1.
+        scale: ``balanced``: the mean over known entries, 0 when there are none. ``released``: their
+            sum times 1000, or the mean times 1000 when every entry of the batch is known.
+
+    Returns:
+        Scalar.
+    """
+    _check_scale(scale)
+    mask = known.astype(losses.dtype)
+    total, count = jnp.sum(losses * mask), jnp.sum(mask)
+    if scale == "balanced":
+        return total / jnp.maximum(count, 1.0)
+    every_label_known = count == mask.size
+    return RELEASED_FACTOR * total / jnp.where(every_label_known, float(max(mask.size, 1)), 1.0)
+
+
+def recovered_loss(
+    losses: jax.Array, weight: jax.Array, unknown: jax.Array, *, scale: str = "balanced"
+) -> jax.Array:
+    """Reduces element-wise losses against recovered labels.
+
+    Args:
+        losses: [B, C] element-wise losses.
+        weight: [B, C] weight of each recovered entry; read by ``balanced`` only.
+        unknown: [B, C] bool, or 0 and 1; read by ``balanced`` only.
+        scale: ``balanced``: sum of ``weight * losses`` over unknown entries, divided by the number of
+            unknown entries (recovered or not), 0 when there are none. ``released``: the mean over all
+            B * C entries, known ones included, times 1000.
+
+    Returns:
+        Scalar, before the recovered term's own factor.
+    """
+    _check_scale(scale)
+    if scale == "released":
+        return RELEASED_FACTOR * jnp.mean(losses)
+    mask = unknown.astype(losses.dtype)
+    return jnp.sum(losses * weight * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def clsl_loss(
+    semantic_logits: jax.Array,
+    global_logits: jax.Array | None,
+    annotations: jax.Array,
+    recovered: jax.Array,
+    recovered_weight: jax.Array,
+    *,
+    elementwise: ElementwiseLoss = asymmetric_loss,
+    scale: str = "balanced",
+    recovered_scale: jax.Array | float = 0.8,
+    global_scale: jax.Array | float = 1.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Total training loss of both branches, ``known + recovered_scale * recovered``.
+
+    ``released``: ``known`` is `known_loss` of the semantic branch alone; ``recovered`` is
+    `recovered_loss` of the global branch against the labels where known and `recovered` elsewhere,
+    without weights, and 0 when there is no global branch.
+
+    ``balanced``: both terms are summed over the branches present, the global branch's times
+    `global_scale`.
+
+    Args:
+        semantic_logits: [B, C], z1.
+        global_logits: [B, C], z0, or None when the model has no global branch.
+        annotations: [B, C], 1 positive, 0 negative, -1 unknown.
+        recovered: [B, C] in [0, 1], read at unknown entries. Carries no gradient.
+        recovered_weight: [B, C] >= 0, read at unknown entries by ``balanced``. Carries no gradient.
+        elementwise: function of logits and targets, e.g. `asymmetric_loss` with its exponents bound.
+        scale: ``balanced`` or ``released``.
+        recovered_scale: factor of the recovered term (lambda); may be traced, for a ramp.
+        global_scale: factor of the global branch under ``balanced``; may be traced.
+
+    Returns:
+        The total (scalar) and its terms ``known`` and ``recovered``, the latter before
+        `recovered_scale`.
+
+    Raises:
+        ValueError: `scale` is neither of the two.
+
+    Source: CLSL, arXiv 2510.10055, training objective; the released program's scale where named so.
+    """
+    _check_scale(scale)
+    known = annotations >= 0
+    targets = jax.lax.stop_gradient(jnp.where(known, annotations, recovered))
+    weight = jax.lax.stop_gradient(recovered_weight)
+
+    semantic = elementwise(semantic_logits, targets)
+    known_term = known_loss(semantic, known, scale=scale)
+    if scale == "released":
+        recovered_term = jnp.zeros_like(known_term)
+        if global_logits is not None:
+            losses = elementwise(global_logits, targets)
+            recovered_term = recovered_loss(losses, weight, ~known, scale=scale)
+    else:
+        recovered_term = recovered_loss(semantic, weight, ~known, scale=scale)
+        if global_logits is not None:
+            losses = elementwise(global_logits, targets)
+            known_term += global_scale * known_loss(losses, known, scale=scale)
+            recovered_term += global_scale * recovered_loss(losses, weight, ~known, scale=scale)
+    total = known_term + recovered_scale * recovered_term
+    return total, {"known": known_term, "recovered": recovered_term}
+
+
+def _at_least_float32(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dtype = jnp.promote_types(jnp.result_type(logits), jnp.float32)
+    return jnp.asarray(logits, dtype), jnp.asarray(targets, dtype)
+
+
+def _check_scale(scale: str) -> None:
+    if scale not in SCALES:
+        raise ValueError(f"loss scale {scale!r} is unknown: use one of {', '.join(SCALES)}")

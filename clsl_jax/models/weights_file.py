@@ -1,0 +1,344 @@
+"""Reads files of weights: safetensors, PyTorch's three formats, and NumPy's.
+
+No file gets to run code: safetensors has none in it, `.npz` is read without pickles, and PyTorch's
+pickles go through `torch_pickle`, whose machine knows no calls but its own. Torch is not needed.
+
+Source: `torch/serialization.py` for the zip archive (since 1.6), the stream of pickles (0.1.10 to
+1.5) and the tar archive (before; torchvision's first ResNets are such files).
+"""
+
+from collections.abc import Callable, Mapping
+import io
+import mmap
+import os
+from pathlib import Path
+import struct
+import tarfile
+from typing import Any, BinaryIO
+import zipfile
+import zlib
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from clsl_jax.errors import InputError
+from clsl_jax.models import torch_pickle
+from clsl_jax.models.torch_pickle import DamagedError, RefusedError, Storage, Tensor
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".npz")
+# In this order, so that averaged weights win over the raw ones beside them.
+ENVELOPES = (
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "weights",
+    "params",
+    "net",
+    "module",
+)
+_PREFIXES = ("module.", "_orig_mod.")
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_SAVE_AGAIN = "Download or copy the file again, and compare its size and checksum."
+_CONVERT = (
+    "Where the file was made, save model.state_dict() alone, or convert that to .safetensors."
+)
+_SAFETENSORS_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": ml_dtypes.bfloat16,
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "?",
+}
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The named arrays of a file of weights.
+
+    A checkpoint that keeps its weights under one of `ENVELOPES` is unwrapped (the first of them that
+    is there; averaged weights come first), and the prefixes that DataParallel ('module.') and
+    torch.compile ('_orig_mod.') put before every name are taken off. What is no array (epochs,
+    options, optimizer state) is left out.
+
+    Args:
+      path: a file ending in one of `SUFFIXES`; `.pth`, `.pt`, `.bin` and `.tar` are PyTorch's.
+
+    Returns:
+      Names to C-contiguous arrays of the file's own types (bfloat16 as
+      `ml_dtypes.bfloat16`).
+
+    Raises:
+      InputError: no such file, another ending, another kind of file than its ending says, a
+        truncated or damaged one, one that asks for code to be run, or one without arrays.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"{path}: weights are read from files ending in {', '.join(SUFFIXES)}, not "
+            f"{suffix or 'without an ending'!r}. Name such a file, or rename this one if its ending "
+            "is wrong."
+        )
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise InputError(f"{path}: the file of weights {what}; give the path of a file.")
+    readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
+    try:
+        found = readers.get(suffix, _read_torch)(path)
+    except RefusedError as error:
+        raise InputError(
+            f"{path}: refused. Reading it would have to run code of the file's choosing: it asks for "
+            f"{error}; only plain tensors and containers are read. {_CONVERT}"
+        ) from error
+    except DamagedError as error:
+        raise InputError(
+            f"{path}: truncated, damaged or no {suffix} file of weights ({error}). {_SAVE_AGAIN}"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}).") from error
+    return _strip_prefixes(found, path)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        # Not safetensors.numpy: it has no bfloat16.
+        entries = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise DamagedError(str(error)) from error
+    arrays = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise DamagedError(f"{name} has the element type {entry['dtype']}, which is not read")
+        dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
+        arrays[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    return arrays
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                # All of it first: only that checks its checksum before it is parsed.
+                data = io.BytesIO(archive.read(name))
+                if name.endswith(".npy"):
+                    arrays[name.removesuffix(".npy")] = np.lib.format.read_array(
+                        data, allow_pickle=False
+                    )
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise RefusedError(f"a pickle, in {name}") from error
+        raise DamagedError(str(error)) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, MemoryError) as error:
+        raise DamagedError(str(error)) from error
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        start = file.read(4)
+        if not start:
+            raise DamagedError("the file is empty")
+        if start == b"PK\x03\x04":
+            return _read_zip(file)
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if start[:1] == b"\x80":
+        return _read_stream(content)
+    if content[257:262] == b"ustar" or b"\0" in content[:100]:
+        return _read_tar(io.BytesIO(content))
+    raise DamagedError(f"it begins with {start!r}, which none of PyTorch's formats does")
+
+
+def _select(content: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, itself or in an envelope."""
+
+    def tensors(mapping: Any) -> dict[str, Tensor]:
+        items = mapping.items() if isinstance(mapping, dict) else ()
+        return {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+
+    if not isinstance(content, dict):
+        raise DamagedError(
+            f"it holds a {type(content).__name__}, not a mapping of names to tensors"
+        )
+    inside = (tensors(content.get(name)) for name in ENVELOPES)
+    found = next((t for t in (tensors(content), *inside) if t), None)
+    if found is None:
+        names = ", ".join(repr(key) for key in list(content)[:10])
+        raise DamagedError(f"no tensors under {names or 'no name at all'}")
+    return found
+
+
+def _views(tensors: Mapping[str, Tensor], block: Callable[[str], Any]) -> dict[str, np.ndarray]:
+    """Arrays of tensors; `block` gives the little-endian bytes of a storage's key."""
+    blocks: dict[str, Any] = {}
+    arrays = {}
+    for name, tensor in tensors.items():
+        key = tensor.storage.key
+        if key not in blocks:
+            blocks[key] = block(key)
+        arrays[name] = tensor.view(blocks[key])
+    return arrays
+
+
+def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            pickles = [n for n in names if n.count("/") == 1 and n.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise DamagedError("a zip archive, but without PyTorch's data.pkl")
+            root = pickles[0].removesuffix("data.pkl")
+            if f"{root}constants.pkl" in names:
+                raise RefusedError("TorchScript code")
+            if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+                # PyTorch never compresses, and a small file could otherwise fill the memory.
+                raise DamagedError("a compressed archive")
+            order = f"{root}byteorder"
+            if order in names and archive.read(order) != b"little":
+                raise DamagedError("written on a big-endian machine, which is not read")
+            data = io.BytesIO(archive.read(pickles[0]))
+            content = torch_pickle.load(data, torch_pickle.storage_reference)
+            return _views(_select(content), lambda key: archive.read(f"{root}data/{key}"))
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError) as error:
+        raise DamagedError(str(error)) from error
+
+
+def _read_stream(content: mmap.mmap) -> dict[str, np.ndarray]:
+    magic, protocol, system = (torch_pickle.load(content) for _ in range(3))
+    if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
+        raise DamagedError("a pickle, but not one of PyTorch's")
+    if system.get("little_endian") is not True:
+        raise DamagedError("written on a big-endian machine, which is not read")
+    itemsize: dict[str, int] = {}
+
+    def persistent(reference: Any) -> Storage:
+        storage = torch_pickle.storage_reference(reference)
+        itemsize[storage.key] = storage.dtype.itemsize
+        return storage
+
+    tensors = _select(torch_pickle.load(content, persistent))
+    keys = torch_pickle.load(content)
+    if not isinstance(keys, list):
+        raise DamagedError("no list of storages")
+    blocks = {}
+    for key in map(str, keys):
+        if key not in itemsize:
+            raise DamagedError(f"storage {key:.80} is used by no tensor")
+        blocks[key] = _read_block(content, itemsize[key])
+    return _views(tensors, lambda key: _lookup(blocks, key))
+
+
+def _read_block(content: Any, itemsize: int) -> bytes:
+    """A length (int64, in elements) and that many elements."""
+    (length,) = struct.unpack("<q", _read_exactly(content, 8))
+    return _read_exactly(content, length * itemsize)
+
+
+def _read_exactly(content: Any, count: int) -> bytes:
+    data = content.read(count) if 0 <= count < 1 << 62 else b""
+    if len(data) != count or count < 0:
+        raise DamagedError(f"{count} bytes expected, {len(data)} left")
+    return data
+
+
+def _lookup(table: Mapping[str, Any], key: Any) -> Any:
+    if str(key) not in table:
+        raise DamagedError(f"the reference {key!r:.80} leads nowhere")
+    return table[str(key)]
+
+
+def _read_tar(file: BinaryIO) -> dict[str, np.ndarray]:
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            members = {}
+            for name in ("storages", "tensors", "pickle"):
+                member = archive.extractfile(name)
+                if member is None:
+                    raise DamagedError(f"{name} is no file")
+                members[name] = io.BytesIO(member.read())
+    except (tarfile.TarError, KeyError, ValueError, OverflowError) as error:
+        raise DamagedError(f"no complete tar archive of PyTorch's: {error}") from error
+
+    blocks, storages = _read_tar_storages(members["storages"])
+    tensors = {}
+    for _ in range(_read_count(members["tensors"])):
+        key, storage, *_ = _read_tuple(members["tensors"], 3)
+        (dims,) = struct.unpack("<i4x", _read_exactly(members["tensors"], 8))
+        if not 0 <= dims <= 32:
+            raise DamagedError(f"a tensor of {dims} axes")
+        data = _read_exactly(members["tensors"], 8 * (2 * dims + 1))
+        numbers = struct.unpack(f"<{2 * dims + 1}q", data)
+        if min(numbers) < 0:
+            raise DamagedError(f"a tensor with the shape and strides {numbers}")
+        owner = _lookup(storages, storage)
+        tensors[str(key)] = Tensor(
+            owner, numbers[-1], numbers[:dims], numbers[dims:-1], owner.dtype
+        )
+
+    known = {**storages, **tensors}
+
+    def persistent(reference: Any) -> Any:
+        if isinstance(reference, tuple):
+            raise RefusedError("a module's class")
+        return _lookup(known, reference)
+
+    found = _select(torch_pickle.load(members["pickle"], persistent))
+    return _views(found, lambda key: _lookup(blocks, key))
+
+
+def _read_tar_storages(file: BinaryIO) -> tuple[dict[str, bytes], dict[str, Storage]]:
+    """Bytes of each storage, and storages (views among them) by key."""
+    blocks, storages = {}, {}
+    for _ in range(_read_count(file)):
+        key, _, name = _read_tuple(file, 3)
+        if not (isinstance(name, torch_pickle.Name) and name.kind == "storage"):
+            raise DamagedError(f"storage {key!r:.80} has no type")
+        block = _read_block(file, name.value.itemsize)
+        blocks[str(key)] = block
+        length = len(block) // name.value.itemsize
+        storages[str(key)] = Storage(str(key), name.value, length)
+    views = torch_pickle.load(file)
+    for view in views if isinstance(views, list) else ():
+        if not isinstance(view, tuple) or len(view) != 4:
+            raise DamagedError("a storage view of another form")
+        key, root, offset, length = view
+        if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in (offset, length)):
+            raise DamagedError(f"a storage view of {length!r:.20} from {offset!r:.20}")
+        owner = _lookup(storages, root)
+        storages[str(key)] = owner._replace(start=owner.start + offset, length=length)
+    return blocks, storages
+
+
+def _read_count(file: BinaryIO) -> int:
+    count = torch_pickle.load(file)
+    if not isinstance(count, int) or count < 0:
+        raise DamagedError(f"a count of {count!r:.20}")
+    return count
+
+
+def _read_tuple(file: BinaryIO, length: int) -> tuple:
+    found = torch_pickle.load(file)
+    if not isinstance(found, tuple) or len(found) != length:
+        raise DamagedError(f"{length} values expected, found {found!r:.80}")
+    return found
+
+
+def _strip_prefixes(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    if not arrays:
+        raise InputError(f"{path}: there is no array in it; expected a model's weights.")
+    while any(all(name.startswith(prefix) for name in arrays) for prefix in _PREFIXES):
+        arrays = {name.split(".", 1)[1]: array for name, array in arrays.items()}
+    return arrays

@@ -1,0 +1,43 @@
+"""What the configurations of the paper's data sets share."""
+
+import ml_collections
+
+from clsl_jax import config as config_lib
+
+
+def paper_recipe(arg: str | None, *, file: str) -> ml_collections.ConfigDict:
+    """Returns the recipe of the CLSL authors' program, less what differs between data sets.
+
+    ResNet-101, one encoder layer, AdamW with weight decay 1e-4 on everything, one cosine cycle over
+    60 epochs, flip, RandAugment and Cutout.
+
+    Args:
+      arg: `released` for the authors' loss scale, online recovery, mask and selection on the test
+        split; None for this project's.
+      file: named in the error.
+
+    Raises:
+      ConfigError: if `arg` is anything else.
+    """
+    if arg not in (None, "", "released"):
+        raise config_lib.ConfigError(f"{file}:{arg}: expected nothing or 'released' after the colon.")
+    config = config_lib.base_config()
+    config.epochs = 60
+    config.data.flip = True
+    config.data.randaugment_operations = 2
+    config.data.randaugment_magnitude = 9
+    config.data.cutout = 0.5
+    config.data.workers = 8
+    config.labels.known_fraction = 0.1
+    config.labels.protocol = "released"
+    config.model.backbone = "resnet101"
+    config.evaluation.test_every_epoch = True
+    if arg == "released":
+        config.graph.layers = 0
+        config.graph.refresh = False
+        config.loss.scale = "released"
+        config.recovery.mode = "online"
+        config.recovery.sharpening = "released"
+        config.recovery.weight = 0.8
+        config.evaluation.selection = "test"
+    return config

@@ -1,0 +1,334 @@
+"""Recovery of unknown labels from the scores of a model in training.
+
+Two ways, both pure functions of arrays:
+
+* `online_targets` works within a batch, as the CLSL authors' program does.
+* Per epoch: `scatter_scores` averages the model's scores into a matrix with one row per training
+  image, and at the end of an epoch `adaptive_thresholds` and `recover_labels` turn the whole matrix
+  into labels, `recovery_counts` and `recovery_summary` into figures for people.
+
+Every [N, C] array may be sharded by row over any mesh; the functions need no collective but sums of
+per-class integers, so sharding does not change a bit of their results. Known entries are never
+changed by any of them.
+
+Letters: N training images (padded rows: no visit, every annotation unknown), B batch, C classes.
+Annotations are 1 positive, 0 negative, -1 unknown.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ABOVE_EVERY_SCORE = 2.0
+BELOW_EVERY_SCORE = -1.0
+
+
+def scatter_scores(
+    scores: jax.Array,
+    visits: jax.Array,
+    rows: jax.Array,
+    new: jax.Array,
+    momentum: jax.Array | float,
+) -> tuple[jax.Array, jax.Array]:
+    """Averages a batch of scores into its rows, exponentially over the visits of each row.
+
+    The average is bias-corrected: on visit n (from 1) the new value has weight
+    ``(1 - momentum) / (1 - momentum^n)``, so the first visit takes the value as it is and the n-th
+    average weighs visit i by ``momentum^(n-i)``, normalised. Rows of N or more, and negative ones, are
+    padding and are dropped. A row must not occur twice in a batch.
+
+    Args:
+        scores: [N, C] float32, probabilities averaged so far.
+        visits: [N] int32, visits of each row so far.
+        rows: [B] integer, row of each example.
+        new: [B, C], probabilities of this batch.
+        momentum: in [0, 1); 0 keeps the last value only.
+
+    Returns:
+        The new scores [N, C] and visits [N].
+    """
+    rows = jnp.where(rows < 0, visits.shape[0], rows)  # a negative index would wrap around
+    before = visits.at[rows].get(mode="fill", fill_value=0)
+    old = scores.at[rows].get(mode="fill", fill_value=0)
+    momentum = jnp.asarray(momentum, scores.dtype)
+    blend = (1.0 - momentum) / (1.0 - momentum ** (before + 1).astype(scores.dtype))
+    blend = blend[:, None]
+    new = new.astype(scores.dtype)
+    average = jnp.where((before == 0)[:, None], new, (1.0 - blend) * old + blend * new)
+    scores = scores.at[rows].set(average, mode="drop")
+    visits = visits.at[rows].set(before + 1, mode="drop")
+    return scores, visits
+
+
+def online_targets(
+    semantic_logits: jax.Array, annotations: jax.Array, *, sharpening: str = "safe"
+) -> jax.Array:
+    """Targets of the global branch from the semantic branch of the same batch.
+
+    ``released`` sharpens by the image's largest logit, ``sigmoid(z1 * max_c z1)``; where that is
+    negative the sign of every logit flips, and unknown labels come out near 1. ``safe`` never flips:
+    ``sigmoid(z1 * max(1, |max_c z1|))``.
+
+    Args:
+        semantic_logits: [B, C], z1.
+        annotations: [B, C], 1 positive, 0 negative, -1 unknown.
+        sharpening: ``safe`` or ``released``.
+
+    Returns:
+        [B, C] float32 in [0, 1], without gradient: the label where known.
+
+    Raises:
+        ValueError: `sharpening` is neither of the two.
+
+    Source: CLSL, arXiv 2510.10055, label recovery; the released program where named so.
+    """
+    logits = jax.lax.stop_gradient(semantic_logits).astype(jnp.float32)
+    sharpness = jnp.max(logits, axis=-1, keepdims=True)
+    if sharpening == "safe":
+        sharpness = jnp.maximum(1.0, jnp.abs(sharpness))
+    elif sharpening != "released":
+        raise ValueError(f"sharpening {sharpening!r} is unknown: use 'safe' or 'released'")
+    return jnp.where(
+        annotations >= 0, annotations.astype(jnp.float32), jax.nn.sigmoid(logits * sharpness)
+    )
+
+
+def adaptive_thresholds(
+    scores: jax.Array,
+    annotations: jax.Array,
+    visits: jax.Array,
+    *,
+    positive_precision: jax.Array | float,
+    negative_precision: jax.Array | float,
+    min_count: jax.Array | int = 1,
+    bins: int = 1024,
+) -> tuple[jax.Array, jax.Array]:
+    """Thresholds per class, calibrated on the known entries of visited rows.
+
+    Candidates are the edges ``k / bins``, k = 0 ... bins. The positive threshold is the lowest edge t
+    for which, among the known entries with ``score >= t``, the share of positives is at least
+    `positive_precision`; the negative one is the highest edge t for which, among those with
+    ``score < t``, the share of negatives is at least `negative_precision`. A side counts at least
+    `min_count` known entries, or recovers nothing. Neither does a side without a counterexample: where
+    a class has no known negative, every precision of positives would be 1, and likewise the other
+    way round.
+
+    Scores are counted into a histogram, class by class: no sort, and nothing larger than a column is
+    kept.
+
+    Args:
+        scores: [N, C] float32, clipped to [0, 1] for counting.
+        annotations: [N, C], 1 positive, 0 negative, -1 unknown.
+        visits: [N] integer, 0 where the row has no score yet.
+        positive_precision: target, scalar or [C], may be traced.
+        negative_precision: target, scalar or [C], may be traced.
+        min_count: known entries that a threshold must rest on, >= 1, may be traced.
+        bins: resolution, a power of two, so that the edges are exact in float32.
+
+    Returns:
+        positive [C] and negative [C] float32: thresholds for `recover_labels`; above every score and
+        below every score where a side recovers nothing.
+
+    Raises:
+        ValueError: `bins` is no power of two.
+    """
+    if bins < 1 or bins & (bins - 1):
+        raise ValueError(f"adaptive_thresholds: bins must be a power of two, found {bins}")
+    counts = _histogram(scores, annotations, visits, bins)  # [C, 2, bins + 1]
+    negatives, positives = counts[:, 0], counts[:, 1]
+    positives_above = jnp.cumsum(positives[:, ::-1], axis=1)[:, ::-1]
+    negatives_above = jnp.cumsum(negatives[:, ::-1], axis=1)[:, ::-1]
+    positives_below = jnp.cumsum(positives, axis=1) - positives
+    negatives_below = jnp.cumsum(negatives, axis=1) - negatives
+    has_positive = positives_above[:, :1] > 0
+    has_negative = negatives_above[:, :1] > 0
+
+    meets_positive = has_negative & _meets(
+        positives_above, negatives_above, positive_precision, min_count
+    )
+    meets_negative = has_positive & _meets(
+        negatives_below, positives_below, negative_precision, min_count
+    )
+    edges = jnp.arange(bins + 1, dtype=jnp.float32) / bins
+    positive = jnp.min(jnp.where(meets_positive, edges, ABOVE_EVERY_SCORE), axis=1)
+    negative = jnp.max(jnp.where(meets_negative, edges, BELOW_EVERY_SCORE), axis=1)
+    return positive, negative
+
+
+def recover_labels(
+    scores: jax.Array,
+    visits: jax.Array,
+    annotations: jax.Array,
+    *,
+    positive_threshold: jax.Array | float,
+    negative_threshold: jax.Array | float,
+    soft: bool = True,
+    confidence_power: jax.Array | float = 0.0,
+    active: jax.Array | bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """Labels of every training image: known ones as they are, unknown ones recovered or left open.
+
+    An unknown entry of a visited row is recovered as positive where ``score >= positive_threshold``
+    and as negative where ``score < negative_threshold``; one that satisfies both contradicts itself
+    and stays open. With both thresholds 0, every unknown entry is recovered (useful with `soft`).
+
+    Args:
+        scores: [N, C] float32, probabilities. A score that is not finite recovers nothing.
+        visits: [N] integer, 0 where the row has no score yet.
+        annotations: [N, C], 1 positive, 0 negative, -1 unknown.
+        positive_threshold: scalar or [C], may be traced.
+        negative_threshold: scalar or [C], may be traced.
+        soft: recovered labels are the scores themselves with weight ``|2 score - 1|^power``, else 1 and
+            0 with weight 1. A soft label takes its side from the score, not from the threshold that it
+            passed.
+        confidence_power: the power above, >= 0, may be traced; 0 makes every weight 1.
+        active: False recovers nothing (warm-up), may be traced.
+
+    Returns:
+        recovered: [N, C] float32 in [0, 1]; exactly the annotation where known, 0 where left open.
+        weight: [N, C] float32 in [0, 1]; 0 where known (the known term of the loss has those) and
+            where left open.
+    """
+    known = annotations >= 0
+    score = jnp.clip(scores.astype(jnp.float32), 0.0, 1.0)
+    above = score >= positive_threshold
+    below = score < negative_threshold
+    visited = (visits > 0)[:, None]
+    open_to_recovery = ~known & visited & jnp.isfinite(scores) & jnp.asarray(active, bool)
+    taken = open_to_recovery & (above ^ below)
+    if soft:
+        label = score
+        confidence = jnp.power(jnp.abs(2.0 * score - 1.0), confidence_power)
+    else:
+        label = above.astype(jnp.float32)
+        confidence = jnp.ones_like(score)
+    recovered = jnp.where(known, annotations.astype(jnp.float32), jnp.where(taken, label, 0.0))
+    return recovered, jnp.where(taken, confidence, 0.0)
+
+
+class RecoveryCounts(NamedTuple):
+    """Per-class counts of recovery against the full labels, each [C] int32.
+
+    An entry is hidden where its annotation is unknown and its full label is not. Counts add up over
+    disjoint sets of rows.
+
+    Attributes:
+        hidden_positives: hidden entries whose label is positive.
+        hidden_negatives: hidden entries whose label is negative.
+        recovered_positives: hidden entries recovered as positive.
+        recovered_negatives: hidden entries recovered as negative.
+        correct_positives: recovered positives whose label is positive.
+        correct_negatives: recovered negatives whose label is negative.
+    """
+
+    hidden_positives: jax.Array
+    hidden_negatives: jax.Array
+    recovered_positives: jax.Array
+    recovered_negatives: jax.Array
+    correct_positives: jax.Array
+    correct_negatives: jax.Array
+
+
+def recovery_counts(
+    recovered: jax.Array, weight: jax.Array, annotations: jax.Array, labels: jax.Array
+) -> RecoveryCounts:
+    """Counts how recovered labels fare against the hidden ones; a diagnostic, never a training signal.
+
+    Args:
+        recovered: [N, C] in [0, 1], from `recover_labels`; positive from 0.5 on.
+        weight: [N, C]; an entry counts as recovered where it is > 0.
+        annotations: [N, C], 1 positive, 0 negative, -1 unknown.
+        labels: [N, C], full labels; -1 where nobody knows, which is counted nowhere.
+
+    Returns:
+        Sums over the rows.
+    """
+    hidden = (annotations < 0) & (labels >= 0)
+    taken = hidden & (weight > 0)
+    as_positive = taken & (recovered >= 0.5)
+    as_negative = taken & (recovered < 0.5)
+    positive, negative = labels == 1, labels == 0
+
+    def count(mask: jax.Array) -> jax.Array:
+        return jnp.sum(mask, axis=0, dtype=jnp.int32)
+
+    return RecoveryCounts(
+        hidden_positives=count(hidden & positive),
+        hidden_negatives=count(hidden & negative),
+        recovered_positives=count(as_positive),
+        recovered_negatives=count(as_negative),
+        correct_positives=count(as_positive & positive),
+        correct_negatives=count(as_negative & negative),
+    )
+
+
+def recovery_summary(counts: RecoveryCounts) -> dict[str, dict[str, float | np.ndarray]]:
+    """Precision, recall and coverage of recovery, on the host.
+
+    Precision is the share of recovered labels that are right, recall the share of hidden labels of a
+    kind that were recovered rightly, coverage the share of hidden entries that were recovered either
+    way. A figure without a denominator is nan.
+
+    Args:
+        counts: of the whole training set, on the host or fully addressable.
+
+    Returns:
+        ``overall`` (floats, from the counts summed over the classes) and ``per_class`` ([C] float64),
+        each with ``positive_precision``, ``positive_recall``, ``negative_precision``,
+        ``negative_recall`` and ``coverage``.
+    """
+    per_class = RecoveryCounts(*(np.asarray(field, np.float64) for field in counts))
+    overall = RecoveryCounts(*(field.sum() for field in per_class))
+    return {
+        "overall": {name: float(value) for name, value in _rates(overall).items()},
+        "per_class": _rates(per_class),
+    }
+
+
+def _rates(counts: RecoveryCounts) -> dict[str, np.ndarray]:
+    recovered = counts.recovered_positives + counts.recovered_negatives
+    hidden = counts.hidden_positives + counts.hidden_negatives
+    fractions = {
+        "positive_precision": (counts.correct_positives, counts.recovered_positives),
+        "positive_recall": (counts.correct_positives, counts.hidden_positives),
+        "negative_precision": (counts.correct_negatives, counts.recovered_negatives),
+        "negative_recall": (counts.correct_negatives, counts.hidden_negatives),
+        "coverage": (recovered, hidden),
+    }
+    with np.errstate(invalid="ignore"):
+        return {name: top / bottom for name, (top, bottom) in fractions.items()}
+
+
+def _meets(
+    right: jax.Array, wrong: jax.Array, precision: jax.Array | float, min_count: jax.Array | int
+) -> jax.Array:
+    """Where [C, edges] counts reach a precision (scalar or [C]) and a number of entries."""
+    precision = jnp.asarray(precision, jnp.float32)[..., None]
+    total = right + wrong
+    reached = right.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32) >= precision
+    return reached & (total >= jnp.maximum(min_count, 1))
+
+
+def _histogram(
+    scores: jax.Array, annotations: jax.Array, visits: jax.Array, bins: int
+) -> jax.Array:
+    """Known entries of visited rows by class, label and bin: [C, 2, bins + 1] int32.
+
+    Bin k < bins holds k / bins <= score < (k + 1) / bins, the last one the scores of 1.
+    """
+    visited = visits > 0
+
+    def one_class(index: jax.Array) -> jax.Array:
+        score = jax.lax.dynamic_index_in_dim(scores, index, axis=1, keepdims=False)
+        annotation = jax.lax.dynamic_index_in_dim(annotations, index, axis=1, keepdims=False)
+        counted = (annotation >= 0) & visited & jnp.isfinite(score)
+        cell = jnp.floor(jnp.clip(score.astype(jnp.float32), 0.0, 1.0) * bins).astype(jnp.int32)
+        cell += (bins + 1) * annotation.astype(jnp.int32)
+        zeros = jnp.zeros(2 * (bins + 1), jnp.int32)
+        return zeros.at[jnp.where(counted, cell, zeros.size)].add(1, mode="drop")
+
+    # A loop over classes bounds the memory: indices of [N], never of [N, C].
+    counts = jax.lax.map(one_class, jnp.arange(scores.shape[1]))
+    return counts.reshape(-1, 2, bins + 1)

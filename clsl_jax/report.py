@@ -1,0 +1,113 @@
+"""The picture sheet: test images with true and predicted labels and where each was seen."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
+
+RIGHT, WRONG, MISSED = "#1a7f37", "#cf222e", "#9a6700"
+
+
+def picture_sheet(
+    path: str,
+    *,
+    images: np.ndarray,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    heat: np.ndarray | None,
+    class_names: Sequence[str],
+    threshold: float = 0.5,
+    shown_classes: int = 3,
+    title: str = "",
+) -> None:
+    """Writes a PNG with a block per image: the image, its labels, and heat maps.
+
+    A heat map shows for one class how the positions' scores were weighted (they sum to 1), drawn
+    from nothing to its own maximum over a darkened grey image, so that what is bright is what spoke
+    for the class. The classes shown are those with the highest probability.
+
+    Args:
+      path: of the PNG.
+      images: uint8 [n, H, W, 3].
+      labels: int8 [n, C]; 1 positive, 0 negative, else not known.
+      probabilities: float [n, C] in [0, 1].
+      heat: float [n, h, w, C], or None if the model has no position weights.
+      class_names: C names.
+      threshold: a class from this probability on counts as predicted.
+      shown_classes: heat maps an image.
+      title: of the sheet.
+    """
+    blocks = 2 if len(images) > 1 else 1
+    panels = 1 + (shown_classes if heat is not None else 0)
+    rows = -(-len(images) // blocks)
+    figure = Figure(figsize=(blocks * panels * 1.45 + 0.4, rows * 2.15 + 0.7), dpi=110)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    grid = GridSpec(
+        rows, blocks * panels, figure, left=0.01, right=0.99, bottom=0.05, top=1 - 0.75 / (rows * 2.15)
+    )
+    grid.update(hspace=0.62, wspace=0.12)
+    for i, image in enumerate(images):
+        row, block = divmod(i, blocks)
+        axes = [figure.add_subplot(grid[row, block * panels + k]) for k in range(panels)]
+        axes[0].imshow(image)
+        _caption(axes[0], labels[i], probabilities[i], class_names, threshold)
+        if heat is not None:
+            order = np.argsort(-probabilities[i], kind="stable")[:shown_classes]
+            for axis, c in zip(axes[1:], order, strict=True):
+                _heat(axis, image, heat[i, :, :, c])
+                color = {1: RIGHT, 0: WRONG}.get(int(labels[i, c]), "black")
+                axis.set_title(f"{class_names[c]} {probabilities[i, c]:.2f}", fontsize=7, color=color)
+        for axis in axes:
+            axis.set_axis_off()
+    figure.text(
+        0.01,
+        0.012,
+        "green: present and found   red: not present but predicted   "
+        "brown: present but missed   right of each image: where each of its likeliest classes was seen",
+        fontsize=7,
+    )
+    partial = f"{path}.partial-{os.getpid()}"
+    figure.savefig(partial, format="png")
+    os.replace(partial, path)
+
+
+def _caption(
+    axis: object,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    threshold: float,
+) -> None:
+    predicted = probabilities >= threshold
+    groups = (
+        (RIGHT, np.flatnonzero(predicted & (labels == 1))),
+        (WRONG, np.flatnonzero(predicted & (labels == 0))),
+        (MISSED, np.flatnonzero(~predicted & (labels == 1))),
+        ("black", np.flatnonzero(predicted & (labels < 0))),
+    )
+    line = 0
+    for color, classes in groups:
+        names = [class_names[c] for c in classes]
+        for start in range(0, len(names), 2):
+            text = ", ".join(names[start : start + 2])
+            axis.text(
+                0, -0.04 - 0.115 * line, text, color=color, fontsize=6.5, va="top",
+                transform=axis.transAxes,
+            )  # fmt: skip
+            line += 1
+
+
+def _heat(axis: object, image: np.ndarray, weights: np.ndarray) -> None:
+    grey = image.mean(axis=-1)
+    axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
+    extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+    scaled = weights / max(float(weights.max()), 1e-12)
+    axis.imshow(
+        scaled, cmap="inferno", alpha=0.65, extent=extent, interpolation="bilinear", vmin=0, vmax=1
+    )
+    axis.set_xlim(extent[:2])
+    axis.set_ylim(extent[2:])

@@ -1,0 +1,196 @@
+"""`results.json`, `predictions.npz`, the picture sheet and the closing table."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from clsl_jax import evaluate, experiment, report, sharding
+from clsl_jax.experiment import Experiment
+from clsl_jax.workdir import Workdir
+from clsl_jax.writer import RunLog, write_atomically
+
+PREDICTIONS_NAME = "predictions.npz"
+PICTURES_NAME = "pictures.png"
+
+
+def write(
+    name: str,
+    *,
+    config: ml_collections.ConfigDict,
+    built: Experiment,
+    workdir: Workdir,
+    log: RunLog,
+    scores: Mapping[tuple[str, str], np.ndarray],
+    epochs: Mapping[str, int],
+    recovery: Mapping[str, Any],
+    mask_sha256: str,
+    explain: Callable[[jax.Array], Any],
+) -> dict[str, Any]:
+    """Scores predictions under every convention and leaves everything in the workdir.
+
+    Args:
+      name: of the JSON file.
+      config: of the run.
+      built: its experiment.
+      workdir: its directory.
+      log: its console.
+      scores: {(weights, split): float [N, C]}; weights are `last` or `best`.
+      epochs: {weights: epoch they are from}.
+      recovery: figures of the recovered labels at the end.
+      mask_sha256: of the known-label mask.
+      explain: `images -> (probabilities, position weights, attention)` with the best weights.
+
+    Returns:
+      What the JSON file holds.
+    """
+    result = {
+        "dataset": _dataset_facts(built),
+        "labels": {
+            "protocol": config.labels.protocol,
+            "known_fraction": config.labels.known_fraction,
+            "seed": config.labels.seed,
+            "known_entries": int((built.annotations >= 0).sum()),
+            "entries": int(built.annotations.size),
+            "mask_sha256": mask_sha256,
+        },
+        "seed": config.seed,
+        "images": f"squashed to {config.data.image_size} x {config.data.image_size}, no crop",
+        "weights": f"{config.evaluation.weights} of the parameters and batch statistics",
+        "selection": {
+            "rule": f"highest {config.evaluation.selection} mAP "
+            f"({config.evaluation.convention} AP) among the saved epochs; the latest of equals",
+            "split": config.evaluation.selection,
+            "epochs": dict(epochs),
+        },
+        "versions": experiment.versions(),
+        "recovery": dict(recovery),
+        "results": _scored(scores, epochs, built),
+    }
+    pictured = min(config.evaluation.pictures, len(built.dataset.test.labels))
+    explained = _explain(built, explain, pictured) if pictured else None
+    if jax.process_index() == 0:
+        write_atomically(workdir.path(name), json.dumps(result, indent=2, sort_keys=True) + "\n")
+        _write_predictions(workdir.path(PREDICTIONS_NAME), built, scores["best", "test"])
+        if explained is not None:
+            note = f"weights of epoch {epochs['best']}"
+            _write_pictures(workdir.path(PICTURES_NAME), built, explained, note)
+    _print(log, result, workdir, name)
+    return result
+
+
+def _dataset_facts(built: Experiment) -> dict[str, Any]:
+    dataset = built.dataset
+    return {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "classes": list(dataset.class_names),
+        "images": {
+            name: len(getattr(dataset, name).labels) for name in ("train", "validation", "test")
+        },
+        "facts": dict(dataset.facts),
+    }
+
+
+def _scored(
+    scores: Mapping[tuple[str, str], np.ndarray], epochs: Mapping[str, int], built: Experiment
+) -> list[dict[str, Any]]:
+    rows = []
+    for (label, split_name), values in scores.items():
+        for convention in evaluate.CONVENTIONS:
+            split = getattr(built.dataset, split_name)
+            found = evaluate.score(values, split, built.dataset.class_names, convention=convention)
+            rows.append(
+                {
+                    "weights": label,
+                    "epoch": epochs[label],
+                    "split": split_name,
+                    "AP_convention": convention,
+                    "difficult": "ignored",
+                    "without_labels": "kept",
+                    **found,
+                }
+            )
+    return rows
+
+
+def _explain(
+    built: Experiment, explain: Callable[[jax.Array], Any], count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Returns images [n, H, W, 3], probabilities [n, C] and heat [n, h, w, C] of test images."""
+    images = np.stack([built.dataset.test.images[i]["image"] for i in range(count)])
+    probabilities, weights, _ = evaluate.gather(
+        explain(sharding.put_replicated(built.mesh, images))
+    )
+    if weights is None:
+        return images, probabilities, None
+    side = round(weights.shape[1] ** 0.5)
+    return images, probabilities, weights.reshape(count, side, side, -1)
+
+
+def _write_predictions(path: str, built: Experiment, scores: np.ndarray) -> None:
+    split = built.dataset.test
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        scores=scores,
+        labels=split.labels,
+        ignore=split.ignore,
+        ids=np.asarray(split.ids, dtype=np.str_),
+        class_names=np.asarray(built.dataset.class_names, dtype=np.str_),
+    )
+    partial = f"{path}.partial-{os.getpid()}"
+    with open(partial, "wb") as file:
+        file.write(buffer.getvalue())
+    os.replace(partial, path)
+
+
+def _write_pictures(
+    path: str,
+    built: Experiment,
+    explained: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    note: str,
+) -> None:
+    images, probabilities, heat = explained
+    report.picture_sheet(
+        path,
+        images=images,
+        labels=built.dataset.test.labels[: len(images)],
+        probabilities=probabilities,
+        heat=heat,
+        class_names=built.dataset.class_names,
+        title=f"{built.dataset.name}: test images, {note}",
+    )
+
+
+def _print(log: RunLog, result: Mapping[str, Any], workdir: Workdir, name: str) -> None:
+    rows = []
+    for row in result["results"]:
+        if row["AP_convention"] != "interpolated":
+            continue
+        at = row["threshold_0.5"]
+        numbers = (row["mAP"], at["CF1"], at["OF1"], row["top_3"]["CF1"], row["top_3"]["OF1"])
+        label = f"{row['split']}, {row['weights']} weights (epoch {row['epoch']})"
+        rows.append((label, *(f"{100 * number:.2f}" for number in numbers)))
+    header = ("percent", "mAP", "CF1", "OF1", "top-3 CF1", "top-3 OF1")
+    labels = result["labels"]
+    share = labels["known_entries"] / labels["entries"]
+    title = (
+        f"{result['dataset']['name']}, {100 * share:.1f} % of the training labels known "
+        f"({labels['protocol']}); AP interpolated"
+    )
+    log.table(title, header, rows)
+    found = result["recovery"]
+    shown = [found.get(f"recovery/{k}") for k in ("positive_recall", "positive_precision")]
+    if None not in shown:
+        log.console.print(
+            f"Hidden training labels: {100 * shown[0]:.1f} % of the positives recovered, "
+            f"{100 * shown[1]:.1f} % of the recovered positives right."
+        )
+    names = (name, PREDICTIONS_NAME, PICTURES_NAME)
+    log.console.print("Written: " + ", ".join(workdir.path(n) for n in names))

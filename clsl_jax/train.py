@@ -1,0 +1,354 @@
+"""The training loop, from top to bottom: epochs of steps, recovery, evaluation, checkpoints."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from clsl_jax import config as config_lib
+from clsl_jax import evaluate, experiment, results, sharding, steps
+from clsl_jax.checkpoint import CheckpointError, Checkpointer
+from clsl_jax.compiled import CompiledSteps, compile_steps
+from clsl_jax.data import partial, pipeline
+from clsl_jax.errors import InputError
+from clsl_jax.experiment import Experiment
+from clsl_jax.preemption import Preempted, PreemptionGuard
+from clsl_jax.recovery import recovery_summary
+from clsl_jax.workdir import Workdir
+from clsl_jax.writer import RunLog
+
+
+def train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: str
+) -> dict[str, Any] | None:
+    """Trains, or goes on training, the run in `workdir` and evaluates it.
+
+    Args:
+      config: every key set; see `config.py`.
+      workdir: directory of the run. If it holds one already, that run is continued.
+
+    Returns:
+      What `results.json` holds; None if SIGTERM stopped the run (everything is saved then).
+
+    Raises:
+      InputError: if configuration, workdir, data or checkpoints cannot be used.
+    """
+    config_lib.validate(config)
+    with Workdir(workdir) as where, PreemptionGuard() as guard:
+        where.adopt(config)
+        log = RunLog(workdir)
+        log.console.print(f"clsl_jax: {config.data.name}, workdir {workdir}")
+        run = _Run(config, experiment.build(config), where, log, guard)
+        try:
+            return run.train()
+        except Preempted as stopped:
+            log.console.print(f"{stopped} Run the same command to go on.")
+            return None
+        finally:
+            run.close()
+
+
+def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dict[str, Any]:
+    """Evaluates the last and the best checkpoint of `workdir` again; writes `evaluation.json`.
+
+    Args:
+      config: must agree with the one of the run where numbers depend on it; None takes that one.
+      workdir: of a run of `train_and_evaluate`.
+
+    Raises:
+      InputError: if there is no such run or no sound checkpoint.
+    """
+    stored = Workdir.stored_config(workdir)
+    if config is not None:
+        config_lib.validate(config)
+        config_lib.check_resume(stored, config, workdir)
+    config = stored if config is None else config
+    log = RunLog(workdir)
+    run = _Run(config, experiment.build(config), Workdir(workdir), log, None, read_only=True)
+    try:
+        return run.evaluate()
+    finally:
+        run.close()
+
+
+class _Run:
+    """One run in progress: what the loop below would otherwise pass from hand to hand."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        built: Experiment,
+        workdir: Workdir,
+        log: RunLog,
+        guard: PreemptionGuard | None,
+        read_only: bool = False,
+    ) -> None:
+        self.config, self.experiment, self.workdir = config, built, workdir
+        self.log, self.guard = log, guard
+        self.steps: CompiledSteps = compile_steps(
+            built, config, report=log.console.print, training=not read_only
+        )
+        # The full labels, for the diagnostic of recovery alone: no compiled step but `count` sees them.
+        self.hidden = sharding.put_global_rows(
+            built.mesh, sharding.pad_rows(built.dataset.train.labels, partial.UNKNOWN)
+        )
+        self.checkpointer = Checkpointer(
+            workdir.path("checkpoints"), keep=config.checkpoint.keep, read_only=read_only
+        )
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.log.close()
+
+    # Training ---------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        config, built = self.config, self.experiment
+        mask_sha256 = self.workdir.save_mask(built.mask, config)
+        restored = self.checkpointer.restore_latest(built.abstract_state)
+        if restored is None:
+            state, step, epoch_done = built.new_state(), 0, True
+        else:
+            state, meta, step = restored
+            epoch_done = meta["epoch_done"]
+            self._check_mask(meta["mask_sha256"], mask_sha256)
+            self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
+        self.meta = {"mask_sha256": mask_sha256, "fingerprint": built.dataset.fingerprint}
+        self.log.start(step if epoch_done else step - 1)
+        data = self._train_batches(step)
+        while step < built.total_steps or not epoch_done:
+            start = time.perf_counter()
+            begun = step
+            if epoch_done or step % built.steps_per_epoch:
+                state, step = self._train_epoch(state, step, data)
+            state = self._finish_epoch(state, step, step - begun, start)
+            epoch_done = True
+        self.checkpointer.wait()
+        return self._report(state, step, "results.json")
+
+    def _train_batches(self, start: int) -> Iterator[Mapping[str, np.ndarray]]:
+        config, built = self.config, self.experiment
+        return pipeline.train_iterator(
+            built.dataset.train.images,
+            batch_size=built.batch_size // jax.process_count(),
+            seed=config.seed,
+            augment=experiment.augmentation(config),
+            clean_view=experiment.needs_clean_view(built.options, config),
+            workers=config.data.workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start=start,
+        )
+
+    def _train_epoch(
+        self, state: steps.TrainState, step: int, data: Iterator[Mapping[str, np.ndarray]]
+    ) -> tuple[steps.TrainState, int]:
+        built = self.experiment
+        epoch = step // built.steps_per_epoch
+        end = (epoch + 1) * built.steps_per_epoch
+        every = self.config.checkpoint.every_steps
+        title = f"epoch {epoch + 1}/{self.config.epochs}"
+        with self.log.progress(title, end - step, built.batch_size) as bar:
+            while step < end:
+                if self._stop_requested(step):
+                    self._save(state, step, epoch_done=step % built.steps_per_epoch == 0)
+                    self._stop(step)
+                batch = sharding.put_rows(built.mesh, dict(next(data)))
+                with jax.transfer_guard("disallow"):
+                    state = self.steps.train(state, batch)
+                step += 1
+                bar.advance()
+                if every and step % every == 0 and step < end:
+                    self._save(state, step, epoch_done=False)
+        return state, step
+
+    def _finish_epoch(
+        self, state: steps.TrainState, step: int, steps_done: int, start: float
+    ) -> steps.TrainState:
+        """Recovers labels, evaluates, logs and saves; may be done again after an interruption."""
+        config, built = self.config, self.experiment
+        sums = {k: float(v) for k, v in jax.device_get(state.sums).items()}
+        trained = time.perf_counter()
+        epoch = step // built.steps_per_epoch
+        self._check_finite(sums, epoch, step)
+        state = self.steps.recover(state)
+        values: dict[str, Any] = {"epoch": epoch}
+        for name in ("loss", "loss_known", "loss_recovered", "gradient_norm"):
+            values[f"train/{name}"] = sums[name] / sums["steps"]
+        found = self._recovery_values(state)
+        values.update(found)
+
+        def poll() -> None:
+            if self._stop_requested(step):
+                self._save(state, step, epoch_done=False)
+                self._stop(step)
+
+        names = ["validation"] + (["test"] if self._logs_test() else [])
+        for name in names:
+            values.update(self._split_values(state, name, poll))
+        selection = values[f"{config.evaluation.selection}/mAP_{config.evaluation.convention}"]
+        if epoch % config.checkpoint.every_epochs == 0 or step == built.total_steps:
+            self._save(state, step, epoch_done=True, selection=selection)
+        now = time.perf_counter()
+        rate = steps_done * built.batch_size / max(trained - start, 1e-9)
+        timing = {
+            "epoch": epoch,
+            "seconds/train": trained - start,
+            "seconds/evaluate": now - trained,
+            "images_per_second": rate,
+        }
+        self.log.epoch(step, values, timing, self._line(values, timing))
+        return state
+
+    def _logs_test(self) -> bool:
+        evaluation = self.config.evaluation
+        return evaluation.test_every_epoch or evaluation.selection == "test"
+
+    def _recovery_values(self, state: steps.TrainState) -> dict[str, Any]:
+        """Returns how recovered labels compare with the hidden ones; a diagnostic, never used."""
+        if self.experiment.options.recovery_mode != "epoch":
+            return {}
+        counts = self.steps.count(
+            state.recovered, state.recovered_weight, state.annotations, self.hidden
+        )
+        summary = recovery_summary(jax.device_get(counts))
+        names = self.experiment.dataset.class_names
+        values: dict[str, Any] = {}
+        for key, number in summary["overall"].items():
+            values[f"recovery/{key}"] = _finite(number)
+        for key, numbers in summary["per_class"].items():
+            values[f"recovery_per_class/{key}"] = {
+                name: _finite(number) for name, number in zip(names, numbers, strict=True)
+            }
+        return values
+
+    def _split_values(self, state: steps.TrainState, name: str, poll: Any) -> dict[str, Any]:
+        split = getattr(self.experiment.dataset, name)
+        scores = self._predict(state, split, poll)
+        values: dict[str, Any] = {}
+        for convention in evaluate.CONVENTIONS:
+            scored = evaluate.score(
+                scores, split, self.experiment.dataset.class_names, convention=convention
+            )
+            values[f"{name}/mAP_{convention}"] = scored["mAP"]
+        values[f"{name}/CF1"] = scored["threshold_0.5"]["CF1"]
+        values[f"{name}/OF1"] = scored["threshold_0.5"]["OF1"]
+        return values
+
+    def _predict(self, state: steps.TrainState, split: Any, poll: Any = lambda: None) -> np.ndarray:
+        weights = steps.evaluation_weights(state, ema=self.experiment.options.evaluate_ema)
+        return evaluate.predict(
+            split,
+            weights,
+            self.steps.predict,
+            mesh=self.experiment.mesh,
+            batch_size=self.experiment.eval_batch_size,
+            poll=poll,
+        )
+
+    def _line(self, values: Mapping[str, Any], timing: Mapping[str, float]) -> str:
+        convention = self.config.evaluation.convention
+        width = len(str(self.config.epochs))
+        parts = [
+            f"epoch {values['epoch']:{width}d}/{self.config.epochs}",
+            f"loss {values['train/loss']:.4f}",
+        ]
+        for name in ("validation", "test"):
+            if f"{name}/mAP_{convention}" in values:
+                parts.append(f"{name} mAP {100 * values[f'{name}/mAP_{convention}']:.2f}")
+        if "recovery/positive_precision" in values:
+            precision, recall = (
+                values[f"recovery/positive_{kind}"] for kind in ("precision", "recall")
+            )
+            parts.append(f"recovered positives {_percent(precision)} right, {_percent(recall)} found")
+        parts.append(f"{timing['images_per_second']:.0f} images/s")
+        return "  ".join(parts)
+
+    # Stopping, saving, checking ---------------------------------------------------------------
+
+    def _stop_requested(self, step: int) -> bool:
+        return self.guard is not None and self.guard.reached(step)
+
+    def _stop(self, step: int) -> None:
+        self.checkpointer.wait()
+        raise Preempted(f"Stopped by SIGTERM after step {step}; everything is saved.")
+
+    def _save(
+        self, state: steps.TrainState, step: int, *, epoch_done: bool, selection: float | None = None
+    ) -> None:
+        meta = {**self.meta, "epoch_done": epoch_done}
+        self.checkpointer.save(state, step=step, meta=meta, selection=selection)
+
+    def _check_mask(self, stored: str, found: str) -> None:
+        if stored != found:
+            raise InputError(
+                f"The known-label mask is not the one this run was started with: SHA-256 "
+                f"{found[:12]}…, in the checkpoint {stored[:12]}…. Was the data set or its cache "
+                "changed? Restore it, or start anew in another --workdir."
+            )
+
+    def _check_finite(self, sums: Mapping[str, float], epoch: int, step: int) -> None:
+        if not np.isfinite(list(sums.values())).all():
+            raise InputError(
+                f"The loss or a gradient became NaN or infinite in epoch {epoch} (steps "
+                f"{step - int(sums['steps']) + 1} to {step}). Checkpoints up to epoch {epoch - 1} "
+                "are sound. Lower optim.learning_rate or set optim.clip_norm, in a new --workdir."
+            )
+
+    # Results ----------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, Any]:
+        restored = self.checkpointer.restore_latest(self.experiment.abstract_state)
+        if restored is None:
+            raise CheckpointError(
+                f"{self.workdir.path('checkpoints')} holds no checkpoint: train first."
+            )
+        state, meta, step = restored
+        self.meta = meta
+        return self._report(state, step, "evaluation.json")
+
+    def _report(self, state: steps.TrainState, step: int, name: str) -> dict[str, Any]:
+        """Evaluates the last and the best weights on the test split and writes everything."""
+        built = self.experiment
+        best_step = self.checkpointer.best_step()
+        chosen = [("last", step, state)]
+        if best_step is not None and best_step != step:
+            best_state, _ = self.checkpointer.restore(built.abstract_state, best_step)
+        else:
+            best_step, best_state = step, state
+        chosen.append(("best", best_step, best_state))
+        scores = {}
+        for split in ("validation", "test"):
+            scores["last", split] = self._predict(state, getattr(built.dataset, split))
+            scores["best", split] = (
+                scores["last", split]
+                if best_state is state
+                else self._predict(best_state, getattr(built.dataset, split))
+            )
+        return results.write(
+            name,
+            config=self.config,
+            built=built,
+            workdir=self.workdir,
+            log=self.log,
+            scores=scores,
+            epochs={label: at // built.steps_per_epoch for label, at, _ in chosen},
+            recovery=self._recovery_values(state),
+            mask_sha256=self.meta["mask_sha256"],
+            explain=lambda images: self.steps.explain(
+                steps.evaluation_weights(best_state, ema=built.options.evaluate_ema), images
+            ),
+        )
+
+
+def _finite(number: Any) -> float | None:
+    number = float(number)
+    return number if np.isfinite(number) else None
+
+
+def _percent(value: float | None) -> str:
+    return "  -- " if value is None else f"{100 * value:4.1f}%"

@@ -1,0 +1,96 @@
+"""The directory of a run: one run at a time, one configuration, one known-label mask."""
+
+import fcntl
+import os
+from typing import IO
+
+import jax
+import ml_collections
+import numpy as np
+
+from clsl_jax import config as config_lib
+from clsl_jax.data import partial
+from clsl_jax.errors import InputError
+from clsl_jax.writer import write_atomically
+
+CONFIG_NAME = "config.json"
+MASK_NAME = "known_mask.npz"
+
+
+class Workdir:
+    """Files of a run. As a context manager it holds the directory against a second run."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._lock: IO[str] | None = None
+
+    def path(self, *names: str) -> str:
+        """Returns the path of something in the directory."""
+        return os.path.join(self._directory, *names)
+
+    def __enter__(self) -> "Workdir":
+        try:
+            os.makedirs(self._directory, exist_ok=True)
+            if jax.process_index() == 0:
+                self._lock = open(self.path(".lock"), "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(
+                f"--workdir={self._directory} cannot be written to ({error.strerror}): "
+                "name a directory of yours."
+            ) from None
+        if self._lock is not None:
+            try:
+                # The system drops this lock when the process ends, however it ends.
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._lock.close()
+                raise InputError(
+                    f"Another process is running in --workdir={self._directory}: wait for it, "
+                    "stop it, or name another directory."
+                ) from None
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def adopt(self, config: ml_collections.ConfigDict) -> None:
+        """Writes the configuration down, or checks it against the one the run was started with.
+
+        Raises:
+          InputError: if the run here was started with another one, naming the keys.
+        """
+        if os.path.exists(self.path(CONFIG_NAME)):
+            stored = self.stored_config(self._directory)
+            config_lib.check_resume(stored, config, self._directory)
+        if jax.process_index() == 0:
+            write_atomically(self.path(CONFIG_NAME), config_lib.to_json(config))
+
+    @staticmethod
+    def stored_config(directory: str) -> ml_collections.ConfigDict:
+        """Returns the configuration of the run in `directory`.
+
+        Raises:
+          InputError: if there is no run or its configuration is damaged.
+        """
+        path = os.path.join(directory, CONFIG_NAME)
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+        except FileNotFoundError:
+            raise InputError(
+                f"There is no run in --workdir={directory} (no {CONFIG_NAME}): train there first."
+            ) from None
+        return config_lib.from_json(text, path)
+
+    def save_mask(self, mask: np.ndarray, config: ml_collections.ConfigDict) -> str:
+        """Writes the known-label mask bool [N, C] and returns its SHA-256."""
+        if jax.process_index() != 0:
+            return partial.mask_sha256(mask)
+        return partial.save_mask(
+            self.path(MASK_NAME),
+            mask,
+            protocol=config.labels.protocol,
+            known_fraction=config.labels.known_fraction,
+            seed=config.labels.seed,
+        )

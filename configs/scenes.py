@@ -1,0 +1,45 @@
+"""Scenes composed of garments and digits: the embedded default, 10 % of the labels known.
+
+    python -m clsl_jax.main --config=configs/scenes.py --workdir=DIR
+
+Arguments, after a colon: `configs/scenes.py:strong` for labels that co-occur strongly.
+"""
+
+import ml_collections
+
+from clsl_jax import config as config_lib
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the configuration; `arg` is None or `strong`."""
+    if arg not in (None, "", "moderate", "strong"):
+        raise config_lib.ConfigError(f"configs/scenes.py:{arg}: expected nothing, moderate or strong.")
+    config = config_lib.base_config()
+    config.epochs = 30
+    config.batch_size = 64
+
+    config.data.name = "scenes"
+    config.data.image_size = 64
+    config.data.strength = arg or "moderate"
+    config.data.flip = False  # a mirrored 2 or 5 is no digit
+    config.data.translate = 0.06
+    config.data.scale = 0.1
+    config.data.color_jitter = 0.2
+
+    config.labels.protocol = "uniform"
+    config.labels.known_fraction = 0.2
+
+    config.model.backbone = "small"
+    config.model.encoder_layers = 1
+    config.model.encoder_heads = 4
+    config.model.encoder_mlp = 128
+    config.model.rank = 64
+    config.model.embedding_dim = 32
+    config.model.head_dropout = 0.3
+    config.model.encoder_dropout = 0.0
+    config.model.learn_embeddings = True
+
+    config.optim.learning_rate = 2e-3
+    config.optim.ema_decay = 0.99
+    config.evaluation.batch_size = 256
+    return config

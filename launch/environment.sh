@@ -1,0 +1,41 @@
+# Sourced by the other scripts: makes (once) and activates the virtual environment.
+# Usage: source launch/environment.sh [PIP-TARGET ...]     such as '.[cuda12]'
+# CLSL_VENV names the environment (default .venv in the repository), CLSL_PYTHON the interpreter.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${CLSL_VENV:-$root/.venv}
+
+find_python() {
+  local candidate
+  for candidate in ${CLSL_PYTHON:-} python3.12 python3.11 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11 or newer was found; install one or set CLSL_PYTHON to it." >&2
+  return 1
+}
+
+if [ ! -x "$venv/bin/python" ]; then
+  python=$(find_python) || exit 1
+  echo "Making the environment $venv with $("$python" --version) ..."
+  # Under another name first, so that an interrupted run leaves nothing that looks whole.
+  rm -rf "$venv"
+  "$python" -m venv "$venv" || {
+    rm -rf "$venv"
+    echo "error: '$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
+    exit 1
+  }
+fi
+for target in "$@"; do
+  stamp=$venv/.installed-$(echo "$target" | tr -c 'a-zA-Z0-9\n' '_')
+  if [ ! -e "$stamp" ] || [ -n "$(find "$root"/requirements*.txt "$root"/setup.cfg -newer "$stamp")" ]; then
+    echo "Installing $target (once; about a minute) ..."
+    (cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$target") || {
+      echo "error: the installation failed; see pip's message above." >&2
+      exit 1
+    }
+    touch "$stamp"
+  fi
+done
+export PATH="$venv/bin:$PATH"

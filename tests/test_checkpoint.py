@@ -1,0 +1,161 @@
+"""Checkpoints: bit-equal on any number of devices, damage found and named."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clsl_jax import sharding
+from clsl_jax.checkpoint import Checkpointer, CheckpointError, checksums
+
+
+def make_state(seed=0, devices=8):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    rng = np.random.default_rng(seed)
+    return {
+        "matrix": sharding.put_global_rows(mesh, rng.random((512, 5), np.float32)),
+        "labels": sharding.put_global_rows(mesh, rng.integers(-1, 2, (512, 5)).astype(np.int8)),
+        "weights": sharding.put_replicated(mesh, rng.standard_normal((64, 48)).astype(np.float32)),
+        "half": sharding.put_replicated(mesh, jnp.asarray(rng.random(7), jnp.bfloat16)),
+        "step": sharding.put_replicated(mesh, np.int32(seed)),
+    }
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def assert_same(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def save(checkpointer, step, state=None, selection=0.5, **meta):
+    checkpointer.save(state or make_state(step), step=step, meta=meta, selection=selection)
+    checkpointer.wait()
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_restores_bit_equal_on_other_numbers_of_devices(tmp_path, devices):
+    state = make_state(3, devices=8)
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 3, state, note="kept")
+    found, meta, step = checkpointer.restore_latest(abstract(make_state(0, devices=devices)))
+    assert step == 3
+    assert meta["note"] == "kept"
+    assert_same(found, state)
+    assert len(found["matrix"].sharding.device_set) == devices
+    checkpointer.close()
+
+
+def test_checksums_do_not_depend_on_devices_and_see_any_change():
+    one, eight = (jax.jit(checksums)(make_state(1, devices=n)) for n in (1, 8))
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(eight))
+    state = make_state(1, devices=1)
+    swapped = {**state, "matrix": state["matrix"].at[jnp.array([0, 1])].set(state["matrix"][1::-1])}
+    changed = np.asarray(checksums(swapped)) != np.asarray(one)
+    # Leaves come in the order of their names: half, labels, matrix, step, weights.
+    assert changed.tolist() == [False, False, True, False, False]
+
+
+def test_keeps_the_latest_two_and_the_best(tmp_path):
+    checkpointer = Checkpointer(str(tmp_path), keep=2)
+    for step, selection in [(1, 0.1), (2, 0.9), (3, 0.2), (4, 0.3), (5, 0.9), (6, 0.1), (7, 0.2)]:
+        save(checkpointer, step, selection=selection)
+    save(checkpointer, 8, selection=None)
+    assert checkpointer.best_step() == 5
+    assert checkpointer.steps() == [5, 7, 8]
+    checkpointer.close()
+    again = Checkpointer(str(tmp_path), read_only=True)
+    assert again.best_step() == 5
+    again.close()
+
+
+def test_a_step_can_be_saved_again(tmp_path):
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 4, make_state(0), selection=None, epoch_done=False)
+    save(checkpointer, 4, make_state(1), epoch_done=True)
+    found, meta, _ = checkpointer.restore_latest(abstract(make_state()))
+    assert meta["epoch_done"] is True
+    assert_same(found, make_state(1))
+    checkpointer.close()
+
+
+def test_nothing_saved(tmp_path):
+    checkpointer = Checkpointer(str(tmp_path))
+    assert checkpointer.restore_latest(abstract(make_state())) is None
+    assert checkpointer.best_step() is None
+    checkpointer.close()
+
+
+def files_of(directory):
+    return [
+        os.path.join(where, name)
+        for where, _, names in os.walk(directory)
+        for name in names
+        if os.path.getsize(os.path.join(where, name))
+    ]
+
+
+def largest_file(directory):
+    return max(files_of(directory), key=os.path.getsize)
+
+
+def truncate(path):
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+
+
+def flip(path):
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 0xFF]))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, os.remove])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage, caplog):
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    checkpointer.close()
+    damage(largest_file(tmp_path / "2"))
+    checkpointer = Checkpointer(str(tmp_path))
+    with caplog.at_level("WARNING"):
+        found, _, step = checkpointer.restore_latest(abstract(make_state()))
+    assert step == 1
+    assert_same(found, make_state(1))
+    assert str(tmp_path / "2") in caplog.text
+    assert (tmp_path / "damaged-2").is_dir()
+    save(checkpointer, 2)
+    assert checkpointer.restore_latest(abstract(make_state()))[2] == 2
+    checkpointer.close()
+
+
+def test_all_damaged_is_an_error_and_nothing_is_moved(tmp_path):
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    checkpointer.close()
+    for step in ("1", "2"):
+        truncate(largest_file(tmp_path / step))
+    checkpointer = Checkpointer(str(tmp_path))
+    with pytest.raises(CheckpointError, match="No sound checkpoint is left"):
+        checkpointer.restore_latest(abstract(make_state()))
+    assert (tmp_path / "1").is_dir()
+    assert (tmp_path / "2").is_dir()
+    checkpointer.close()
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 1)
+    mesh = sharding.make_mesh()
+    other = {**make_state(), "weights": sharding.put_replicated(mesh, np.zeros((3, 3), np.float32))}
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        checkpointer.restore(abstract(other), 1)
+    checkpointer.close()

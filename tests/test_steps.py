@@ -1,0 +1,239 @@
+"""The train step: what it may see, how often it compiles, what it does to the state."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from clsl_jax import optim, sharding, steps
+from clsl_jax.models.clsl import CLSL
+
+N, C, B, SIZE = 48, 5, 16, 16
+
+
+def make_options(**changes):
+    options = steps.StepOptions(steps_per_epoch=3, ema_decay=0.9)
+    return dataclasses.replace(options, **changes)
+
+
+def make_model(**changes):
+    plain = {
+        "backbone": "small",
+        "backbone_widths": (4, 8),
+        "encoder_heads": 2,
+        "encoder_mlp": 8,
+        "rank": 4,
+        "head_dropout": 0.1,
+        "encoder_dropout": 0.1,
+    }
+    return CLSL(num_classes=C, **{**plain, **changes})
+
+
+def make_labels(seed=0, fraction=0.4):
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((N, C)) < 0.3).astype(np.int8)
+    mask = rng.random((N, C)) < fraction
+    return labels, np.where(mask, labels, -1).astype(np.int8)
+
+
+def make_batch(rows, seed=0):
+    rng = np.random.default_rng([seed, *rows])
+    images = rng.integers(0, 256, (len(rows), SIZE, SIZE, 3), np.uint8)
+    return {"image": images, "clean": images[:, ::-1].copy(), "row": np.asarray(rows, np.int32)}
+
+
+class Harness:
+    """Everything needed to run steps on a mesh of some devices."""
+
+    def __init__(self, options=None, devices=1, annotations=None, learn=False, **model_changes):
+        self.options = options or make_options()
+        self.mesh = sharding.make_mesh(jax.devices()[:devices])
+        self.model = make_model(**model_changes)
+        schedule = optim.one_cycle(1e-2, 30)
+        self.optimizer = optim.adamw_cycled(schedule.learning_rate, schedule.beta1)
+        embeddings = np.random.default_rng(9).standard_normal((C, 6)).astype(np.float32)
+        annotations = make_labels()[1] if annotations is None else annotations
+
+        def init(embeddings, annotations):
+            return steps.init_state(
+                self.model,
+                self.optimizer,
+                seed=3,
+                image_size=SIZE,
+                label_embeddings=embeddings,
+                annotations=annotations,
+                learn_embeddings=learn,
+                options=self.options,
+            )
+
+        arguments = (
+            sharding.put_replicated(self.mesh, embeddings),
+            sharding.put_global_rows(self.mesh, sharding.pad_rows(annotations, -1)),
+        )
+        rows, alike = sharding.by_row(self.mesh), sharding.replicated(self.mesh)
+        shardings = steps.state_shardings(jax.eval_shape(init, *arguments), rows, alike)
+        self.state = jax.jit(init, out_shardings=shardings)(*arguments)
+        step = steps.make_train_step(self.model, self.optimizer, self.options)
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        self.recover = jax.jit(
+            steps.make_recover(self.options), donate_argnums=0, out_shardings=shardings
+        )
+
+    def run(self, count, seed=0):
+        for k in range(count):
+            start = k % 3 * B
+            batch = sharding.put_rows(self.mesh, make_batch(range(start, start + B), seed))
+            with jax.transfer_guard("disallow"):
+                self.state = self.step(self.state, batch)
+            if k % 3 == 2:
+                self.state = self.recover(self.state)
+        return jax.device_get(self.state)
+
+
+def assert_same_trees(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+RECOVERIES = [
+    {"recovery_mode": "none"},
+    {"recovery_mode": "online"},
+    {"recovery_mode": "online", "scale": "released", "sharpening": "released"},
+    {"recovery_mode": "epoch", "teacher": "student"},
+    {"recovery_mode": "epoch", "thresholds": "adaptive", "soft": False, "graph_layers": 1},
+]
+
+
+@pytest.mark.parametrize("changes", RECOVERIES)
+def test_compiles_once_and_never_touches_the_host(changes, caplog):
+    layers = changes.get("graph_layers", 0)
+    harness = Harness(make_options(**changes), devices=8, graph_layers=layers)
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        state = harness.run(6)
+    compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+    assert sum("train_step" in message for message in compiled) == 1
+    assert sum("recover" in message for message in compiled) == 1
+    assert state.step == 6
+    assert state.sums["steps"] == 3
+    assert np.isfinite(state.sums["loss"])
+
+
+def test_hidden_labels_cannot_reach_training():
+    """The state that training carries holds nothing of a hidden label: only annotations go in."""
+    labels, annotations = make_labels(1)
+    scrambled = np.where(annotations >= 0, labels, 1 - labels).astype(np.int8)
+    assert (scrambled != labels).sum() == (annotations < 0).sum()
+    from clsl_jax.data import partial
+
+    mask = annotations >= 0
+    first = Harness(annotations=partial.annotate(labels, mask)).run(6)
+    second = Harness(annotations=partial.annotate(scrambled, mask)).run(6)
+    assert_same_trees(first, second)
+
+
+def test_the_first_step_by_hand():
+    """Sums, EMA, scores and visits after one step, from separate evaluations of the parts."""
+    harness = Harness(make_options(recovery_mode="epoch", teacher="ema"))
+    before = jax.device_get(harness.state)
+    batch = make_batch(range(B))
+    logits, _ = harness.model.apply(
+        {"params": before.params["model"], "batch_stats": before.batch_stats},
+        steps.normalize(jnp.asarray(batch["clean"])),
+        before.label_embeddings,
+        before.adjacency,
+        train=False,
+    )
+    harness.state = harness.step(harness.state, sharding.put_rows(harness.mesh, batch))
+    after = jax.device_get(harness.state)
+    assert after.step == 1
+    assert after.sums["steps"] == 1
+    np.testing.assert_array_equal(after.visits[:B], 1)
+    np.testing.assert_array_equal(after.visits[B:], 0)
+    np.testing.assert_allclose(after.scores[:B], jax.nn.sigmoid(logits), rtol=1e-5)
+    np.testing.assert_array_equal(after.scores[B:], 0)
+    jax.tree.map(
+        lambda old, new, ema: np.testing.assert_allclose(
+            ema, 0.9 * old + 0.1 * new, rtol=1e-4, atol=1e-7
+        ),
+        (before.params, before.batch_stats),
+        (after.params, after.batch_stats),
+        (after.ema_params, after.ema_batch_stats),
+    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 0, before.params, after.params)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_normalize():
+    image = np.array([[[[0, 128, 255]]]], np.uint8)
+    found = steps.normalize(jnp.asarray(image))[0, 0, 0]
+    expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_known_entries_never_change_and_padding_is_never_recovered():
+    harness = Harness(make_options(warmup_steps=0, confidence_power=0.0))
+    annotations = make_labels()[1]
+    state = harness.run(9)
+    known = annotations >= 0
+    np.testing.assert_array_equal(state.recovered[:N][known], annotations[known])
+    np.testing.assert_array_equal(state.recovered_weight[:N][known], 0)
+    assert (state.recovered_weight[:N][~known] > 0).all()
+    np.testing.assert_array_equal(state.recovered_weight[N:], 0)
+    np.testing.assert_array_equal(state.annotations[:N], annotations)
+
+
+def test_recovery_waits_for_the_warm_up():
+    harness = Harness(make_options(warmup_steps=6))
+    assert (harness.run(3).recovered_weight == 0).all()
+    harness = Harness(make_options(warmup_steps=6))
+    assert (harness.run(6).recovered_weight > 0).any()
+
+
+def test_the_end_of_an_epoch_done_twice_is_done_once():
+    options = make_options(thresholds="adaptive", min_count=1, graph_layers=1)
+    harness = Harness(options, graph_layers=1)
+    once = harness.run(3)
+    twice = jax.device_get(harness.recover(harness.state))
+    assert_same_trees(once, twice)
+
+
+def test_the_weight_of_the_recovered_term_ramps_up():
+    options = make_options(recovery_mode="online", recovery_weight=2.0, ramp_steps=4)
+    found = [float(steps._recovered_scale(jnp.int32(k), options)) for k in range(6)]
+    np.testing.assert_allclose(found, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+
+
+def test_learned_embeddings_move_and_fixed_ones_do_not():
+    learned = Harness(learn=True)
+    start = np.asarray(learned.state.label_embeddings)
+    state = learned.run(3)
+    assert np.abs(state.params["label_embeddings"] - start).max() > 0
+    np.testing.assert_array_equal(state.label_embeddings, start)
+    weights = steps.evaluation_weights(state, ema=False)
+    np.testing.assert_array_equal(
+        weights["label_embeddings"], state.params["label_embeddings"]
+    )
+    assert "label_embeddings" not in Harness().run(1).params
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_more_devices_give_the_same_training(devices):
+    """To float tolerance: sums over the batch are taken in another order."""
+    options = make_options(recovery_mode="epoch", confidence_power=0.0)
+    one, many = (Harness(options, devices=n).run(6) for n in (1, devices))
+    np.testing.assert_allclose(one.sums["loss"], many.sums["loss"], rtol=1e-4)
+    np.testing.assert_allclose(one.scores, many.scores, atol=2e-3)
+    np.testing.assert_array_equal(one.visits, many.visits)
+
+
+@pytest.mark.parametrize(
+    "switch", [{"srfl": False}, {"sgfe": False}, {"global_branch": False}, {"graph_layers": 2}]
+)
+def test_parts_switch_off(switch):
+    options = make_options(graph_layers=switch.get("graph_layers", 0))
+    state = Harness(options, **switch).run(3)
+    assert np.isfinite(state.sums["loss"])
+    assert optax.global_norm(state.params) > 0
