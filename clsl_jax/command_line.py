@@ -1,4 +1,4 @@
-"""What the small commands share: flags, and one message with exit status 2 for unusable input."""
+"""What the commands share: flags, and one message with exit status 2 for unusable input."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,14 +9,23 @@ from clsl_jax.errors import InputError
 
 EXIT_BAD_INPUT = 2
 
+Explain = Callable[[Exception, Sequence[str]], str | None]
 
-def run(define_flags: Callable[[], None], work: Callable[[Sequence[str]], None]) -> None:
+
+def run(
+    define_flags: Callable[[], None],
+    work: Callable[[Sequence[str]], None],
+    *,
+    explain: Explain = lambda error, argv: None,
+) -> None:
     """Runs a command and ends the program.
 
     Args:
       define_flags: defines the command's flags.
       work: does it, given the arguments that are no flags; an `InputError` that it raises is
         printed without a traceback, and the exit status is 2.
+      explain: `explain(error, argv)` gives a better message for an error in reading the flags, or
+        None: then absl's own errors speak for themselves and others keep their traceback.
     """
 
     def main(argv: Sequence[str]) -> int | None:
@@ -24,17 +33,24 @@ def run(define_flags: Callable[[], None], work: Callable[[Sequence[str]], None])
         try:
             work(argv[1:])
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_BAD_INPUT
+            return _refuse(str(error))
         return None
 
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            return flags.FLAGS(list(argv))
+        except Exception as error:  # a configuration file may raise anything
+            message = explain(error, argv)
+            if message is None and isinstance(error, (flags.Error, InputError)):
+                message = str(error)
+            if message is None:
+                raise
+        raise SystemExit(_refuse(message))
+
     define_flags()
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    try:
-        return flags.FLAGS(list(argv))
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_BAD_INPUT

@@ -95,7 +95,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.momentum = 0.8  # of a row's scores over its visits
     c.recovery.thresholds = "fixed"  # fixed | adaptive (per class, calibrated on known entries)
     c.recovery.positive_threshold = 0.5  # fixed: a score from here on is a recovered positive
-    c.recovery.negative_threshold = 0.5  # fixed: a score up to here is a recovered negative
+    c.recovery.negative_threshold = 0.5  # fixed: a score below is a recovered negative
     c.recovery.positive_precision = 0.9  # adaptive: what the threshold has to reach
     c.recovery.negative_precision = 0.985
     c.recovery.min_count = 5  # adaptive: known entries a threshold must rest on
@@ -164,7 +164,7 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("graph.layers", 0, None),
     ("graph.threshold", 0, 1),
     ("graph.smoothing", 0, 1),
-    ("loss.clip", 0, 1),
+    ("loss.clip", 0, 0.999),
     ("loss.eps", 1e-30, 0.1),
     ("recovery.weight", 0, None),
     ("recovery.ramp_epochs", 0, None),

@@ -1,6 +1,6 @@
-"""Prediction over a whole split and the numbers that come of it."""
+"""Prediction over a whole split, on any number of devices and processes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -8,10 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clsl_jax import metrics, sharding
+from clsl_jax import sharding
 from clsl_jax.data import pipeline, sources
-
-CONVENTIONS = ("interpolated", "uninterpolated")
 
 
 def predict(
@@ -71,48 +69,3 @@ def gather(tree: Any) -> Any:
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
-
-
-def score(
-    scores: np.ndarray,
-    split: sources.Split,
-    class_names: Sequence[str],
-    *,
-    convention: str,
-    threshold: float = 0.5,
-    top_k: int = 3,
-) -> dict[str, Any]:
-    """Returns every metric of one split under one convention, as a JSON-able dict.
-
-    Entries that `split.ignore` marks, or whose label is unknown, count for nothing. Values lie in
-    [0, 1]; a class without a positive has no AP (None) and stays out of the mean.
-
-    Args:
-      scores: float [N, C], probabilities.
-      split: with labels [N, C] and ignore [N, C].
-      class_names: C names.
-      convention: of AP, `interpolated` or `uninterpolated`.
-      threshold: from which a class counts as predicted.
-      top_k: classes an image for the second group of numbers.
-    """
-    ignore = split.ignore | (split.labels < 0)
-    labels = np.where(ignore, 0, split.labels)
-    ap = metrics.average_precision(scores, labels, ignore, convention=convention)
-    names = ("CP", "CR", "CF1", "OP", "OR", "OF1")
-
-    def group(**how: Any) -> dict[str, float]:
-        found = metrics.classification_metrics(scores, labels, ignore, **how)
-        return {name: float(found[name]) for name in names}
-
-    return {
-        "mAP": float(metrics.mean_average_precision(scores, labels, ignore, convention=convention)),
-        "AP": {
-            name: None if np.isnan(value) else float(value)
-            for name, value in zip(class_names, ap, strict=True)
-        },
-        f"threshold_{threshold}": group(threshold=threshold),
-        f"top_{top_k}": group(top_k=top_k),
-        "images": len(labels),
-        "images_without_labels": int((~(labels == 1).any(axis=1)).sum()),
-        "ignored_entries": int(ignore.sum()),
-    }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clsl_jax import optim, sharding, steps
+from clsl_jax import embed, optim, sharding, steps
 from clsl_jax.data import partial, sources, transforms
+from clsl_jax.models.backbone_weights import load_backbone
 from clsl_jax.models.clsl import CLSL
 
 
@@ -32,6 +33,7 @@ class Experiment:
       label_embeddings: float32 [C, E], as the run starts with them.
       steps_per_epoch: full batches of the training split.
       total_steps: updates of the whole run.
+      pretrained: file of backbone weights, or "".
       init: `init(label_embeddings, annotations) -> TrainState`, compiled.
       abstract_state: shapes, types and shardings of the state.
       optimizer: the gradient transformation.
@@ -48,18 +50,43 @@ class Experiment:
     label_embeddings: np.ndarray
     steps_per_epoch: int
     total_steps: int
+    pretrained: str
     init: Callable[[jax.Array, jax.Array], steps.TrainState]
     abstract_state: steps.TrainState
     optimizer: optax.GradientTransformation
     batch_size: int
     eval_batch_size: int
 
-    def new_state(self) -> steps.TrainState:
-        """Returns the state before the first step."""
+    def new_state(self, report: Callable[[str], None] = lambda line: None) -> steps.TrainState:
+        """Returns the state before the first step, with pretrained weights if any are named.
+
+        Args:
+          report: takes a line on the weights that were loaded.
+
+        Raises:
+          InputError: if the weights do not fit the backbone, naming the tensors.
+        """
         annotations = sharding.pad_rows(self.annotations, partial.UNKNOWN)
-        return self.init(
+        state = self.init(
             sharding.put_replicated(self.mesh, self.label_embeddings),
             sharding.put_global_rows(self.mesh, annotations),
+        )
+        if not self.pretrained:
+            return state
+        variables = {"params": state.params["model"], "batch_stats": state.batch_stats}
+        variables, line = load_backbone(
+            self.model.backbone, self.pretrained, jax.device_get(variables)
+        )
+        report(line)
+
+        def put(tree: Any) -> Any:
+            return sharding.put_replicated(self.mesh, tree)
+
+        return state.replace(
+            params={**state.params, "model": put(variables["params"])},
+            batch_stats=put(variables["batch_stats"]),
+            ema_params={**state.ema_params, "model": put(variables["params"])},
+            ema_batch_stats=put(variables["batch_stats"]),
         )
 
 
@@ -104,7 +131,7 @@ def build(
         weight_decay=config.optim.weight_decay,
         max_gradient_norm=config.optim.clip_norm,
     )
-    embeddings = label_embeddings(config, len(dataset.class_names))
+    embeddings = label_embeddings(config, dataset.class_names)
 
     def init(label_embeddings: jax.Array, annotations: jax.Array) -> steps.TrainState:
         return steps.init_state(
@@ -137,6 +164,7 @@ def build(
         label_embeddings=embeddings,
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
+        pretrained=config.model.pretrained,
         init=jax.jit(init, out_shardings=shardings),
         abstract_state=abstract,
         optimizer=optimizer,
@@ -194,14 +222,18 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
     )
 
 
-def label_embeddings(config: ml_collections.ConfigDict, num_classes: int) -> np.ndarray:
-    """Returns float32 [C, E]: random directions of about unit length, by `config.seed`."""
+def label_embeddings(
+    config: ml_collections.ConfigDict, class_names: Sequence[str]
+) -> np.ndarray:
+    """Returns float32 [C, E]: those of a file, or random directions of about unit length.
+
+    Raises:
+      InputError: if the file cannot be read or is not for these classes.
+    """
     if config.model.embeddings != "random":
-        raise ValueError(
-            f"model.embeddings={config.model.embeddings!r}: only 'random' can be read so far."
-        )
+        return embed.load_embeddings(config.model.embeddings, class_names)
     width = config.model.embedding_dim
-    draws = np.random.default_rng([config.seed, 1]).standard_normal((num_classes, width))
+    draws = np.random.default_rng([config.seed, 1]).standard_normal((len(class_names), width))
     return (draws / np.sqrt(width)).astype(np.float32)
 
 

@@ -12,8 +12,8 @@ at one of two scales:
 Letters: B batch, C classes.
 """
 
-from collections.abc import Callable
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,10 @@ def asymmetric_loss(
         -(1 - p_t)^gamma_t * (t log max(p, eps) + (1 - t) log max(q, eps))
         p_t = t p + (1 - t) q,   gamma_t = t gamma_pos + (1 - t) gamma_neg
 
-    The focusing weight ``(1 - p_t)^gamma_t`` carries no gradient. Below ``eps`` the logarithm is flat,
-    so an entry wrong by more than ``-log(eps)`` in logits has no gradient either. Logarithms are taken
-    of the logits, not of rounded probabilities: any finite logit gives a finite value and gradient.
+    The focusing weight ``(1 - p_t)^gamma_t`` carries no gradient. Below ``eps`` the logarithm is
+    flat, so an entry wrong by more than ``-log(eps)`` in logits has no gradient either. Logarithms
+    are taken of the logits, not of rounded probabilities: any finite logit gives a finite value and
+    gradient.
 
     Args:
         logits: any shape, finite. Types below float32 are computed in float32.
@@ -103,6 +104,63 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -(targets * log_p + (1.0 - targets) * log_q)
 
 
+def expected_loss(elementwise: ElementwiseLoss) -> ElementwiseLoss:
+    """A loss whose value at a soft target q is the mean over labels drawn with probability q.
+
+    ``q * loss(x, 1) + (1 - q) * loss(x, 0)``: what hard labels of that frequency would give. For the
+    cross-entropy it changes nothing. `asymmetric_loss` at a soft target pulls the sigmoid to q
+    itself, while labels 0 and 1 pull it to where `asymmetric_posterior` is q.
+
+    Args:
+        elementwise: loss of (logits, targets).
+
+    Returns:
+        Element-wise loss, equal to the one given at targets 0 and 1.
+    """
+
+    def expected(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        positive = elementwise(logits, jnp.ones_like(targets))
+        negative = elementwise(logits, jnp.zeros_like(targets))
+        return targets * positive + (1.0 - targets) * negative
+
+    return expected
+
+
+def asymmetric_posterior(
+    logits: jax.Array, *, gamma_pos: float = 0.0, gamma_neg: float = 2.0, clip: float = 0.0
+) -> jax.Array:
+    """Probability of a positive that a network trained by `asymmetric_loss` stands for.
+
+    The asymmetric loss is not a proper score: its sigmoid lies above the probability where negatives
+    are focused. Where positives are found with probability q, the expected gradient of the loss (its
+    weights carry none) vanishes at the sigmoid p with::
+
+        q (1 - p)^(gamma_pos + 1) = (1 - q) (p - clip)^gamma_neg p (1 - p) / (1 - p + clip)
+
+    which this solves for q. With gamma_pos = clip = 0 and gamma_neg = 2 a sigmoid of 0.5 means 0.2.
+    All zero gives the sigmoid itself.
+
+    Args:
+        logits: any shape.
+        gamma_pos: of the loss.
+        gamma_neg: of the loss.
+        clip: of the loss.
+
+    Returns:
+        float32 in [0, 1], same shape.
+    """
+    logits = logits.astype(jnp.float32)
+    log_p, log_not = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    focus, margin = log_p, 0.0
+    if clip > 0:
+        p = jnp.exp(log_p)
+        focus = jnp.log(jnp.maximum(p - clip, 1e-30))
+        margin = log_not - jnp.log(1.0 - p + clip)
+    negative = gamma_neg * focus + log_p + margin
+    positive = (gamma_pos + 1.0) * log_not
+    return jax.nn.sigmoid(negative - positive)
+
+
 def known_loss(losses: jax.Array, known: jax.Array, *, scale: str = "balanced") -> jax.Array:
     """Reduces element-wise losses over the known entries.
 
@@ -133,9 +191,9 @@ def recovered_loss(
         losses: [B, C] element-wise losses.
         weight: [B, C] weight of each recovered entry; read by ``balanced`` only.
         unknown: [B, C] bool, or 0 and 1; read by ``balanced`` only.
-        scale: ``balanced``: sum of ``weight * losses`` over unknown entries, divided by the number of
-            unknown entries (recovered or not), 0 when there are none. ``released``: the mean over all
-            B * C entries, known ones included, times 1000.
+        scale: ``balanced``: sum of ``weight * losses`` over unknown entries, divided by the number
+            of unknown entries (recovered or not), 0 when there are none. ``released``: the mean
+            over all B * C entries, known ones included, times 1000.
 
     Returns:
         Scalar, before the recovered term's own factor.
@@ -174,7 +232,8 @@ def clsl_loss(
         annotations: [B, C], 1 positive, 0 negative, -1 unknown.
         recovered: [B, C] in [0, 1], read at unknown entries. Carries no gradient.
         recovered_weight: [B, C] >= 0, read at unknown entries by ``balanced``. Carries no gradient.
-        elementwise: function of logits and targets, e.g. `asymmetric_loss` with its exponents bound.
+        elementwise: function of logits and targets, e.g. `asymmetric_loss` with its exponents
+            bound.
         scale: ``balanced`` or ``released``.
         recovered_scale: factor of the recovered term (lambda); may be traced, for a ramp.
         global_scale: factor of the global branch under ``balanced``; may be traced.

@@ -7,16 +7,16 @@ Exit status: 0 done, or stopped by SIGTERM with everything saved; 2 input that c
 """
 
 import os
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+import ml_collections
+from absl import flags
 from ml_collections import config_flags
 
+from clsl_jax import command_line
 from clsl_jax import config as config_lib
 from clsl_jax.errors import InputError
 
-EXIT_BAD_INPUT = 2
 _MODES = ("train", "evaluate")
 
 
@@ -27,20 +27,15 @@ def define_flags() -> None:
     flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; what is wrong with it ends the program with one message."""
-    try:
-        return flags.FLAGS(list(argv))
-    except flags.Error as error:
-        message = str(error)
-    except (AttributeError, KeyError):
-        message = _unknown_key(argv)
-    except (OSError, SyntaxError, ImportError) as error:
-        message = f"The configuration file cannot be read: {error}"
-    except InputError as error:
-        message = str(error)
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(EXIT_BAD_INPUT)
+def _explain(error: Exception, argv: Sequence[str]) -> str | None:
+    """Returns the message for an error in reading the configuration."""
+    if isinstance(error, (AttributeError, KeyError)):
+        return _unknown_key(argv)
+    if isinstance(error, (OSError, SyntaxError, ImportError)):
+        return f"The configuration file cannot be read: {error}"
+    if "Traceback" in str(error):  # raised inside the configuration file
+        return str(error).strip().splitlines()[-1].partition(": ")[2]
+    return None
 
 
 def _unknown_key(argv: Sequence[str]) -> str:
@@ -53,35 +48,32 @@ def _unknown_key(argv: Sequence[str]) -> str:
     return "The configuration cannot be read; see clsl_jax/config.py for its keys."
 
 
-def main(argv: Sequence[str]) -> int | None:
-    """Runs the command; input that cannot be used gives one message and exit status 2."""
+def work(arguments: Sequence[str]) -> None:
+    """Does what the flags say."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.WARNING)
     # Here, so that a wrong flag is answered before JAX has started.
     from clsl_jax import train
 
     values = flags.FLAGS
-    try:
-        if len(argv) > 1:
-            raise InputError(f"Unexpected argument {argv[1]!r}: write --flag=value.")
-        if not values.workdir:
-            raise InputError("--workdir=DIR is missing: where shall the run live?")
-        if values.mode == "evaluate":
-            train.evaluate_only(values.config, values.workdir)
-        elif values.config is None:
-            raise InputError("--config=FILE is missing, such as configs/scenes.py.")
-        else:
-            train.train_and_evaluate(values.config, values.workdir)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return None
+    if arguments:
+        raise InputError(f"Unexpected argument {arguments[0]!r}: write --flag=value.")
+    if not values.workdir:
+        raise InputError("--workdir=DIR is missing: where shall the run live?")
+    config = values.config
+    if not (config is None or isinstance(config, ml_collections.ConfigDict)):
+        # What ml_collections gives for a file that is not there; any use of it raises.
+        raise InputError(f"--config={values['config'].config_filename}: there is no such file.")
+    if values.mode == "evaluate":
+        train.evaluate_only(config, values.workdir)
+    elif config is None:
+        raise InputError("--config=FILE is missing, such as configs/scenes.py.")
+    else:
+        train.train_and_evaluate(config, values.workdir)
 
 
 def cli() -> None:
     """Entry point of the console script."""
-    define_flags()
-    app.run(main, flags_parser=parse_flags)
+    command_line.run(define_flags, work, explain=_explain)
 
 
 if __name__ == "__main__":

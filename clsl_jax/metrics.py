@@ -1,9 +1,9 @@
 """Multi-label metrics on the host, in float64: average precision and precision, recall, F1.
 
 Every function takes whole matrices, [N, C] with N images and C classes. An entry is left out where
-`ignore` is True and where its label is -1 (nobody knows); what the score says there does not matter,
-with one exception: the top-k of an image is chosen among *all* its classes, and only then are ignored
-entries left out, so an ignored class with a high score uses up a place.
+`ignore` is True and where its label is -1 (nobody knows); what the score says there does not
+matter, with one exception: the top-k of an image is chosen among *all* its classes, and only then
+are ignored entries left out, so an ignored class with a high score uses up a place.
 
 No result depends on the order of the images, not even in its last bit and with tied scores.
 """
@@ -32,9 +32,9 @@ def average_precision(
 
     * ``uninterpolated``: the sum of ``(R_k - R_{k-1}) P_k``; equals scikit-learn's
       ``average_precision_score``. Used by DualCoOp, SCPNet.
-    * ``interpolated``: the same with P_k replaced by the largest precision at recall R_k or more, that
-      is the area under the curve made monotone from the right (PASCAL VOC 2010 and later, not the
-      11-point average of VOC 2007). Used by CLSL and the SST family.
+    * ``interpolated``: the same with P_k replaced by the largest precision at recall R_k or more,
+      that is the area under the curve made monotone from the right (PASCAL VOC 2010 and later, not
+      the 11-point average of VOC 2007). Used by CLSL and the SST family.
 
     Args:
         scores: [N, C], larger is more positive; any monotone scale. Finite where counted.
@@ -46,8 +46,8 @@ def average_precision(
         [C] float64 in [0, 1]; nan for a class without a positive among the counted images.
 
     Raises:
-        ValueError: shapes differ, a label is none of 1, 0, -1, a counted score is not finite, or the
-            convention is unknown.
+        ValueError: shapes differ, a label is none of 1, 0, -1, a counted score is not finite, or
+            the convention is unknown.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"AP convention {convention!r} is unknown: use {' or '.join(CONVENTIONS)}")
@@ -105,8 +105,8 @@ def classification_counts(
 ) -> ClassificationCounts:
     """Counts the predictions of each class.
 
-    A class is predicted where ``score > threshold`` and, with `top_k`, where its score is among the k
-    largest of all classes of the image; equal scores go to the lower class index first.
+    A class is predicted where ``score > threshold`` and, with `top_k`, where its score is among the
+    k largest of all classes of the image; equal scores go to the lower class index first.
 
     Args:
         scores: [N, C] on the scale of `threshold`, finite where counted.
@@ -119,7 +119,8 @@ def classification_counts(
         Sums over the images.
 
     Raises:
-        ValueError: neither `threshold` nor `top_k` is given, `top_k` < 1, or as `average_precision`.
+        ValueError: neither `threshold` nor `top_k` is given, `top_k` < 1, or as
+            `average_precision`.
     """
     if threshold is None and top_k is None:
         raise ValueError("classification_counts: give threshold, top_k or both")
@@ -146,8 +147,8 @@ def precision_recall_f1(counts: ClassificationCounts) -> dict[str, float]:
 
     CP and CR are means of the classes' precisions and recalls over *all* C classes, where a class
     without a prediction has precision 0 and one without a positive has recall 0 (scikit-learn's
-    ``zero_division=0``). CF1 is the harmonic mean of CP and CR, not the mean of F1 scores; OF1 that of
-    OP and OR. A harmonic mean of zeros is 0.
+    ``zero_division=0``). CF1 is the harmonic mean of CP and CR, not the mean of F1 scores; OF1 that
+    of OP and OR. A harmonic mean of zeros is 0.
 
     Args:
         counts: of the whole data set.
@@ -177,8 +178,8 @@ def classification_metrics(
 ) -> dict[str, float]:
     """CP, CR, CF1, OP, OR, OF1 by a threshold, by the top k of each image, or by both.
 
-    The top-3 figures of the field (CNN-RNN, ML-GCN, CLSL) are ``top_k=3`` *with* the threshold 0.5: a
-    top class must also exceed it. ``top_k=3, threshold=None`` predicts exactly three.
+    The top-3 figures of the field (CNN-RNN, ML-GCN, CLSL) are ``top_k=3`` *with* the threshold 0.5:
+    a top class must also exceed it. ``top_k=3, threshold=None`` predicts exactly three.
 
     Args, Returns, Raises: as `classification_counts` and `precision_recall_f1`.
     """
@@ -211,7 +212,7 @@ def _average_precision_block(
 def _checked(
     scores: np.ndarray, labels: np.ndarray, ignore: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores in float64, and where entries are positive (and counted) and where they are counted."""
+    """Scores in float64, where entries are counted and positive, and where they are counted."""
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape:
         raise ValueError(

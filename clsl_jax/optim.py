@@ -1,7 +1,7 @@
-"""The optimiser of the CLSL recipe: AdamW under a one-cycle schedule of rate and momentum, and EMA."""
+"""The optimiser of the CLSL recipe: AdamW under one cycle of rate and momentum, and EMA."""
 
-from collections.abc import Callable
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,8 +37,8 @@ def one_cycle(
 
     The rate rises from ``peak / initial_divisor`` at step 0 to `peak` at step
     ``warmup_fraction * total_steps - 1`` and falls to ``peak / initial_divisor / final_divisor`` at
-    step ``total_steps - 1``, where it stays; beta1 goes from `beta1_max` to `beta1_min` and back over
-    the same steps. These are the values of torch's OneCycleLR(anneal_strategy="cos").
+    step ``total_steps - 1``, where it stays; beta1 goes from `beta1_max` to `beta1_min` and back
+    over the same steps. These are the values of torch's OneCycleLR(anneal_strategy="cos").
 
     Args:
         peak: highest learning rate, > 0.
@@ -107,9 +107,9 @@ def adamw_cycled(
 ) -> optax.GradientTransformation:
     """AdamW whose rate and beta1 may change every step, equal to torch's AdamW.
 
-    The bias correction of the first moment uses the *current* step's beta1 alone, ``1 - beta1^t``, as
-    torch does when OneCycleLR cycles the momentum. Weight decay is decoupled, ``-lr * decay * param``,
-    and applies to every parameter, biases and norms included.
+    The bias correction of the first moment uses the *current* step's beta1 alone, ``1 - beta1^t``,
+    as torch does when OneCycleLR cycles the momentum. Weight decay is decoupled,
+    ``-lr * decay * param``, and applies to every parameter, biases and norms included.
 
     Args:
         learning_rate: number, or schedule of the step counted from 0.

@@ -36,8 +36,8 @@ def scatter_scores(
 
     The average is bias-corrected: on visit n (from 1) the new value has weight
     ``(1 - momentum) / (1 - momentum^n)``, so the first visit takes the value as it is and the n-th
-    average weighs visit i by ``momentum^(n-i)``, normalised. Rows of N or more, and negative ones, are
-    padding and are dropped. A row must not occur twice in a batch.
+    average weighs visit i by ``momentum^(n-i)``, normalised. Rows of N or more, and negative ones,
+    are padding and are dropped. A row must not occur twice in a batch.
 
     Args:
         scores: [N, C] float32, probabilities averaged so far.
@@ -68,8 +68,8 @@ def online_targets(
     """Targets of the global branch from the semantic branch of the same batch.
 
     ``released`` sharpens by the image's largest logit, ``sigmoid(z1 * max_c z1)``; where that is
-    negative the sign of every logit flips, and unknown labels come out near 1. ``safe`` never flips:
-    ``sigmoid(z1 * max(1, |max_c z1|))``.
+    negative the sign of every logit flips, and unknown labels come out near 1. ``safe`` never
+    flips: ``sigmoid(z1 * max(1, |max_c z1|))``.
 
     Args:
         semantic_logits: [B, C], z1.
@@ -107,16 +107,16 @@ def adaptive_thresholds(
 ) -> tuple[jax.Array, jax.Array]:
     """Thresholds per class, calibrated on the known entries of visited rows.
 
-    Candidates are the edges ``k / bins``, k = 0 ... bins. The positive threshold is the lowest edge t
-    for which, among the known entries with ``score >= t``, the share of positives is at least
+    Candidates are the edges ``k / bins``, k = 0 ... bins. The positive threshold is the lowest edge
+    t for which, among the known entries with ``score >= t``, the share of positives is at least
     `positive_precision`; the negative one is the highest edge t for which, among those with
     ``score < t``, the share of negatives is at least `negative_precision`. A side counts at least
-    `min_count` known entries, or recovers nothing. Neither does a side without a counterexample: where
-    a class has no known negative, every precision of positives would be 1, and likewise the other
-    way round.
+    `min_count` known entries, or recovers nothing. Neither does a side without a counterexample:
+    where a class has no known negative, every precision of positives would be 1, and likewise the
+    other way round.
 
-    Scores are counted into a histogram, class by class: no sort, and nothing larger than a column is
-    kept.
+    Scores are counted into a histogram, class by class: no sort, and nothing larger than a column
+    is kept.
 
     Args:
         scores: [N, C] float32, clipped to [0, 1] for counting.
@@ -128,8 +128,8 @@ def adaptive_thresholds(
         bins: resolution, a power of two, so that the edges are exact in float32.
 
     Returns:
-        positive [C] and negative [C] float32: thresholds for `recover_labels`; above every score and
-        below every score where a side recovers nothing.
+        positive [C] and negative [C] float32: thresholds for `recover_labels`; above every score
+        and below every score where a side recovers nothing.
 
     Raises:
         ValueError: `bins` is no power of two.
@@ -180,9 +180,9 @@ def recover_labels(
         annotations: [N, C], 1 positive, 0 negative, -1 unknown.
         positive_threshold: scalar or [C], may be traced.
         negative_threshold: scalar or [C], may be traced.
-        soft: recovered labels are the scores themselves with weight ``|2 score - 1|^power``, else 1 and
-            0 with weight 1. A soft label takes its side from the score, not from the threshold that it
-            passed.
+        soft: recovered labels are the scores themselves with weight ``|2 score - 1|^power``, else 1
+            and 0 with weight 1. A soft label takes its side from the score, not from the threshold
+            that it passed.
         confidence_power: the power above, >= 0, may be traced; 0 makes every weight 1.
         active: False recovers nothing (warm-up), may be traced.
 
@@ -234,7 +234,8 @@ class RecoveryCounts(NamedTuple):
 def recovery_counts(
     recovered: jax.Array, weight: jax.Array, annotations: jax.Array, labels: jax.Array
 ) -> RecoveryCounts:
-    """Counts how recovered labels fare against the hidden ones; a diagnostic, never a training signal.
+    """Counts how recovered labels fare against the hidden ones; a diagnostic, never a training
+    signal.
 
     Args:
         recovered: [N, C] in [0, 1], from `recover_labels`; positive from 0.5 on.
@@ -267,16 +268,16 @@ def recovery_counts(
 def recovery_summary(counts: RecoveryCounts) -> dict[str, dict[str, float | np.ndarray]]:
     """Precision, recall and coverage of recovery, on the host.
 
-    Precision is the share of recovered labels that are right, recall the share of hidden labels of a
-    kind that were recovered rightly, coverage the share of hidden entries that were recovered either
-    way. A figure without a denominator is nan.
+    Precision is the share of recovered labels that are right, recall the share of hidden labels of
+    a kind that were recovered rightly, coverage the share of hidden entries that were recovered
+    either way. A figure without a denominator is nan.
 
     Args:
         counts: of the whole training set, on the host or fully addressable.
 
     Returns:
-        ``overall`` (floats, from the counts summed over the classes) and ``per_class`` ([C] float64),
-        each with ``positive_precision``, ``positive_recall``, ``negative_precision``,
+        ``overall`` (floats, from the counts summed over the classes) and ``per_class`` ([C]
+        float64), each with ``positive_precision``, ``positive_recall``, ``negative_precision``,
         ``negative_recall`` and ``coverage``.
     """
     per_class = RecoveryCounts(*(np.asarray(field, np.float64) for field in counts))

@@ -12,6 +12,7 @@ import numpy as np
 
 from clsl_jax import evaluate, experiment, report, sharding
 from clsl_jax.experiment import Experiment
+from clsl_jax.score import score_convention
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import RunLog, write_atomically
 
@@ -102,20 +103,17 @@ def _scored(
 ) -> list[dict[str, Any]]:
     rows = []
     for (label, split_name), values in scores.items():
-        for convention in evaluate.CONVENTIONS:
-            split = getattr(built.dataset, split_name)
-            found = evaluate.score(values, split, built.dataset.class_names, convention=convention)
-            rows.append(
-                {
-                    "weights": label,
-                    "epoch": epochs[label],
-                    "split": split_name,
-                    "AP_convention": convention,
-                    "difficult": "ignored",
-                    "without_labels": "kept",
-                    **found,
-                }
+        split = getattr(built.dataset, split_name)
+        for convention in ("interpolated", "uninterpolated"):
+            found = score_convention(
+                values,
+                split.labels,
+                split.difficult,
+                built.dataset.class_names,
+                convention=convention,
             )
+            named = {"weights": label, "epoch": epochs[label], "split": split_name}
+            rows.append({**named, **found})
     return rows
 
 
@@ -140,7 +138,7 @@ def _write_predictions(path: str, built: Experiment, scores: np.ndarray) -> None
         buffer,
         scores=scores,
         labels=split.labels,
-        ignore=split.ignore,
+        ignore=split.difficult,
         ids=np.asarray(split.ids, dtype=np.str_),
         class_names=np.asarray(built.dataset.class_names, dtype=np.str_),
     )

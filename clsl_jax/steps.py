@@ -286,7 +286,8 @@ def _elementwise_loss(options: StepOptions) -> Callable[[jax.Array, jax.Array], 
             eps=options.eps,
         )
 
-    return elementwise
+    # The authors' program puts soft targets into the asymmetric loss itself.
+    return elementwise if options.scale == "released" else losses.expected_loss(elementwise)
 
 
 def _recovered_scale(step: jax.Array, options: StepOptions) -> jax.Array:
@@ -313,7 +314,7 @@ def _targets(
 def _teach(
     model: nn.Module, state: TrainState, batch: Batch, logits: jax.Array, options: StepOptions
 ) -> jax.Array:
-    """Returns the teacher's probabilities [B, C], without gradient."""
+    """Returns the teacher's calibrated probabilities [B, C], without gradient."""
     if options.teacher == "ema":
         logits, _ = model.apply(
             {"params": state.ema_params["model"], "batch_stats": state.ema_batch_stats},
@@ -322,7 +323,12 @@ def _teach(
             state.adjacency,
             train=False,
         )
-    return jax.nn.sigmoid(jax.lax.stop_gradient(logits))
+    logits = jax.lax.stop_gradient(logits)
+    if options.loss_name == "bce":
+        return jax.nn.sigmoid(logits)
+    return losses.asymmetric_posterior(
+        logits, gamma_pos=options.gamma_pos, gamma_neg=options.gamma_neg, clip=options.clip
+    )
 
 
 def make_recover(options: StepOptions) -> Callable[[TrainState], TrainState]:

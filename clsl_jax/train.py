@@ -18,6 +18,7 @@ from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment
 from clsl_jax.preemption import Preempted, PreemptionGuard
 from clsl_jax.recovery import recovery_summary
+from clsl_jax.score import score_convention
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import RunLog
 
@@ -111,7 +112,7 @@ class _Run:
         mask_sha256 = self.workdir.save_mask(built.mask, config)
         restored = self.checkpointer.restore_latest(built.abstract_state)
         if restored is None:
-            state, step, epoch_done = built.new_state(), 0, True
+            state, step, epoch_done = built.new_state(self.log.console.print), 0, True
         else:
             state, meta, step = restored
             epoch_done = meta["epoch_done"]
@@ -230,9 +231,13 @@ class _Run:
         split = getattr(self.experiment.dataset, name)
         scores = self._predict(state, split, poll)
         values: dict[str, Any] = {}
-        for convention in evaluate.CONVENTIONS:
-            scored = evaluate.score(
-                scores, split, self.experiment.dataset.class_names, convention=convention
+        for convention in ("interpolated", "uninterpolated"):
+            scored = score_convention(
+                scores,
+                split.labels,
+                split.difficult,
+                self.experiment.dataset.class_names,
+                convention=convention,
             )
             values[f"{name}/mAP_{convention}"] = scored["mAP"]
         values[f"{name}/CF1"] = scored["threshold_0.5"]["CF1"]

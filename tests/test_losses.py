@@ -6,10 +6,10 @@ import os
 import pathlib
 
 import jax
-from jax.test_util import check_grads
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from clsl_jax.losses import (
     asymmetric_loss,
@@ -118,7 +118,8 @@ def test_extreme_logits_stay_finite(elementwise, target, dtype):
     value = elementwise(logits, targets)
     gradient = jax.grad(lambda x: elementwise(x, targets).sum())(logits)
     assert value.dtype == jnp.float32
-    assert bool(jnp.isfinite(value).all()) and bool((value >= 0).all())
+    assert bool(jnp.isfinite(value).all())
+    assert bool((value >= 0).all())
     assert bool(jnp.isfinite(gradient).all())
 
 
@@ -129,7 +130,8 @@ def test_extreme_logits_without_a_floor(clip):
     value, pullback = jax.vjp(lambda x: asymmetric_loss(x, targets, clip=clip, eps=0.0), logits)
     (gradient,) = pullback(jnp.ones(2))
     assert float(value[0]) == 1e4
-    assert bool(jnp.isfinite(value).all()) and bool(jnp.isfinite(gradient).all())
+    assert bool(jnp.isfinite(value).all())
+    assert bool(jnp.isfinite(gradient).all())
     assert float(gradient[0]) == -1.0
 
 
@@ -371,3 +373,48 @@ def test_head_losses_equal_the_released_program(path):
     assert float(terms["known"]) == pytest.approx(float(data["train_loss_known"]), rel=2e-4)
     assert float(terms["recovered"]) == pytest.approx(float(data["train_loss_recovered"]), rel=2e-4)
     assert float(total) == pytest.approx(float(data["train_loss_total"]), rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("gamma_pos", "gamma_neg", "clip"), [(0, 2, 0), (0, 0, 0), (1, 4, 0), (0, 2, 0.05)]
+)
+@pytest.mark.parametrize("q", [0.02, 0.2, 0.5, 0.9])
+def test_the_posterior_is_where_the_expected_gradient_vanishes(gamma_pos, gamma_neg, clip, q):
+    """Oracle: the gradient of the loss itself, weighted by q and 1 - q, changes sign there."""
+    from clsl_jax.losses import asymmetric_posterior
+
+    named = {"gamma_pos": gamma_pos, "gamma_neg": gamma_neg, "clip": clip}
+
+    def expected_loss(x):
+        positive = asymmetric_loss(x, jnp.float32(1), eps=1e-12, **named)
+        negative = asymmetric_loss(x, jnp.float32(0), eps=1e-12, **named)
+        return q * positive + (1 - q) * negative
+
+    slope = jax.jit(jax.grad(expected_loss))
+    low, high = -8.0, 12.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    np.testing.assert_allclose(asymmetric_posterior(jnp.float32(low), **named), q, atol=2e-4)
+
+
+def test_the_posterior_of_even_odds_by_hand():
+    from clsl_jax.losses import asymmetric_posterior
+
+    # (1/8) / (1/8 + 1/2)
+    np.testing.assert_allclose(asymmetric_posterior(jnp.zeros(1)), 0.2, rtol=1e-6)
+    extreme = asymmetric_posterior(jnp.array([-1e4, 1e4]))
+    np.testing.assert_array_equal(extreme, [0.0, 1.0])
+
+
+def test_the_expected_loss_by_hand():
+    from clsl_jax.losses import expected_loss
+
+    logits, targets = jnp.array([0.3, 0.3, 0.3]), jnp.array([0.0, 1.0, 0.25])
+    p = 1 / (1 + np.exp(-0.3))
+    positive, negative = -np.log(p), -(p**2) * np.log(1 - p)
+    found = expected_loss(asymmetric_loss)(logits, targets)
+    expected = [negative, positive, 0.25 * positive + 0.75 * negative]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    even = expected_loss(binary_cross_entropy)(logits, targets)
+    np.testing.assert_allclose(even, binary_cross_entropy(logits, targets), rtol=1e-6)

@@ -5,11 +5,11 @@ import os
 import pathlib
 
 import hypothesis
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 import numpy as np
 import pytest
 import sklearn.metrics
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from clsl_jax import metrics
 from clsl_jax.metrics import (

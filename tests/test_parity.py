@@ -4,11 +4,11 @@
 Nothing about a case is written here: sizes, variant and recipe come from its file.
 """
 
-from functools import partial
 import json
 import os
-from pathlib import Path
 import zlib
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +89,10 @@ def make_images(config):
 def make_features(config, *key):
     """Features [B, grid, grid, D] of a case."""
     b, g, d = config["batch"], config["grid"], config["feature_dim"]
-    return np.abs(rng("features", *key).standard_normal((b, g * g, d))).astype(np.float32).reshape(
-        b, g, g, d
+    return (
+        np.abs(rng("features", *key).standard_normal((b, g * g, d)))
+        .astype(np.float32)
+        .reshape(b, g, g, d)
     )
 
 

@@ -102,7 +102,7 @@ def test_state_continues_exactly_in_the_middle_of_an_epoch():
     other.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     count=st.integers(6, 40),
     per_process=st.integers(1, 3),

@@ -1,13 +1,13 @@
 """Recovery against hand arithmetic, a brute-force oracle, and the property that matters most."""
 
 import hypothesis
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from clsl_jax.recovery import (
     RecoveryCounts,
@@ -23,6 +23,7 @@ N, C = 16, 3  # one shape for the property tests: one compilation each
 
 jit_recover = jax.jit(recover_labels, static_argnames=("soft",))
 jit_thresholds = jax.jit(adaptive_thresholds, static_argnames=("bins",))
+jit_scatter = jax.jit(scatter_scores)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_momentum_by_hand():
     # Momentum 1/2: weights 1; 1/3 2/3; 1/7 2/7 4/7.
     expected = [[0.8, 0.2], [1.6 / 3, 1.4 / 3], [1.6 / 7, 5.4 / 7]]
     for value, average in zip(values, expected, strict=True):
-        scores, visits = scatter_scores(scores, visits, jnp.array([2]), value, 0.5)
+        scores, visits = jit_scatter(scores, visits, jnp.array([2]), value, 0.5)
         np.testing.assert_allclose(scores[2], average, rtol=1e-6)
     np.testing.assert_array_equal(visits, [0, 0, 3, 0])
     assert not bool(scores[jnp.array([0, 1, 3])].any())
@@ -57,7 +58,7 @@ def test_momentum_by_hand():
 def test_first_visit_takes_the_value_itself():
     stale = jnp.full((2, 1), jnp.nan)
     new = jnp.array([[0.1]])
-    scores, visits = scatter_scores(stale, jnp.zeros(2, jnp.int32), jnp.array([1]), new, 0.9)
+    scores, visits = jit_scatter(stale, jnp.zeros(2, jnp.int32), jnp.array([1]), new, 0.9)
     assert float(scores[1, 0]) == float(new[0, 0])
     assert bool(jnp.isnan(scores[0, 0]))
     np.testing.assert_array_equal(visits, [0, 1])
@@ -66,9 +67,7 @@ def test_first_visit_takes_the_value_itself():
 def test_no_momentum_keeps_the_last_value():
     scores, visits = jnp.zeros((1, 1)), jnp.zeros(1, jnp.int32)
     for value in (0.3, 0.9, 0.6):
-        scores, visits = scatter_scores(
-            scores, visits, jnp.array([0]), jnp.full((1, 1), value), 0.0
-        )
+        scores, visits = jit_scatter(scores, visits, jnp.array([0]), jnp.full((1, 1), value), 0.0)
         assert float(scores[0, 0]) == pytest.approx(value, rel=1e-6)
 
 
@@ -79,7 +78,7 @@ def test_no_momentum_keeps_the_last_value():
 def test_scores_are_the_normalised_exponential_average(values, momentum):
     scores, visits = jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32)
     for value in values:
-        scores, visits = scatter_scores(
+        scores, visits = jit_scatter(
             scores, visits, jnp.array([1]), jnp.full((1, 1), value, jnp.float32), momentum
         )
     weights = np.float64(momentum) ** np.arange(len(values) - 1, -1, -1)
@@ -92,7 +91,7 @@ def test_padding_rows_are_dropped():
     scores, visits = jnp.full((3, 2), 0.5), jnp.ones(3, jnp.int32)
     rows = jnp.array([3, 1, 1000, -1, -3])
     new = jnp.full((5, 2), 1.0)
-    after, counts = scatter_scores(scores, visits, rows, new, 0.0)
+    after, counts = jit_scatter(scores, visits, rows, new, 0.0)
     np.testing.assert_array_equal(after, [[0.5, 0.5], [1.0, 1.0], [0.5, 0.5]])
     np.testing.assert_array_equal(counts, [1, 2, 1])
 
@@ -247,13 +246,13 @@ def test_adaptive_thresholds_by_hand():
     scores = np.array([[0.9], [0.8], [0.6], [0.4], [0.3], [0.1], [0.95], [0.97]], np.float32)
     annotations = np.array([[1], [1], [0], [1], [0], [0], [-1], [0]], np.int8)
     visits = np.array([1, 1, 1, 1, 1, 1, 1, 0], np.int32)  # the last row has no score yet
-    positive, negative = adaptive_thresholds(
+    positive, negative = jit_thresholds(
         scores, annotations, visits, positive_precision=0.75, negative_precision=1.0, bins=16
     )
     # Positives: 3 of 4 from 0.4 on, the edge above 0.3 is 5/16. Negatives: 2 of 2 below 6/16.
     assert float(positive[0]) == 5 / 16
     assert float(negative[0]) == 6 / 16
-    positive, negative = adaptive_thresholds(
+    positive, negative = jit_thresholds(
         scores,
         annotations,
         visits,
@@ -269,7 +268,7 @@ def test_adaptive_thresholds_by_hand():
 def test_targets_may_differ_by_class():
     scores = np.tile(np.array([[0.9], [0.7], [0.5]], np.float32), (1, 2))
     annotations = np.tile(np.array([[1], [0], [1]], np.int8), (1, 2))
-    positive, _ = adaptive_thresholds(
+    positive, _ = jit_thresholds(
         scores,
         annotations,
         np.ones(3, np.int32),
@@ -284,7 +283,7 @@ def test_targets_may_differ_by_class():
 def test_a_class_known_on_one_side_only_cannot_be_calibrated(label):
     # As in the single-positive protocol: every precision would be 1.
     scores = np.linspace(0, 1, N * C, dtype=np.float32).reshape(N, C)
-    positive, negative = adaptive_thresholds(
+    positive, negative = jit_thresholds(
         scores,
         np.full((N, C), label, np.int8),
         np.ones(N, np.int32),
@@ -295,7 +294,7 @@ def test_a_class_known_on_one_side_only_cannot_be_calibrated(label):
         assert bool((positive > 1).all())
     else:
         assert bool((negative < 0).all())
-    recovered, weight = recover_labels(
+    recovered, weight = jit_recover(
         scores,
         np.ones(N, np.int32),
         np.full((N, C), -1, np.int8),
@@ -309,7 +308,7 @@ def test_a_class_known_on_one_side_only_cannot_be_calibrated(label):
 def test_nothing_known_or_visited_recovers_nothing():
     scores = np.full((N, C), 0.7, np.float32)
     for annotations, visits in ((-1, 1), (1, 0)):
-        positive, negative = adaptive_thresholds(
+        positive, negative = jit_thresholds(
             scores,
             np.full((N, C), annotations, np.int8),
             np.full(N, visits, np.int32),
@@ -431,7 +430,7 @@ VISITED = np.ones(3, np.int32)
 def test_hard_labels_by_hand():
     annotations = UNKNOWN.copy()
     annotations[0, 0], annotations[2, 1] = 0, 1
-    recovered, weight = recover_labels(
+    recovered, weight = jit_recover(
         SCORES,
         np.array([1, 1, 0], np.int32),
         annotations,
@@ -446,7 +445,7 @@ def test_hard_labels_by_hand():
 
 
 def test_soft_labels_by_hand():
-    recovered, weight = recover_labels(
+    recovered, weight = jit_recover(
         SCORES,
         VISITED,
         UNKNOWN,
@@ -461,7 +460,7 @@ def test_soft_labels_by_hand():
 
 
 def test_thresholds_per_class():
-    _, weight = recover_labels(
+    _, weight = jit_recover(
         SCORES,
         VISITED,
         UNKNOWN,
@@ -474,7 +473,7 @@ def test_thresholds_per_class():
 
 def test_every_unknown_entry_can_be_recovered():
     for threshold in (0.0, 0.5):
-        recovered, weight = recover_labels(
+        recovered, weight = jit_recover(
             SCORES, VISITED, UNKNOWN, positive_threshold=threshold, negative_threshold=threshold
         )
         np.testing.assert_array_equal(recovered, SCORES)
@@ -482,7 +481,7 @@ def test_every_unknown_entry_can_be_recovered():
 
 
 def test_contradicting_thresholds_leave_an_entry_open():
-    _, weight = recover_labels(
+    _, weight = jit_recover(
         SCORES, VISITED, UNKNOWN, positive_threshold=0.4, negative_threshold=0.65, soft=False
     )
     np.testing.assert_array_equal(weight, [[1, 1, 1], [0, 1, 0], [1, 1, 1]])
@@ -523,7 +522,7 @@ def test_sharded_recovery_is_bit_equal(mesh):
             negative_precision=precision,
             min_count=3,
         )
-        recovered, weight = recover_labels(
+        recovered, weight = jit_recover(
             scores,
             visits,
             annotations,

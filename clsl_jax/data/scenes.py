@@ -5,9 +5,9 @@ cluttered background. A theme makes some labels likely together; how likely is t
 The parts of the three splits are disjoint: a garment or digit of the test split is in no training
 scene.
 
-The pixels are a function of the seed alone: random numbers are raw words of PCG64, whose stream
-NumPy never changes, and the arithmetic is on integers. Parts are sized by Pillow's fixed-point
-`resize`; only a change of Pillow there could change a scene, and the fingerprint would show it.
+The pixels are a function of the seed alone, whatever the versions: random numbers are raw words of
+PCG64, whose stream NumPy never changes, and the arithmetic is on integers. Pillow does not size the
+parts because its versions 12 and 13 round differently.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from clsl_jax.data import stored
 from clsl_jax.data.images import encode_png
@@ -54,6 +53,8 @@ _MATERIAL = pathlib.Path(__file__).parent / "material" / "scene_parts.npz"
 _GARMENTS_TRAIN = 200
 _DIGIT_BOUNDS = {"train": (0, 1200), "validation": (1200, 1450), "test": (1450, 1797)}
 _CELL = 21
+# Opacity, of 255, from which a pixel counts as covered by a part.
+_SOLID = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +164,22 @@ def _background(draws: Draws) -> np.ndarray:
     return image + draws.integers(-6, 6, SIZE * SIZE).reshape(SIZE, SIZE, 1).astype(np.int32)
 
 
-def _resized(part: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(part).resize((width, height), resample), np.int32)
+@functools.cache
+def _resampling(source: int, target: int) -> np.ndarray:
+    """int32 [target, source]: rows of a triangle filter, wide enough to smooth, that sum to 256."""
+    scale = source / target
+    centres = (np.arange(target) + 0.5) * scale - 0.5
+    distances = np.abs(centres[:, None] - np.arange(source)[None, :]) / max(scale, 1.0)
+    weights = np.maximum(0.0, 1.0 - distances)
+    rounded = np.floor(256 * weights / weights.sum(axis=1, keepdims=True) + 0.5).astype(np.int32)
+    rounded[np.arange(target), rounded.argmax(axis=1)] += 256 - rounded.sum(axis=1)
+    return rounded
+
+
+def _resized(part: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes uint8 [h, w] to int32 [height, width]."""
+    rows, columns = _resampling(part.shape[0], height), _resampling(part.shape[1], width)
+    return (rows @ part.astype(np.int32) @ columns.T + 32768) >> 16
 
 
 def _garment(draws: Draws, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +190,7 @@ def _garment(draws: Draws, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         part = part[:, ::-1]
     height, width = draws.integers(20, 27, 2)
     width = int(np.clip(width, height - 4, height + 4))
-    shade = _resized(np.ascontiguousarray(part), int(height), width, Image.Resampling.BILINEAR)
+    shade = _resized(part, int(height), width)
     tint = _colour(hue, 0.75 * saturation, draws.integer(190, 255))
     colour = tint * (70 + shade[:, :, None] * 185 // 255) // 255
     return colour, np.minimum(shade * 4, 255)
@@ -187,9 +202,10 @@ def _digit(draws: Draws, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     part = parts[int(pick * len(parts))]
     height, width = draws.integers(14, 19, 2)
     width = int(np.clip(width, height - 3, height + 2))
-    shade = _resized(part, int(height), width, Image.Resampling.BICUBIC)
+    shade = _resized(part, int(height), width)
     ink = _colour(hue, 0.6 * saturation, draws.integer(205, 255))
-    return np.broadcast_to(ink, (*shade.shape, 3)), np.minimum(shade * 3 // 2, 255)
+    alpha = np.minimum(shade * 3 // 2, 255)
+    return np.broadcast_to(ink, (*shade.shape, 3)), alpha
 
 
 def _placed(draws: Draws, cell: int, height: int, width: int, jitter: int) -> tuple[int, int]:
@@ -228,7 +244,7 @@ def compose_scene(
         else:
             colour, alpha = _digit(draws, parts.digits[label - len(GARMENTS)])
         height, width = alpha.shape
-        solid = alpha >= 128
+        solid = alpha >= _SOLID
         # A place that would hide too much of an earlier part is drawn again, nearer its own cell.
         for jitter in (6, 4, 2, 0):
             y, x = _placed(draws, int(cell), height, width, jitter)
@@ -240,7 +256,7 @@ def compose_scene(
         else:
             solid = solid & (covered < 0)
             alpha = np.where(covered < 0, alpha, 0)
-        areas[label] = max(np.count_nonzero(alpha >= 128), 1)
+        areas[label] = max(np.count_nonzero(alpha >= _SOLID), 1)
         covered[solid] = label
         patch = image[y : y + height, x : x + width]
         patch += (colour - patch) * alpha[:, :, None] // 255

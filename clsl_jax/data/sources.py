@@ -10,7 +10,6 @@ import numpy as np
 
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import scenes, stored
-from clsl_jax.data.partial import UNKNOWN
 from clsl_jax.errors import InputError
 
 # Sets that `load_dataset` reads from a directory somebody has prepared.
@@ -28,15 +27,15 @@ class Split:
       name: 'train', 'validation' or 'test'.
       images: random access: `len(images)`, `images[i]` -> {"image": uint8 [S, S, 3], "row": i}.
       labels: int8 [N, C]: 1 positive, 0 negative, -1 unknown to everybody.
-      ignore: bool [N, C]: entries that evaluation leaves out: unknown, or only present as a
-        difficult object (whose label is 0).
+      difficult: bool [N, C]: only present as a difficult object (the label is 0): left out of or
+        counted as negative in evaluation, by convention.
       ids: N names of images.
     """
 
     name: str
     images: images_lib.Images
     labels: np.ndarray
-    ignore: np.ndarray
+    difficult: np.ndarray
     ids: list[str]
 
 
@@ -192,12 +191,12 @@ def load_prepared(
 
 def _split(prepared: stored.Prepared, split: str, image_size: int, memory: bool) -> Split:
     raw = prepared.labels[split]
-    images = stored.StoredImages(prepared.directory, split, len(raw), image_size)
+    images = stored.StoredImages(prepared, split, image_size)
     return Split(
         name=split,
         images=images.in_memory() if memory else images,
         labels=np.where(raw == stored.DIFFICULT, 0, raw).astype(np.int8),
-        ignore=(raw == stored.DIFFICULT) | (raw == UNKNOWN),
+        difficult=raw == stored.DIFFICULT,
         ids=prepared.ids[split],
     )
 
@@ -218,6 +217,6 @@ def _rows(split: Split, name: str, rows: np.ndarray) -> Split:
         name=name,
         images=images_lib.Subset(split.images, rows),
         labels=split.labels[rows],
-        ignore=split.ignore[rows],
+        difficult=split.difficult[rows],
         ids=[split.ids[row] for row in rows],
     )

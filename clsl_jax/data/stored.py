@@ -3,145 +3,42 @@
 A prepared directory holds ArrayRecord files, `dataset_info.json`, `features.json` and
 `metadata.json` as TFDS writes them, so that TFDS can read it too, and `index.npz`: all labels and
 ids (nobody has to read gigabytes of images to know the labels) and the size of every file (a set
-that was cut off is noticed when it is opened).
+that was cut off is noticed when it is opened; ArrayRecord's own checksums notice changed bytes).
 
 Record: `image` the encoded file, `labels` int8 [C] (1 positive, 0 negative, -1 unknown, 2
-difficult), `id`.
+difficult), `id`. The fingerprint is a SHA-256 of the class names and, split by split, of every
+example's content (by its own SHA-256), labels and id.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
+from tensorflow_datasets.core import dataset_info, example_serializer
+from tensorflow_datasets.core import splits as tfds_splits
 
 from clsl_jax.data import images as images_lib
+from clsl_jax.data import shards
+from clsl_jax.data.shards import Example
 from clsl_jax.errors import InputError
 
 DIFFICULT = 2
 INDEX_NAME = "index.npz"
 _INCOMPLETE = ".incomplete-"
 _STALE_SECONDS = 24 * 3600
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One image of a set to be stored.
-
-    Attributes:
-      image: the encoded file (JPEG, PNG, ...).
-      labels: int8 [C]: 1 positive, 0 negative, -1 unknown, 2 difficult.
-      id: names the image, unique in its split.
-      content: what the fingerprint covers instead of `image`, so that it need not depend on the
-        encoder.
-    """
-
-    image: bytes
-    labels: np.ndarray
-    id: str
-    content: bytes | None = None
-
-
-class MultiLabelBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes any multi-label set, given its splits as functions that yield examples.
-
-    Rows keep the order in which the examples come. Metadata: `class_names`, `facts` and
-    `fingerprint`, the SHA-256 over class names and, split by split, every example's content, labels
-    and id.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        config: str,
-        version: str,
-        class_names: tuple[str, ...],
-        splits: Mapping[str, Callable[[], Iterable[Example]]],
-        description: str,
-        licence: str,
-        directory: str | os.PathLike,
-    ):
-        self.name = name
-        self.VERSION = tfds.core.Version(version)
-        self._class_names = class_names
-        self._splits = splits
-        self._description = description
-        self._licence = licence
-        self._digest = hashlib.sha256(json.dumps(class_names).encode())
-        self.index: dict[str, Any] = {}
-        self.labels: dict[str, np.ndarray] = {}
-        super().__init__(
-            data_dir=os.fspath(directory),
-            config=tfds.core.BuilderConfig(name=config, version=self.VERSION),
-        )
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._description,
-            license=self._licence,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "labels": tfds.features.Tensor(shape=(len(self._class_names),), dtype=np.int8),
-                    "id": tfds.features.Text(),
-                }
-            ),
-            metadata=tfds.core.MetadataDict(class_names=list(self._class_names)),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterable[tuple[int, dict]]]:
-        del dl_manager
-        return {
-            split: self._generate_examples(split, examples())
-            for split, examples in self._splits.items()
-        }
-
-    def _generate_examples(
-        self, split: str, examples: Iterable[Example]
-    ) -> Iterable[tuple[int, dict]]:
-        labels, ids = [], []
-        self._digest.update(split.encode())
-        for row, example in enumerate(examples):
-            row_labels = np.asarray(example.labels, np.int8)
-            self._digest.update(example.image if example.content is None else example.content)
-            self._digest.update(row_labels.tobytes())
-            self._digest.update(example.id.encode() + b"\0")
-            labels.append(row_labels)
-            ids.append(example.id)
-            yield row, {"image": example.image, "labels": row_labels, "id": example.id}
-        self.labels[split] = np.stack(labels)
-        self.index[f"labels_{split}"] = self.labels[split]
-        self.index[f"ids_{split}"] = np.array(ids)
-
-    def finish(self, facts: Mapping[str, Any]) -> None:
-        """Adds the fingerprint and what is only known at the end, and writes the index."""
-        self.info.metadata.update(fingerprint=self._digest.hexdigest(), facts=dict(facts))
-        self.info.metadata.save_metadata(self.data_dir)
-        sizes = {
-            path.name: path.stat().st_size
-            for path in sorted(pathlib.Path(self.data_dir).iterdir())
-            if path.name != INDEX_NAME
-        }
-        np.savez_compressed(
-            os.path.join(self.data_dir, INDEX_NAME), sizes=json.dumps(sizes), **self.index
-        )
 
 
 def prepare(
@@ -151,10 +48,12 @@ def prepare(
     config: str,
     version: str,
     class_names: tuple[str, ...],
-    splits: Mapping[str, Callable[[], Iterable[Example]]],
+    splits: Mapping[str, Callable[[], Iterable[Example]] | Sequence[Example]],
     facts: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]] = lambda labels: {},
     description: str = "",
     licence: str = "",
+    resume: str = "",
+    shard_bytes: int = shards.SHARD_BYTES,
 ) -> pathlib.Path:
     """Writes a set to `root/name/config/version` unless it is there already.
 
@@ -165,69 +64,151 @@ def prepare(
       root: directory of prepared sets; made if it does not exist.
       name, config, version: where under `root`.
       class_names: C names.
-      splits: for each split a function that yields its examples.
+      splits: for each split a function that yields its examples, or a sequence of them, which
+        several threads read.
       facts: of the labels of every split (int8 [N, C]); goes to the metadata as JSON.
       description, licence: for TFDS's own record.
+      resume: names the content; with it, what a killed process had written of the same content is
+        kept and gone on with. Only one process at a time can do so.
+      shard_bytes: size of a file.
 
     Returns:
       The prepared directory.
 
     Raises:
-      InputError: the directory cannot be written.
+      InputError: the directory cannot be written, or another process is at work on this content.
     """
     home = pathlib.Path(root) / name
     final = home / config / version
     if final.is_dir():
         return final
+    features = _features(len(class_names))
+    serialize = functools.partial(_serialize, features)
+    with _staging(home, resume) as staging:
+        written = {
+            split: shards.write_split(
+                staging,
+                split,
+                examples() if callable(examples) else examples,
+                serialize,
+                shard_bytes=shard_bytes,
+            )
+            for split, examples in splits.items()
+        }
+        whole = _gather(staging, name, written)
+        info = tfds.core.DatasetInfo(
+            builder=dataset_info.DatasetIdentity(
+                name=name,
+                version=tfds.core.Version(version),
+                data_dir=os.fspath(whole),
+                module_name=__name__,
+                config_name=config,
+            ),
+            description=description,
+            license=licence,
+            features=features,
+            metadata=tfds.core.MetadataDict(
+                class_names=list(class_names),
+                fingerprint=_fingerprint(class_names, written),
+                facts=dict(facts({split: done.labels for split, done in written.items()})),
+            ),
+            disable_shuffling=True,
+        )
+        _write_metadata(whole, info, written)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(whole, final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    return final
+
+
+def _serialize(features: tfds.features.FeaturesDict, example: Example) -> bytes:
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    record = {"image": example.image, "labels": example.labels, "id": example.id}
+    return serializer.serialize_example(features.encode_example(record))
+
+
+def _fingerprint(class_names: Sequence[str], written: Mapping[str, shards.Split]) -> str:
+    digest = hashlib.sha256(json.dumps(list(class_names)).encode())
+    for split, done in written.items():
+        digest.update(split.encode())
+        for row, name in enumerate(done.ids.tolist()):
+            digest.update(done.digests[row].tobytes() + done.labels[row].tobytes())
+            digest.update(name.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _gather(staging: pathlib.Path, name: str, written: Mapping[str, shards.Split]) -> pathlib.Path:
+    """Brings the shards into one directory, under the names that TFDS expects."""
+    whole = staging / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    for split, done in written.items():
+        for number, path in enumerate(done.shards):
+            of = f"{number:05d}-of-{len(done.shards):05d}"
+            target = whole / f"{name}-{split}.array_record-{of}"
+            try:
+                os.link(path, target)
+            except OSError:  # a file system without links; a shard that is gone is written again
+                os.replace(path, target)
+    return whole
+
+
+def _features(num_classes: int) -> tfds.features.FeaturesDict:
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "labels": tfds.features.Tensor(shape=(num_classes,), dtype=np.int8),
+            "id": tfds.features.Text(),
+        }
+    )
+
+
+def _write_metadata(
+    directory: pathlib.Path, info: tfds.core.DatasetInfo, written: Mapping[str, shards.Split]
+) -> None:
+    info.set_file_format("array_record")
+    info.set_splits(
+        tfds_splits.SplitDict(
+            tfds_splits.SplitInfo(name=split, shard_lengths=done.lengths, num_bytes=done.num_bytes)
+            for split, done in written.items()
+        )
+    )
+    info.write_to_directory(directory)
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    arrays = {f"labels_{split}": done.labels for split, done in written.items()}
+    arrays |= {f"ids_{split}": done.ids for split, done in written.items()}
+    np.savez_compressed(directory / INDEX_NAME, sizes=json.dumps(sizes), **arrays)
+
+
+@contextlib.contextmanager
+def _staging(home: pathlib.Path, resume: str) -> Iterator[pathlib.Path]:
+    """A directory to write in, gone at the end; with `resume` only if nothing went wrong."""
+    staging = home / f"{_INCOMPLETE}{resume or f'{os.getpid()}-{secrets.token_hex(4)}'}"
     try:
         home.mkdir(parents=True, exist_ok=True)
         _sweep(home)
-        temporary = home / f"{_INCOMPLETE}{os.getpid()}-{secrets.token_hex(4)}"
-        temporary.mkdir()
+        staging.mkdir(exist_ok=bool(resume))
+        lock = open(staging / "lock", "w")  # noqa: SIM115
     except OSError as error:
         raise InputError(
             f"{home}: prepared data cannot be written here ({error}); name another directory by "
             "data.dir or by the environment variable CLSL_CACHE_DIR."
         ) from error
-    try:
-        with _quiet():
-            builder = MultiLabelBuilder(
-                name=name,
-                config=config,
-                version=version,
-                class_names=class_names,
-                splits=splits,
-                description=description,
-                licence=licence,
-                directory=temporary,
-            )
-            builder.download_and_prepare(
-                file_format="array_record",
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-            )
-        builder.finish(facts(builder.labels))
-        final.parent.mkdir(parents=True, exist_ok=True)
+    with lock:
         try:
-            os.rename(builder.data_dir, final)
-        except OSError:
-            if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps TFDS from talking of downloads: nothing is downloaded here."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{staging}: another process is writing this data set.") from error
+        try:
+            yield staging
+        except BaseException:
+            if not resume:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _sweep(home: pathlib.Path) -> None:
@@ -308,10 +289,10 @@ def open_prepared(directory: str | os.PathLike) -> Prepared:
 class StoredImages:
     """The images of a split, read and decoded when asked for; opened anew in every process."""
 
-    def __init__(self, directory: str | os.PathLike, split: str, length: int, image_size: int):
-        self._directory = pathlib.Path(directory)
+    def __init__(self, prepared: Prepared, split: str, image_size: int):
+        self._directory = prepared.directory
         self._split = split
-        self._length = length
+        self._length = len(prepared.ids[split])
         self._image_size = image_size
         self._records: Any = None
 

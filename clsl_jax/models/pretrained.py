@@ -5,13 +5,13 @@ all of it or the part after the backbone. Names are checked on both sides: what 
 the model has no place for, and shapes that differ are one error that lists them all.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
 import logging
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flax import traverse_util
 import numpy as np
+from flax import traverse_util
 
 from clsl_jax.errors import InputError
 from clsl_jax.models.resnet import BOTTLENECK, STAGE_SIZES
@@ -63,6 +63,9 @@ class TorchLayout(NamedTuple):
     wrapper: str = ""
     backbone: str | None = None
     sequential: bool = False
+
+
+DEFAULT_LAYOUT = TorchLayout()
 
 
 def find_layout(state: Mapping[str, Any]) -> TorchLayout:
@@ -155,7 +158,7 @@ def import_torch(
         elif np.shape(rest[name]) != shape:
             misshapen.append(f"{name} is {np.shape(rest[name])}, the model has {shape}")
         else:
-            filled[path] = _from_torch(path, np.asarray(rest[name], leaf.dtype))
+            filled[path] = _from_torch(path, np.array(rest[name], leaf.dtype))
     _raise_if_any(
         {
             "missing from the state dict": missing,
@@ -188,7 +191,7 @@ def import_backbone(
 
 
 def export_torch(
-    variables: Variables, *, layout: TorchLayout = TorchLayout()
+    variables: Variables, *, layout: TorchLayout = DEFAULT_LAYOUT
 ) -> dict[str, np.ndarray]:
     """The state dict of variables, or of any tree like them (gradients, moments).
 

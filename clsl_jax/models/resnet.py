@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from clsl_jax.models.convolution import conv_general_dilated
+from clsl_jax.models.efficientnet import EfficientNetLite0
 from clsl_jax.models.norm import BatchNorm
 from clsl_jax.models.pooling import max_pool_3x3_stride_2
 
@@ -22,6 +23,7 @@ STAGE_SIZES = {
     "resnet152": (3, 8, 36, 3),
     "small": (1, 1),
 }
+BACKBONES = (*STAGE_SIZES, "efficientnet_lite0")
 BOTTLENECK = {"resnet50", "resnet101", "resnet152"}
 SMALL_WIDTHS = (32, 64)
 
@@ -128,7 +130,7 @@ def build_backbone(
     widths: Sequence[int] | None = None,
     dtype: Any = jnp.float32,
     name: str | None = None,
-) -> ResNet:
+) -> nn.Module:
     """The network of that name: 'resnet18', '34', '50', '101', '152' or 'small'.
 
     'small' is for images of 64 pixels on a CPU: a 5x5 stem of half the first width and two stages,
@@ -144,8 +146,10 @@ def build_backbone(
     Raises:
       ValueError: the name is none of these.
     """
+    if backbone == "efficientnet_lite0":
+        return EfficientNetLite0(dtype=dtype, name=name)
     if backbone not in STAGE_SIZES:
-        raise ValueError(f"unknown backbone {backbone!r}; choose one of {', '.join(STAGE_SIZES)}.")
+        raise ValueError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
     if backbone == "small":
         widths = tuple(widths or SMALL_WIDTHS)
         stage_sizes = stage_sizes or (1,) * len(widths)

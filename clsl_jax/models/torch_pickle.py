@@ -4,11 +4,11 @@ A pickle is a program for a stack machine, and Python's machine may call anythin
 one here knows containers, numbers, text and a fixed table of names, all of which it maps to its own
 inert constructors: nothing is ever imported or called by a file's wish.
 
-Source: CPython's `pickletools` (meaning of the opcodes), `torch/_utils.py` (arguments of the names).
+Source: CPython's `pickletools` (the opcodes), `torch/_utils.py` (arguments of the names).
 """
 
-from collections.abc import Callable
 import pickletools
+from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -244,10 +244,11 @@ def _key(key: Any) -> Any:
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
-    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
-)
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": _Inert}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 

@@ -7,16 +7,16 @@ Source: `torch/serialization.py` for the zip archive (since 1.6), the stream of 
 1.5) and the tar archive (before; torchvision's first ResNets are such files).
 """
 
-from collections.abc import Callable, Mapping
 import io
 import mmap
 import os
-from pathlib import Path
 import struct
 import tarfile
-from typing import Any, BinaryIO
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -62,14 +62,15 @@ _SAFETENSORS_DTYPES = {
     "U16": "<u2",
     "U8": "u1",
     "BOOL": "?",
+    "C64": "<c8",
 }
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The named arrays of a file of weights.
 
-    A checkpoint that keeps its weights under one of `ENVELOPES` is unwrapped (the first of them that
-    is there; averaged weights come first), and the prefixes that DataParallel ('module.') and
+    A checkpoint that keeps its weights under one of `ENVELOPES` is unwrapped (the first of them
+    that is there; averaged weights come first), and the prefixes that DataParallel ('module.') and
     torch.compile ('_orig_mod.') put before every name are taken off. What is no array (epochs,
     options, optimizer state) is left out.
 
@@ -89,8 +90,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if suffix not in SUFFIXES:
         raise InputError(
             f"{path}: weights are read from files ending in {', '.join(SUFFIXES)}, not "
-            f"{suffix or 'without an ending'!r}. Name such a file, or rename this one if its ending "
-            "is wrong."
+            f"{suffix or 'without an ending'!r}. Name such a file, or rename this one if its "
+            "ending is wrong."
         )
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
@@ -100,8 +101,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         found = readers.get(suffix, _read_torch)(path)
     except RefusedError as error:
         raise InputError(
-            f"{path}: refused. Reading it would have to run code of the file's choosing: it asks for "
-            f"{error}; only plain tensors and containers are read. {_CONVERT}"
+            f"{path}: refused. Reading it would have to run code of the file's choosing: it asks "
+            f"for {error}; only plain tensors and containers are read. {_CONVERT}"
         ) from error
     except DamagedError as error:
         raise InputError(
@@ -119,7 +120,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     except safetensors.SafetensorError as error:
         raise DamagedError(str(error)) from error
     arrays = {}
-    for name, entry in entries:
+    # The library returns them in a different order each time.
+    for name, entry in sorted(entries, key=lambda item: item[0]):
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise DamagedError(f"{name} has the element type {entry['dtype']}, which is not read")
         dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
@@ -134,10 +136,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             for name in archive.namelist():
                 # All of it first: only that checks its checksum before it is parsed.
                 data = io.BytesIO(archive.read(name))
-                if name.endswith(".npy"):
-                    arrays[name.removesuffix(".npy")] = np.lib.format.read_array(
-                        data, allow_pickle=False
-                    )
+                if not name.endswith(".npy"):
+                    raise DamagedError(f"{name} is none of NumPy's arrays")
+                array = np.lib.format.read_array(data, allow_pickle=False)
+                arrays[name.removesuffix(".npy")] = array
     except ValueError as error:
         if "allow_pickle" in str(error):
             raise RefusedError(f"a pickle, in {name}") from error

@@ -1,0 +1,81 @@
+"""SGFE's attention: values and gradients of the direct form without its memory; SRFL's pairs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clsl_jax.models.alignment import SemanticAttention, bilinear_attention
+from clsl_jax.models.semantic import SplitDense
+
+
+def direct_attention(params, features, semantic):
+    """The equation taken literally, [B, P, C, rank] and all."""
+    visual = features @ params["visual"]["kernel"]
+    semantic = semantic @ params["semantic"]["kernel"]
+    cross = jnp.tanh(visual[:, :, None] * semantic[..., None, :, :])
+    hidden = cross @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+    return (hidden @ params["target"]["kernel"] + params["target"]["bias"])[..., 0]
+
+
+def arrays(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_equals_the_direct_form_with_all_gradients(shared):
+    b, p, c, r = 3, 5, 4, 6
+    features, semantic, pull = arrays(0, (b, p, 7), (c, 9) if shared else (b, c, 9), (b, p, c))
+    model = SemanticAttention(rank=r)
+    params = model.init(jax.random.key(0), features, semantic)["params"]
+    params["hidden"]["bias"], params["target"]["bias"] = arrays(1, (r,), (1,))
+
+    def folded(params, features, semantic):
+        return jnp.sum(model.apply({"params": params}, features, semantic) * pull)
+
+    def direct(params, features, semantic):
+        return jnp.sum(direct_attention(params, features, semantic) * pull)
+
+    for one, other in zip(
+        jax.tree.leaves(jax.value_and_grad(folded, (0, 1, 2))(params, features, semantic)),
+        jax.tree.leaves(jax.value_and_grad(direct, (0, 1, 2))(params, features, semantic)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_sums_in_float32():
+    visual, semantic, direction = arrays(2, (2, 3, 256), (2, 4, 256), (256,))
+    exact = bilinear_attention(visual, semantic, direction)
+    low = [a.astype(jnp.bfloat16) for a in (visual, semantic, direction)]
+    near = bilinear_attention(*low)
+    assert near.dtype == jnp.float32
+    np.testing.assert_allclose(near, exact, atol=0.02 * np.abs(exact).max())
+    gradients = jax.grad(lambda *a: jnp.sum(bilinear_attention(*a)), (0, 1, 2))(*low)
+    assert {g.dtype for g in gradients} == {jnp.dtype("bfloat16")}
+
+
+def test_no_array_of_batch_classes_positions_and_rank_in_memory():
+    b, p, c, r = 4, 49, 40, 256
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((b, p, r), (b, c, r), (r,), (b, p, c))]
+
+    def temporary(function):
+        step = jax.grad(lambda x, v, u, pull: jnp.sum(function(x, v, u) * pull), (0, 1, 2))
+        return jax.jit(step).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    whole = 4 * b * p * c * r
+    assert temporary(bilinear_attention) < whole / 8
+    assert temporary(lambda x, v, u: jnp.tanh(x[:, :, None] * v[:, None]) @ u) > whole / 2
+
+
+def test_split_dense_is_the_layer_on_concatenated_pairs():
+    a, b = arrays(3, (4, 3), (2, 5))
+    model = SplitDense(6)
+    variables = model.init(jax.random.key(0), a, b)
+    variables["params"]["bias"] = arrays(4, (6,))[0]
+    pairs = jnp.concatenate(
+        [jnp.broadcast_to(a[None], (2, 4, 3)), jnp.broadcast_to(b[:, None], (2, 4, 5))], -1
+    )
+    expected = pairs @ variables["params"]["kernel"] + variables["params"]["bias"]
+    np.testing.assert_allclose(model.apply(variables, a, b), expected, rtol=1e-5, atol=1e-6)

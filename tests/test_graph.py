@@ -1,0 +1,84 @@
+"""Co-occurrence, adjacency and graph convolution: by hand, against NumPy loops, as properties."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from clsl_jax.models import graph
+
+
+def test_counts_positives_among_known_entries_only():
+    annotations = jnp.array([[1, 1, -1], [1, 0, 1], [-1, 1, 1]], jnp.int8)
+    pairs, counts = graph.cooccurrence(annotations)
+    np.testing.assert_array_equal(counts, [2, 2, 2])
+    np.testing.assert_array_equal(pairs, [[0, 1, 1], [1, 0, 1], [1, 1, 0]])
+
+
+def test_weights_scale_entries():
+    labels = jnp.array([[1.0, 0.5], [1.0, 1.0]])
+    weight = jnp.array([[1.0, 1.0], [0.0, 1.0]])
+    pairs, counts = graph.cooccurrence(labels, weight)
+    np.testing.assert_allclose(counts, [1.0, 1.5])
+    np.testing.assert_allclose(pairs, [[0.0, 0.5], [0.5, 0.0]])
+
+
+def literal_adjacency(pairs, counts, threshold, smoothing):
+    """Entry by entry, from the definition."""
+    c = len(counts)
+    edges = np.zeros((c, c))
+    for i in range(c):
+        for j in range(c):
+            if i != j and counts[i] > 0:
+                edges[i, j] = float(pairs[i, j] / counts[i] >= threshold)
+    weights = np.eye(c)
+    for j in range(c):
+        weights[:, j] += edges[:, j] * smoothing / (edges[:, j].sum() + 1e-6)
+    root = np.diag(weights.sum(1) ** -0.5)
+    return weights, root @ weights.T @ root
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+    hnp.arrays(np.int8, st.tuples(st.integers(1, 12), st.just(5)), elements=st.integers(-1, 1)),
+    st.sampled_from([0.3, 0.4, 0.6]),
+)
+def test_adjacency_is_the_definition_and_always_finite(annotations, threshold):
+    pairs, counts = graph.cooccurrence(annotations)
+    weights = graph.reweighted_adjacency(pairs, counts, threshold, 0.25)
+    adjacency = jax.jit(graph.normalized_adjacency)(pairs, counts, threshold, 0.25)
+    expected = literal_adjacency(np.asarray(pairs), np.asarray(counts), threshold, 0.25)
+    np.testing.assert_allclose(weights, expected[0], atol=1e-5)
+    np.testing.assert_allclose(adjacency, expected[1], atol=1e-5)
+    for c in np.flatnonzero(np.asarray(counts) == 0):
+        np.testing.assert_array_equal(adjacency[c], np.eye(5)[c])
+        np.testing.assert_array_equal(adjacency[:, c], np.eye(5)[c])
+
+
+def test_two_layers_by_hand():
+    embeddings, adjacency = (
+        jnp.array([[1.0, -2.0], [0.5, 1.0]]),
+        jnp.array([[1.0, 0.5], [0.0, 1.0]]),
+    )
+    first, second = np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 2.0], [1.0, 0.0]])
+    params = {"layer_0": {"kernel": first}, "layer_1": {"kernel": second}}
+    nodes = graph.LabelGraph(2).apply({"params": params}, embeddings, adjacency)
+    hidden = np.asarray(adjacency) @ np.asarray(embeddings) @ first
+    hidden = np.where(hidden > 0, hidden, 0.2 * hidden)
+    expected = np.asarray(embeddings) + np.asarray(adjacency) @ hidden @ second
+    np.testing.assert_allclose(nodes, expected, rtol=1e-6)
+
+
+def test_no_layers_create_nothing():
+    embeddings = jnp.ones((3, 4))
+    nodes, variables = graph.LabelGraph(0).init_with_output(jax.random.key(0), embeddings, None)
+    assert nodes is embeddings or np.array_equal(nodes, embeddings)
+    assert not variables
+
+
+def test_layers_without_adjacency_are_an_error():
+    with pytest.raises(ValueError, match="graph_layers is 1 but no adjacency"):
+        graph.LabelGraph(1).init(jax.random.key(0), jnp.ones((3, 4)), None)

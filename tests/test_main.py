@@ -1,0 +1,43 @@
+"""The command line: every wrong input gives one message and exit status 2."""
+
+import pytest
+from commands import CONFIG, run
+
+CASES = [
+    (["--config=configs/nope.py"], "nope.py"),
+    ([f"--config={CONFIG}", "--config.batchsize=3"], "Near ones: batch_size"),
+    ([f"--config={CONFIG}", "--config.known_fraction=0.3"], "labels.known_fraction"),
+    ([f"--config={CONFIG}", "--config.batch_size=many"], "batch_size"),
+    ([f"--config={CONFIG}", "--config.labels.known_fraction=3.0"], "expected between 0 and 1"),
+    ([f"--config={CONFIG}", "--workdri=x"], "workdir"),
+    ([f"--config={CONFIG}", "extra"], "Unexpected argument 'extra'"),
+    ([f"--config={CONFIG}:weak"], "expected nothing, moderate or strong"),
+    ([f"--config={CONFIG}", "--mode=evaluate"], "There is no run in"),
+    ([], "--config=FILE is missing"),
+    ([f"--config={CONFIG}", "--config.batch_size=100000"], "larger than the training split"),
+    ([f"--config={CONFIG}", "--config.model.backbone=resnet19"], "resnet19"),
+    (["--config=configs/voc.py"], "data.dir"),
+]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "expected"), CASES)
+def test_wrong_input(shared, tmp_path, arguments, expected):
+    status, _, err = run(shared, tmp_path / "run", *arguments, tiny=False)
+    assert status == 2, err
+    assert err.startswith("error: ")
+    assert expected in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_workdir_that_cannot_be_made(shared, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = run(shared, tmp_path / "file" / "run", f"--config={CONFIG}", tiny=False)
+    assert status == 2
+    assert "cannot be written to" in err

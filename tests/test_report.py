@@ -1,0 +1,29 @@
+"""The picture sheet is a PNG of a sensible size that shows the images."""
+
+import cv2
+import numpy as np
+import pytest
+
+from clsl_jax.report import picture_sheet
+
+
+@pytest.mark.parametrize(("count", "with_heat"), [(1, True), (5, True), (4, False)])
+def test_sheet(tmp_path, count, with_heat):
+    rng = np.random.default_rng(0)
+    images = np.full((count, 32, 32, 3), (250, 10, 200), np.uint8)
+    path = tmp_path / "sheet.png"
+    picture_sheet(
+        str(path),
+        images=images,
+        labels=rng.integers(-1, 2, (count, 6)).astype(np.int8),
+        probabilities=rng.random((count, 6)),
+        heat=rng.random((count, 4, 4, 6)) if with_heat else None,
+        class_names=[f"class {c}" for c in range(6)],
+        title="title",
+    )
+    sheet = cv2.imread(str(path))[:, :, ::-1]
+    assert sheet.shape[1] > sheet.shape[0] * 0.3
+    # Each image appears in its colour, at least 80 x 80 pixels of it.
+    found = (np.abs(sheet.astype(int) - (250, 10, 200)) < 3).all(axis=-1).sum()
+    assert found > count * 80 * 80
+    assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]

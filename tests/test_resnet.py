@@ -1,0 +1,72 @@
+"""Backbones: shapes, padding as in torch, and the convolution for tiny maps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch_clsl import resnet
+
+from clsl_jax.models import convolution, pretrained
+from clsl_jax.models.resnet import STAGE_SIZES, ResNet, build_backbone
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+@pytest.mark.parametrize("size", [(33, 48), (64, 31)])
+def test_equals_pytorch_at_any_size(bottleneck, size):
+    sizes, widths = (1, 2, 1, 1), (8, 8, 12, 16)
+    module = resnet(sizes, widths, bottleneck).eval()
+    images = np.random.default_rng(0).standard_normal((2, 3, *size)).astype(np.float32)
+    model = ResNet(sizes, widths, bottleneck)
+    inputs = images.transpose(0, 2, 3, 1)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs, train=False))
+    state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    variables = pretrained.import_torch(state, shapes)
+    features = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, inputs)
+    expected = module(torch.from_numpy(images)).detach().permute(0, 2, 3, 1)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "grid", "features"),
+    [
+        ("small", None, 8, 64),
+        ("small", (8, 16, 24), 4, 24),
+        ("resnet18", None, 2, 512),
+        ("resnet34", None, 2, 512),
+        ("resnet50", None, 2, 2048),
+        ("resnet152", None, 2, 2048),
+    ],
+)
+def test_output_shapes_at_64_pixels(name, widths, grid, features):
+    model = build_backbone(name, widths=widths)
+    out, variables = jax.eval_shape(
+        lambda: model.init_with_output(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False)
+    )
+    assert out.shape == (1, grid, grid, features)
+    if name != "small":
+        blocks = [name for name in variables["params"] if name.startswith("layer")]
+        assert len(blocks) == sum(STAGE_SIZES[name])
+
+
+def test_widths_and_stage_sizes_must_agree():
+    with pytest.raises(ValueError, match="2 stage sizes but 4 widths"):
+        ResNet((1, 1)).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+
+
+@pytest.mark.parametrize(("side", "stride"), [(2, 1), (4, 2), (3, 2), (1, 1), (7, 1)])
+def test_tiny_maps_give_the_same_convolution_and_gradients(side, stride):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, side, side, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 3, 4)), jnp.float32)
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    results = []
+    for function in (convolution.conv_general_dilated, jax.lax.conv_general_dilated):
+        y, pull = jax.vjp(
+            lambda x, k, f=function: f(x, k, (stride, stride), ((1, 1), (1, 1)), **options),
+            x,
+            kernel,
+        )
+        results.append((y, *pull(jnp.cos(y))))
+    for ours, plain in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)

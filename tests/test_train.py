@@ -1,0 +1,241 @@
+"""The whole command in real processes: what it leaves, how it resumes, how it evaluates again."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from commands import environment, run, start
+
+from clsl_jax.writer import read_log
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def finished(shared, tmp_path_factory):
+    """A run that nobody interrupted: (workdir, what it printed, seconds)."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert run(shared, tmp_path_factory.mktemp("first") / "run", "--config.epochs=1")[0] == 0
+    begun = time.monotonic()
+    status, out, err = run(shared, workdir)
+    assert status == 0, err
+    return workdir, out, time.monotonic() - begun
+
+
+def saved_arrays(workdir):
+    """Every array of the newest checkpoint, by path."""
+    steps = [int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit()]
+    path = os.path.abspath(workdir / "checkpoints" / str(max(steps)) / "state")
+    tree = ocp.StandardCheckpointer().restore(path)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return max(steps), {jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves}
+
+
+def assert_same_run(a, b):
+    (step_a, arrays_a), (step_b, arrays_b) = saved_arrays(a), saved_arrays(b)
+    assert step_a == step_b
+    assert arrays_a.keys() == arrays_b.keys()
+    assert any("recovered" in key for key in arrays_a)
+    for key, array in arrays_a.items():
+        np.testing.assert_array_equal(array, arrays_b[key], err_msg=key)
+    for name in ("log.jsonl", "results.json", "config.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    for name in ("predictions.npz", "known_mask.npz"):
+        with np.load(a / name) as x, np.load(b / name) as y:
+            assert x.files == y.files
+            for key in x.files:
+                np.testing.assert_array_equal(x[key], y[key], err_msg=f"{name}: {key}")
+
+
+def test_what_a_run_leaves(finished):
+    workdir, out, _ = finished
+    for name in (
+        "config.json log.jsonl timing.jsonl results.json predictions.npz pictures.png"
+    ).split():
+        assert (workdir / name).stat().st_size > 0, name
+    assert any((workdir / "tensorboard").iterdir())
+    assert out.count("epoch ") >= 4
+    assert "mAP" in out
+    with open(workdir / "pictures.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    rows = read_log(workdir / "log.jsonl")
+    assert [row["step"] for row in rows] == [6, 12, 18, 24]
+    assert all(0 <= row["validation/mAP_interpolated"] <= 1 for row in rows)
+    assert rows[-1]["recovery/coverage"] > 0
+    assert len(rows[-1]["recovery_per_class/positive_precision"]) == 20
+
+
+def test_results_name_what_they_depend_on(finished):
+    with open(finished[0] / "results.json", encoding="utf-8") as file:
+        results = json.load(file)
+    with np.load(finished[0] / "known_mask.npz") as saved:
+        mask = saved["mask"]
+    assert mask.shape == (96, 20)
+    assert results["labels"]["known_entries"] == mask.sum()
+    assert results["labels"]["entries"] == 96 * 20
+    assert len(results["labels"]["mask_sha256"]) == 64
+    assert len(results["dataset"]["fingerprint"]) == 64
+    assert results["dataset"]["images"] == {"train": 96, "validation": 48, "test": 48}
+    assert results["seed"] == 0
+    assert "validation mAP" in results["selection"]["rule"]
+    assert {"jax", "flax", "numpy", "clsl_jax"} <= results["versions"].keys()
+    found = {(r["weights"], r["split"], r["AP_convention"]) for r in results["results"]}
+    assert len(found) == 8
+    for row in results["results"]:
+        values = [ap for ap in row["AP"].values() if ap is not None]
+        assert row["mAP"] == pytest.approx(np.mean(values), abs=1e-12)
+        assert row["images"] == 48
+
+
+def test_the_predictions_give_the_numbers_of_the_results(finished):
+    from sklearn.metrics import average_precision_score
+
+    with np.load(finished[0] / "predictions.npz") as saved:
+        scores, labels = saved["scores"], saved["labels"]
+    with open(finished[0] / "results.json", encoding="utf-8") as file:
+        rows = json.load(file)["results"]
+    (row,) = (
+        r
+        for r in rows
+        if (r["weights"], r["split"], r["AP_convention"]) == ("best", "test", "uninterpolated")
+    )
+    present = labels.any(axis=0)
+    expected = [average_precision_score(labels[:, c], scores[:, c]) for c in np.flatnonzero(present)]
+    assert row["mAP"] == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_evaluation_again_gives_the_same_bits(shared, finished, devices):
+    workdir = finished[0]
+    arguments = [f"--workdir={workdir}", "--mode=evaluate"]
+    status, _, err = run(shared, workdir, *arguments, devices=devices, tiny=False)
+    assert status == 0, err
+    results, again = (
+        json.loads((workdir / name).read_text()) for name in ("results.json", "evaluation.json")
+    )
+    assert again["results"] == results["results"]
+    assert again["recovery"] == results["recovery"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(shared, finished, tmp_path, seed):
+    """SIGKILL at random moments, again and again, from compilation to the last write."""
+    whole, _, seconds = finished
+    chance = random.Random(seed)
+    workdir = tmp_path / "run"
+    kills = 0
+    for _ in range(5):
+        process = start(shared, workdir)
+        time.sleep(chance.uniform(0.3, 1.0) * seconds)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert kills > 0
+    status, _, err = run(shared, workdir)
+    assert status == 0, err
+    assert_same_run(whole, workdir)
+
+
+def test_sigterm_saves_and_the_run_goes_on(shared, finished, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(shared, workdir)
+    while not (workdir / "log.jsonl").exists() or not read_log(workdir / "log.jsonl"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Stopped by SIGTERM after step" in out
+    stopped, _ = saved_arrays(workdir)
+    assert 6 <= stopped < 24
+    status, out, err = run(shared, workdir)
+    assert status == 0, err
+    assert f"Going on from step {stopped} of 24" in out
+    assert_same_run(finished[0], workdir)
+
+
+def test_sigterm_in_evaluation(shared, finished, tmp_path, monkeypatch):
+    """In this process, so that the (real) signal comes inside the evaluation of epoch 2."""
+    from clsl_jax import evaluate, train
+    from commands import CONFIG, TINY
+
+    for name, value in environment(shared).items():
+        monkeypatch.setenv(name, value)
+    workdir = tmp_path / "run"
+    calls = []
+    predict = evaluate.predict
+
+    def signalled(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict(*arguments, **named)
+
+    monkeypatch.setattr(evaluate, "predict", signalled)
+    from absl import flags
+
+    values = flags.FlagValues()
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True)
+    values(["test", f"--config={CONFIG}", *TINY])
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *unused: one)
+    assert train.train_and_evaluate(values.config, str(workdir)) is None
+    assert saved_arrays(workdir)[0] == 12
+    assert len(read_log(workdir / "log.jsonl")) == 1
+    status, _, err = run(shared, workdir)
+    assert status == 0, err
+    assert_same_run(finished[0], workdir)
+
+
+
+def test_a_truncated_checkpoint_is_named_and_the_run_still_ends_the_same(
+    shared, finished, tmp_path
+):
+    workdir = tmp_path / "run"
+    assert run(shared, workdir)[0] == 0
+    files = [
+        os.path.join(where, name)
+        for where, _, names in os.walk(workdir / "checkpoints" / "24")
+        for name in names
+    ]
+    victim = max(files, key=os.path.getsize)
+    os.truncate(victim, os.path.getsize(victim) // 2)
+    status, _, err = run(shared, workdir)
+    assert status == 0, err
+    assert "checkpoints/24 cannot be used" in err
+    assert_same_run(finished[0], workdir)
+
+
+def test_going_on_with_another_configuration_is_refused(shared, finished):
+    before = (finished[0] / "results.json").read_bytes()
+    status, _, err = run(shared, finished[0], "--config.recovery.mode=none")
+    assert status == 2
+    assert "recovery.mode: 'epoch' -> 'none'" in err
+    assert (finished[0] / "results.json").read_bytes() == before
+
+
+def test_two_runs_in_one_workdir(shared, tmp_path):
+    first = start(shared, tmp_path / "run")
+    while not (tmp_path / "run" / "config.json").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    status, _, err = run(shared, tmp_path / "run")
+    first.kill()
+    first.communicate()
+    assert status == 2
+    assert "Another process is running" in err

@@ -1,0 +1,48 @@
+"""Logs: rows after a checkpoint are dropped, half lines too, and files are written whole."""
+
+import json
+
+from clsl_jax.writer import RunLog, read_log, write_atomically
+
+
+def write_rows(workdir, steps, start=0):
+    log = RunLog(str(workdir))
+    log.start(start)
+    for step in steps:
+        log.epoch(step, {"epoch": step, "loss": step / 8}, {"seconds": 1.5}, f"epoch {step}")
+    log.close()
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_written_again(tmp_path, capsys):
+    write_rows(tmp_path, [1, 2, 3])
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "loss": 0.')
+    write_rows(tmp_path, [3], start=2)
+    assert (tmp_path / "log.jsonl").read_bytes() == whole
+    assert [row["step"] for row in read_log(tmp_path / "timing.jsonl")] == [1, 2, 3]
+    assert "epoch 3" in capsys.readouterr().out
+
+
+def test_rows_are_json_with_the_step(tmp_path):
+    write_rows(tmp_path, [7])
+    (row,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert row == {"step": 7, "epoch": 7, "loss": 0.875}
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
+    for text in ("one", "two"):
+        write_atomically(str(tmp_path / "file"), text)
+    assert (tmp_path / "file").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_tables_and_bars_can_be_drawn_without_a_terminal(tmp_path, capsys):
+    log = RunLog(str(tmp_path))
+    with log.progress("epoch 1", total=2, batch_size=4) as bar:
+        bar.advance()
+        bar.advance()
+    log.table("title", ("percent", "mAP"), [("test", "12.34")])
+    out = capsys.readouterr().out
+    assert "12.34" in out
+    assert "title" in out
