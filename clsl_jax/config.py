@@ -28,6 +28,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.seed = 0  # initial weights, shuffling, augmentation, dropout
     c.batch_size = 64  # global: summed over all devices and processes
     c.epochs = 60
+    c.cpu_devices = 1  # devices into which a CPU is divided; XLA uses more cores that way
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "scenes"
@@ -36,6 +37,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.data.seed = 0  # composition of `scenes`, own validation splits
     c.data.strength = "moderate"  # of co-occurrence in `scenes`: moderate | strong
     c.data.sizes = ()  # train, validation and test images of `scenes`; (): its own
+    c.data.validation_fraction = 0.1  # of the training images, where a set has no validation split
     c.data.workers = 0  # processes that read and augment; 0: threads of the training process
     c.data.flip = True  # horizontal flip with probability 1/2
     c.data.randaugment_operations = 0  # operations an image; 0 turns RandAugment off
@@ -145,8 +147,10 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("batch_size", 1, None),
     ("epochs", 1, None),
+    ("cpu_devices", 1, 256),
     ("seed", 0, 2**32 - 1),
     ("data.image_size", 8, 8192),
+    ("data.validation_fraction", 0, 0.9),
     ("data.workers", 0, 1024),
     ("data.cutout", 0, 1),
     ("data.color_jitter", 0, 1),

@@ -183,6 +183,7 @@ def load_data(config: ml_collections.ConfigDict) -> sources.Dataset:
         seed=config.data.seed,
         strength=config.data.strength,
         sizes=sizes or None,
+        validation_fraction=config.data.validation_fraction,
     )
 
 

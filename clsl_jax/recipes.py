@@ -40,4 +40,5 @@ def paper_recipe(arg: str | None, *, file: str) -> ml_collections.ConfigDict:
         config.recovery.sharpening = "released"
         config.recovery.weight = 0.8
         config.evaluation.selection = "test"
+        config.data.validation_fraction = 0.0  # trained on every image of the training split
     return config

@@ -1,5 +1,7 @@
 """The device mesh and how arrays lie on it."""
 
+import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +10,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 ROW_MULTIPLE = 256  # any mesh of up to 256 devices divides padded matrices
+
+
+def divide_cpu(devices: int) -> None:
+    """Divides the CPU into so many devices, before JAX has started.
+
+    Most of XLA's CPU code runs on one thread a device. Where XLA_FLAGS already says how many there
+    are, or JAX has started, nothing changes.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -39,6 +39,7 @@ def train_and_evaluate(
       InputError: if configuration, workdir, data or checkpoints cannot be used.
     """
     config_lib.validate(config)
+    sharding.divide_cpu(config.cpu_devices)
     with Workdir(workdir) as where, PreemptionGuard() as guard:
         where.adopt(config)
         log = RunLog(workdir)
@@ -68,6 +69,7 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
         config_lib.validate(config)
         config_lib.check_resume(stored, config, workdir)
     config = stored if config is None else config
+    sharding.divide_cpu(config.cpu_devices)
     log = RunLog(workdir)
     run = _Run(config, experiment.build(config), Workdir(workdir), log, None, read_only=True)
     try:

@@ -15,11 +15,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg not in (None, "", "moderate", "strong"):
         raise config_lib.ConfigError(f"configs/scenes.py:{arg}: expected nothing, moderate or strong.")
     config = config_lib.base_config()
-    config.epochs = 30
-    config.batch_size = 64
+    config.epochs = 20
+    config.batch_size = 32
+    config.cpu_devices = 2
 
     config.data.name = "scenes"
     config.data.image_size = 64
+    config.data.sizes = (3000, 500, 1000)
     config.data.strength = arg or "moderate"
     config.data.flip = False  # a mirrored 2 or 5 is no digit
     config.data.translate = 0.06

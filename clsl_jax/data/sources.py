@@ -10,10 +10,11 @@ import numpy as np
 
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import scenes, stored
+from clsl_jax.data.splits import stratified_split
 from clsl_jax.errors import InputError
 
 # Sets that `load_dataset` reads from a directory somebody has prepared.
-PREPARED_NAMES = ("voc2007", "voc2012", "coco2014", "nuswide", "vg500")
+PREPARED_NAMES = ("voc2007", "voc2012", "coco2014", "nuswide", "vg500", "table")
 NAMES = ("scenes", *PREPARED_NAMES)
 # Up to this many bytes of decoded images a set is held in memory if nobody says otherwise.
 _MEMORY_BYTES = 512 * 2**20
@@ -130,8 +131,9 @@ def find_prepared(name: str, directory: str | os.PathLike | None) -> pathlib.Pat
         state = "does not exist" if not directory.exists() else "holds no prepared copy of it"
         raise InputError(
             f"data.name={name!r}: data.dir={directory} {state} (looked for "
-            f"{directory / name}/VERSION/dataset_info.json). Prepare the set there with "
-            "clsl_jax.data.stored.prepare, or use data.name=scenes, which needs no download."
+            f"{directory / name}/VERSION/dataset_info.json). Prepare it with "
+            f"'python -m clsl_jax.prepare --dataset={name} --source=... --out={directory}', or use "
+            "data.name=scenes, which needs no download."
         )
     return max(found, key=_version)
 
@@ -176,7 +178,7 @@ def load_prepared(
     splits = {split: _split(prepared, split, image_size, memory) for split in prepared.labels}
     if "validation" not in splits:
         splits["train"], splits["validation"] = _hold_out(
-            splits["train"], validation_fraction, seed
+            splits["train"], prepared.labels["train"], validation_fraction, seed
         )
     return Dataset(
         name=name or pathlib.Path(directory).name,
@@ -201,15 +203,14 @@ def _split(prepared: stored.Prepared, split: str, image_size: int, memory: bool)
     )
 
 
-def _hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Splits off round(fraction * N) images, chosen by seed; both parts keep the order of rows."""
+def _hold_out(
+    train: Split, raw_labels: np.ndarray, fraction: float, seed: int
+) -> tuple[Split, Split]:
+    """Splits off round(fraction * N) images, stratified by label; both keep the order of rows."""
     if fraction == 0:
         return train, dataclasses.replace(train, name="validation")
-    order = np.random.RandomState(seed).permutation(len(train.labels))
-    held = round(fraction * len(order))
-    return _rows(train, "train", np.sort(order[held:])), _rows(
-        train, "validation", np.sort(order[:held])
-    )
+    kept, held = stratified_split(raw_labels, fraction, seed)
+    return _rows(train, "train", kept), _rows(train, "validation", held)
 
 
 def _rows(split: Split, name: str, rows: np.ndarray) -> Split:
