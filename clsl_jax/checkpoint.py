@@ -4,7 +4,9 @@ The position of the input pipeline needs no file of its own: the order of exampl
 the seed and the step, so `state.step` is its state, on any number of processes.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -81,14 +83,21 @@ class Checkpointer:
           meta: anything JSON can hold.
           selection: the metric that picks the best checkpoint; None inside an epoch.
         """
+        self.wait()
         if step in self._manager.all_steps():
             self._manager.delete(step)
         sums = [int(x) for x in jax.device_get(self._checksums(state))]
+        with _quiet():
+            self._save(
+                step, state, {**meta, "format": FORMAT_VERSION, "checksums": sums}, selection
+            )
+
+    def _save(self, step: int, state: Any, meta: dict[str, Any], selection: float | None) -> None:
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                meta=ocp.args.JsonSave({**meta, "format": FORMAT_VERSION, "checksums": sums}),
+                meta=ocp.args.JsonSave(meta),
             ),
             metrics=None if selection is None else {"selection": selection},
             force=True,
@@ -122,7 +131,9 @@ class Checkpointer:
                 raise CheckpointError(f"{wrong} arrays are not what was saved (checksum)")
         except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(f"Checkpoint {where} cannot be used: {reason[0][:300]}") from error
+            raise CheckpointError(
+                f"Checkpoint {where} cannot be used: {reason[0][:300]}"
+            ) from error
         return state, meta
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
@@ -182,6 +193,17 @@ class Checkpointer:
             os.rename(source, target)
             logging.warning("Set the damaged checkpoint aside as %s", target)
         self._manager.reload()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from warning that a checkpoint inside an epoch has no metric."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _selection(metrics: dict[str, float]) -> float:

@@ -1,7 +1,7 @@
 """The configuration: every key with its default, how it is checked and how it is compared.
 
-Configurations are `ml_collections.ConfigDict`s made by `configs/*.py` from `base_config()`. They stay
-at the edges: modules and pure functions take plain keyword arguments.
+Configurations are `ml_collections.ConfigDict`s made by `configs/*.py` from `base_config()`. They
+stay at the edges: modules and pure functions take plain keyword arguments.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from clsl_jax.errors import InputError
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be used; the message says which key, what was found and expected."""
+    """A configuration that cannot be used; names each key, what was found and what expected."""
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -115,9 +115,13 @@ def base_config() -> ml_collections.ConfigDict:
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.batch_size = 0  # 0: the training batch size
     c.evaluation.weights = "ema"  # ema | raw
-    c.evaluation.convention = "interpolated"  # AP of selection and log: interpolated | uninterpolated
+    c.evaluation.convention = (
+        "interpolated"  # AP of selection and log: interpolated | uninterpolated
+    )
     c.evaluation.selection = "validation"  # the split that picks the best epoch: validation | test
-    c.evaluation.test_every_epoch = False  # also log the test split each epoch (never used to select)
+    c.evaluation.test_every_epoch = (
+        False  # also log the test split each epoch (never used to select)
+    )
     c.evaluation.pictures = 12  # images on the picture sheet; 0: no sheet
 
     c.checkpoint = ml_collections.ConfigDict()
@@ -218,7 +222,9 @@ def near_keys(key: str, keys: Iterable[str], count: int = 3) -> list[str]:
     last = key.rsplit(".", 1)[-1]
     same_last = [k for k in keys if k.rsplit(".", 1)[-1] == last]
     by_name = difflib.get_close_matches(key, keys, n=count, cutoff=0.6)
-    lasts = difflib.get_close_matches(last, {k.rsplit(".", 1)[-1] for k in keys}, n=count, cutoff=0.6)
+    lasts = difflib.get_close_matches(
+        last, {k.rsplit(".", 1)[-1] for k in keys}, n=count, cutoff=0.6
+    )
     by_last = [k for match in lasts for k in keys if k.rsplit(".", 1)[-1] == match]
     return list(dict.fromkeys(same_last + by_name + by_last))[:count]
 
@@ -243,7 +249,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             problems.append(f"{key}={flat[key]!r}: expected one of {', '.join(allowed)}")
     for key, low, high in _RANGES:
         value = flat[key]
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
+        if (
+            value != value
+            or (low is not None and value < low)
+            or (high is not None and value > high)
+        ):
             expected = f"at least {low}" if high is None else f"between {low} and {high}"
             problems.append(f"{key}={value!r}: expected {expected}")
     if len(config.data.sizes) not in (0, 3):
@@ -281,7 +291,9 @@ def from_json(text: str, where: str) -> ml_collections.ConfigDict:
     try:
         stored = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON ({error}). Restore it or use a new workdir.") from None
+        raise ConfigError(
+            f"{where} is not JSON ({error}). Restore it or use a new workdir."
+        ) from None
     if not isinstance(stored, dict):
         raise ConfigError(f"{where} holds no configuration. Restore it or use a new workdir.")
     config = base_config()

@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 
 from clsl_jax import embed, optim, sharding, steps
 from clsl_jax.data import partial, sources, transforms
+from clsl_jax.errors import InputError
 from clsl_jax.models.backbone_weights import load_backbone
 from clsl_jax.models.clsl import CLSL
+from clsl_jax.models.resnet import BACKBONES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ def build(
       devices: to run on; all by default.
 
     Raises:
-      ValueError: if data and configuration do not fit each other, saying how.
+      InputError: if data and configuration do not fit each other, saying how.
     """
     mesh = sharding.make_mesh(devices)
     eval_batch_size = config.evaluation.batch_size or config.batch_size
@@ -110,7 +112,7 @@ def build(
     labels = dataset.train.labels
     steps_per_epoch = len(labels) // config.batch_size
     if steps_per_epoch == 0:
-        raise ValueError(
+        raise InputError(
             f"batch_size={config.batch_size} is larger than the training split of "
             f"{len(labels)} images: choose a smaller one."
         )
@@ -203,6 +205,8 @@ def augmentation(config: ml_collections.ConfigDict) -> transforms.Augment:
 def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
     """Returns the model that the configuration describes."""
     m = config.model
+    if m.backbone not in BACKBONES:
+        raise InputError(f"model.backbone={m.backbone!r}: expected one of {', '.join(BACKBONES)}.")
     return CLSL(
         num_classes=num_classes,
         backbone=m.backbone,
@@ -223,9 +227,7 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
     )
 
 
-def label_embeddings(
-    config: ml_collections.ConfigDict, class_names: Sequence[str]
-) -> np.ndarray:
+def label_embeddings(config: ml_collections.ConfigDict, class_names: Sequence[str]) -> np.ndarray:
     """Returns float32 [C, E]: those of a file, or random directions of about unit length.
 
     Raises:

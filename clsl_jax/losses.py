@@ -107,8 +107,8 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def expected_loss(elementwise: ElementwiseLoss) -> ElementwiseLoss:
     """A loss whose value at a soft target q is the mean over labels drawn with probability q.
 
-    ``q * loss(x, 1) + (1 - q) * loss(x, 0)``: what hard labels of that frequency would give. For the
-    cross-entropy it changes nothing. `asymmetric_loss` at a soft target pulls the sigmoid to q
+    ``q * loss(x, 1) + (1 - q) * loss(x, 0)``: what hard labels of that frequency would give. For
+    the cross-entropy it changes nothing. `asymmetric_loss` at a soft target pulls the sigmoid to q
     itself, while labels 0 and 1 pull it to where `asymmetric_posterior` is q.
 
     Args:
@@ -131,9 +131,9 @@ def asymmetric_posterior(
 ) -> jax.Array:
     """Probability of a positive that a network trained by `asymmetric_loss` stands for.
 
-    The asymmetric loss is not a proper score: its sigmoid lies above the probability where negatives
-    are focused. Where positives are found with probability q, the expected gradient of the loss (its
-    weights carry none) vanishes at the sigmoid p with::
+    The asymmetric loss is not a proper score: its sigmoid lies above the probability where
+    negatives are focused. Where positives are found with probability q, the expected gradient of
+    the loss (its weights carry none) vanishes at the sigmoid p with::
 
         q (1 - p)^(gamma_pos + 1) = (1 - q) (p - clip)^gamma_neg p (1 - p) / (1 - p + clip)
 

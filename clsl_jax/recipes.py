@@ -20,7 +20,9 @@ def paper_recipe(arg: str | None, *, file: str) -> ml_collections.ConfigDict:
       ConfigError: if `arg` is anything else.
     """
     if arg not in (None, "", "released"):
-        raise config_lib.ConfigError(f"{file}:{arg}: expected nothing or 'released' after the colon.")
+        raise config_lib.ConfigError(
+            f"{file}:{arg}: expected nothing or 'released' after the colon."
+        )
     config = config_lib.base_config()
     config.epochs = 60
     config.data.flip = True

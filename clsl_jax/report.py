@@ -47,7 +47,13 @@ def picture_sheet(
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     grid = GridSpec(
-        rows, blocks * panels, figure, left=0.01, right=0.99, bottom=0.05, top=1 - 0.75 / (rows * 2.15)
+        rows,
+        blocks * panels,
+        figure,
+        left=0.01,
+        right=0.99,
+        bottom=0.05,
+        top=1 - 0.75 / (rows * 2.15),
     )
     grid.update(hspace=0.62, wspace=0.12)
     for i, image in enumerate(images):
@@ -60,14 +66,16 @@ def picture_sheet(
             for axis, c in zip(axes[1:], order, strict=True):
                 _heat(axis, image, heat[i, :, :, c])
                 color = {1: RIGHT, 0: WRONG}.get(int(labels[i, c]), "black")
-                axis.set_title(f"{class_names[c]} {probabilities[i, c]:.2f}", fontsize=7, color=color)
+                axis.set_title(
+                    f"{class_names[c]} {probabilities[i, c]:.2f}", fontsize=7, color=color
+                )
         for axis in axes:
             axis.set_axis_off()
     figure.text(
         0.01,
         0.012,
         "green: present and found   red: not present but predicted   "
-        "brown: present but missed   right of each image: where each of its likeliest classes was seen",
+        "brown: present but missed   right of each image: where its likeliest classes were seen",
         fontsize=7,
     )
     partial = f"{path}.partial-{os.getpid()}"

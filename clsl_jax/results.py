@@ -14,7 +14,7 @@ from clsl_jax import evaluate, experiment, report, sharding
 from clsl_jax.experiment import Experiment
 from clsl_jax.score import score_convention
 from clsl_jax.workdir import Workdir
-from clsl_jax.writer import RunLog, write_atomically
+from clsl_jax.writer import LOG_NAME, RunLog, read_log, write_atomically
 
 PREDICTIONS_NAME = "predictions.npz"
 PICTURES_NAME = "pictures.png"
@@ -69,6 +69,7 @@ def write(
             "split": config.evaluation.selection,
             "epochs": dict(epochs),
         },
+        "best_on_test": _best_on_test(workdir, config.evaluation.convention),
         "versions": experiment.versions(),
         "recovery": dict(recovery),
         "results": _scored(scores, epochs, built),
@@ -115,6 +116,19 @@ def _scored(
             named = {"weights": label, "epoch": epochs[label], "split": split_name}
             rows.append({**named, **found})
     return rows
+
+
+def _best_on_test(workdir: Workdir, convention: str) -> dict[str, Any] | None:
+    """Returns the highest test mAP of any epoch, where the test split was logged each epoch.
+
+    Papers that pick their epoch on the test split report this number; nothing here is chosen by it.
+    """
+    key = f"test/mAP_{convention}"
+    rows = [row for row in read_log(workdir.path(LOG_NAME)) if key in row]
+    if not rows:
+        return None
+    best = max(rows, key=lambda row: row[key])
+    return {"epoch": best["epoch"], "mAP": best[key], "AP_convention": convention}
 
 
 def _explain(

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from clsl_jax.errors import InputError
+
 ROW_MULTIPLE = 256  # any mesh of up to 256 devices divides padded matrices
 
 
@@ -27,7 +29,7 @@ def divide_cpu(devices: int) -> None:
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with axes `data` (all devices) and `model` (1).
 
-    Axes are `Auto`: under `Explicit` ones, indexing a row-sharded matrix by sharded rows is an error.
+    Axes are `Auto`: under `Explicit` ones, indexing a row-sharded matrix by sharded rows raises.
 
     Args:
       devices: the devices to use; all by default.
@@ -81,10 +83,10 @@ def put_replicated(mesh: Mesh, tree: Any) -> Any:
 
 
 def check_divides(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError unless the global batch spreads evenly over the devices."""
+    """Raises InputError unless the global batch spreads evenly over the devices."""
     devices = mesh.shape["data"]
     if batch_size % devices:
-        raise ValueError(
+        raise InputError(
             f"batch_size={batch_size} does not spread over {devices} devices: "
             f"choose a multiple of {devices}."
         )

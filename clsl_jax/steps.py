@@ -192,7 +192,7 @@ def init_state(
 def state_shardings(state: TrainState, by_row: Any, replicated: Any) -> TrainState:
     """Returns a tree like `state` (arrays or their shapes) that holds each array's sharding."""
     shardings = jax.tree.map(lambda _: replicated, state)
-    return shardings.replace(**{name: by_row for name in ROW_SHARDED})
+    return shardings.replace(**dict.fromkeys(ROW_SHARDED, by_row))
 
 
 def make_train_step(
@@ -261,9 +261,7 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
             ema_params=optim.ema_update(state.ema_params, params, options.ema_decay),
-            ema_batch_stats=optim.ema_update(
-                state.ema_batch_stats, batch_stats, options.ema_decay
-            ),
+            ema_batch_stats=optim.ema_update(state.ema_batch_stats, batch_stats, options.ema_decay),
             scores=scores,
             visits=visits,
             sums=sums,

@@ -1,6 +1,5 @@
 """The training loop, from top to bottom: epochs of steps, recovery, evaluation, checkpoints."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from clsl_jax import config as config_lib
 from clsl_jax import evaluate, experiment, results, sharding, steps
-from clsl_jax.checkpoint import CheckpointError, Checkpointer
+from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.compiled import CompiledSteps, compile_steps
 from clsl_jax.data import partial, pipeline
 from clsl_jax.errors import InputError
@@ -23,9 +22,7 @@ from clsl_jax.workdir import Workdir
 from clsl_jax.writer import RunLog
 
 
-def train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: str
-) -> dict[str, Any] | None:
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any] | None:
     """Trains, or goes on training, the run in `workdir` and evaluates it.
 
     Args:
@@ -95,7 +92,7 @@ class _Run:
         self.steps: CompiledSteps = compile_steps(
             built, config, report=log.console.print, training=not read_only
         )
-        # The full labels, for the diagnostic of recovery alone: no compiled step but `count` sees them.
+        # The full labels, for the diagnostic of recovery alone: only `steps.count` sees them.
         self.hidden = sharding.put_global_rows(
             built.mesh, sharding.pad_rows(built.dataset.train.labels, partial.UNKNOWN)
         )
@@ -120,6 +117,7 @@ class _Run:
             epoch_done = meta["epoch_done"]
             self._check_mask(meta["mask_sha256"], mask_sha256)
             self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
+        self.saved = None if restored is None else (step, epoch_done)
         self.meta = {"mask_sha256": mask_sha256, "fingerprint": built.dataset.fingerprint}
         self.log.start(step if epoch_done else step - 1)
         data = self._train_batches(step)
@@ -271,7 +269,9 @@ class _Run:
             precision, recall = (
                 values[f"recovery/positive_{kind}"] for kind in ("precision", "recall")
             )
-            parts.append(f"recovered positives {_percent(precision)} right, {_percent(recall)} found")
+            parts.append(
+                f"recovered positives {_percent(precision)} right, {_percent(recall)} found"
+            )
         parts.append(f"{timing['images_per_second']:.0f} images/s")
         return "  ".join(parts)
 
@@ -285,10 +285,18 @@ class _Run:
         raise Preempted(f"Stopped by SIGTERM after step {step}; everything is saved.")
 
     def _save(
-        self, state: steps.TrainState, step: int, *, epoch_done: bool, selection: float | None = None
+        self,
+        state: steps.TrainState,
+        step: int,
+        *,
+        epoch_done: bool,
+        selection: float | None = None,
     ) -> None:
+        if self.saved == (step, epoch_done):
+            return
         meta = {**self.meta, "epoch_done": epoch_done}
         self.checkpointer.save(state, step=step, meta=meta, selection=selection)
+        self.saved = (step, epoch_done)
 
     def _check_mask(self, stored: str, found: str) -> None:
         if stored != found:

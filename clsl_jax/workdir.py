@@ -32,7 +32,7 @@ class Workdir:
         try:
             os.makedirs(self._directory, exist_ok=True)
             if jax.process_index() == 0:
-                self._lock = open(self.path(".lock"), "a", encoding="utf-8")  # noqa: SIM115
+                self._lock = open(self.path(".lock"), "a", encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"--workdir={self._directory} cannot be written to ({error.strerror}): "

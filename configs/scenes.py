@@ -13,7 +13,9 @@ from clsl_jax import config as config_lib
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is None or `strong`."""
     if arg not in (None, "", "moderate", "strong"):
-        raise config_lib.ConfigError(f"configs/scenes.py:{arg}: expected nothing, moderate or strong.")
+        raise config_lib.ConfigError(
+            f"configs/scenes.py:{arg}: expected nothing, moderate or strong."
+        )
     config = config_lib.base_config()
     config.epochs = 20
     config.batch_size = 32
@@ -40,6 +42,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.head_dropout = 0.3
     config.model.encoder_dropout = 0.0
     config.model.learn_embeddings = True
+
+    config.recovery.thresholds = "adaptive"
+    config.recovery.soft = False
+    config.recovery.positive_precision = 0.95
+    config.recovery.negative_precision = 0.99
+    config.recovery.weight = 0.5
+    config.recovery.warmup_epochs = 8
+    config.recovery.momentum = 0.5
 
     config.optim.learning_rate = 2e-3
     config.optim.ema_decay = 0.99

@@ -17,6 +17,9 @@ TINY = (
     "--config.evaluation.batch_size=48",
     "--config.evaluation.pictures=2",
     "--config.checkpoint.every_steps=4",
+    "--config.recovery.thresholds=fixed",
+    "--config.recovery.soft=True",
+    "--config.recovery.warmup_epochs=1",
 )
 
 

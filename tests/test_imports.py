@@ -6,10 +6,7 @@ import sys
 
 import clsl_jax
 
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(clsl_jax.__path__, "clsl_jax.")
-)
+MODULES = sorted(module.name for module in pkgutil.walk_packages(clsl_jax.__path__, "clsl_jax."))
 
 PROGRAM = """
 import sys
@@ -20,7 +17,8 @@ sys.modules["torch"] = None
 for name in sys.argv[1:]:
     importlib.import_module(name)
     # Libraries define flags of their own (absl.logging, TFDS); none may be this package's.
-    own = [n for n in flags.FLAGS if flags.FLAGS.find_module_defining_flag(n).startswith("clsl_jax")]
+    where = flags.FLAGS.find_module_defining_flag
+    own = [n for n in flags.FLAGS if where(n).startswith("clsl_jax")]
     assert not own, (name, own)
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "a device was started"

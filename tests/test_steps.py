@@ -214,9 +214,7 @@ def test_learned_embeddings_move_and_fixed_ones_do_not():
     assert np.abs(state.params["label_embeddings"] - start).max() > 0
     np.testing.assert_array_equal(state.label_embeddings, start)
     weights = steps.evaluation_weights(state, ema=False)
-    np.testing.assert_array_equal(
-        weights["label_embeddings"], state.params["label_embeddings"]
-    )
+    np.testing.assert_array_equal(weights["label_embeddings"], state.params["label_embeddings"])
     assert "label_embeddings" not in Harness().run(1).params
 
 

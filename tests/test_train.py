@@ -1,5 +1,7 @@
 """The whole command in real processes: what it leaves, how it resumes, how it evaluates again."""
 
+import ast
+import dataclasses
 import json
 import os
 import random
@@ -10,8 +12,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from commands import environment, run, start
+import test_config
+from commands import TINY, environment, run, start
 
+from clsl_jax import evaluate, experiment, train
+from clsl_jax.data import partial
 from clsl_jax.writer import read_log
 
 pytestmark = pytest.mark.slow
@@ -24,13 +29,11 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(shared, tmp_path_factory):
-    """A run that nobody interrupted: (workdir, what it printed, seconds)."""
+    """A run that nobody interrupted: (workdir, what it printed)."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert run(shared, tmp_path_factory.mktemp("first") / "run", "--config.epochs=1")[0] == 0
-    begun = time.monotonic()
     status, out, err = run(shared, workdir)
     assert status == 0, err
-    return workdir, out, time.monotonic() - begun
+    return workdir, out
 
 
 def saved_arrays(workdir):
@@ -59,10 +62,15 @@ def assert_same_run(a, b):
 
 
 def test_what_a_run_leaves(finished):
-    workdir, out, _ = finished
-    for name in (
-        "config.json log.jsonl timing.jsonl results.json predictions.npz pictures.png"
-    ).split():
+    workdir, out = finished
+    for name in [
+        "config.json",
+        "log.jsonl",
+        "timing.jsonl",
+        "results.json",
+        "predictions.npz",
+        "pictures.png",
+    ]:
         assert (workdir / name).stat().st_size > 0, name
     assert any((workdir / "tensorboard").iterdir())
     assert out.count("epoch ") >= 4
@@ -79,8 +87,8 @@ def test_what_a_run_leaves(finished):
 def test_results_name_what_they_depend_on(finished):
     with open(finished[0] / "results.json", encoding="utf-8") as file:
         results = json.load(file)
-    with np.load(finished[0] / "known_mask.npz") as saved:
-        mask = saved["mask"]
+    mask, facts = partial.load_mask(finished[0] / "known_mask.npz")
+    assert facts["sha256"] == results["labels"]["mask_sha256"]
     assert mask.shape == (96, 20)
     assert results["labels"]["known_entries"] == mask.sum()
     assert results["labels"]["entries"] == 96 * 20
@@ -111,7 +119,9 @@ def test_the_predictions_give_the_numbers_of_the_results(finished):
         if (r["weights"], r["split"], r["AP_convention"]) == ("best", "test", "uninterpolated")
     )
     present = labels.any(axis=0)
-    expected = [average_precision_score(labels[:, c], scores[:, c]) for c in np.flatnonzero(present)]
+    expected = [
+        average_precision_score(labels[:, c], scores[:, c]) for c in np.flatnonzero(present)
+    ]
     assert row["mAP"] == pytest.approx(np.mean(expected), abs=1e-12)
 
 
@@ -128,25 +138,30 @@ def test_evaluation_again_gives_the_same_bits(shared, finished, devices):
     assert again["recovery"] == results["recovery"]
 
 
+def newest_step(workdir):
+    steps = [int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit()]
+    return max(steps, default=0)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_any_moment_it_ends_with_the_same_bits(shared, finished, tmp_path, seed):
-    """SIGKILL at random moments, again and again, from compilation to the last write."""
-    whole, _, seconds = finished
+    """SIGKILL a random while after a random checkpoint, again and again."""
     chance = random.Random(seed)
     workdir = tmp_path / "run"
-    kills = 0
-    for _ in range(5):
+    (workdir / "checkpoints").mkdir(parents=True)
+    for target in (chance.choice((0, 4)), chance.choice((6, 8, 12)), chance.choice((16, 18, 20))):
         process = start(shared, workdir)
-        time.sleep(chance.uniform(0.3, 1.0) * seconds)
-        if process.poll() is not None:
-            break
+        while newest_step(workdir) < target:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        # Up to a second: inside a step, an evaluation, the next save or the start of the process.
+        time.sleep(chance.uniform(0, 1))
+        assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        kills += 1
-    assert kills > 0
     status, _, err = run(shared, workdir)
     assert status == 0, err
-    assert_same_run(whole, workdir)
+    assert_same_run(finished[0], workdir)
 
 
 def test_sigterm_saves_and_the_run_goes_on(shared, finished, tmp_path):
@@ -167,13 +182,56 @@ def test_sigterm_saves_and_the_run_goes_on(shared, finished, tmp_path):
     assert_same_run(finished[0], workdir)
 
 
-def test_sigterm_in_evaluation(shared, finished, tmp_path, monkeypatch):
-    """In this process, so that the (real) signal comes inside the evaluation of epoch 2."""
-    from clsl_jax import evaluate, train
-    from commands import CONFIG, TINY
+def tiny_config(**more):
+    """The configuration of `TINY`, as the command line makes it."""
+    config = test_config.load("scenes")
+    for argument in TINY:
+        key, _, value = argument.removeprefix("--config.").partition("=")
+        value = value if value.isalpha() and value != "True" else ast.literal_eval(value)
+        config.update_from_flattened_dict({key: value})
+    config.update(more)
+    return config
 
+
+@pytest.fixture
+def in_process(shared, monkeypatch):
+    """The caches of the processes and, like them, one device."""
     for name, value in environment(shared).items():
         monkeypatch.setenv(name, value)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *unused: one)
+
+
+def test_hidden_labels_reach_neither_training_nor_selection(in_process, tmp_path, monkeypatch):
+    """Every hidden training label is turned round: weights, selection, recovery stay the same."""
+    config = tiny_config(epochs=2)
+    train.train_and_evaluate(config, str(tmp_path / "true"))
+    load_data = experiment.load_data
+
+    def turned_round(config):
+        dataset = load_data(config)
+        labels = dataset.train.labels
+        mask = partial.known_mask("uniform", labels, config.labels.known_fraction, 0)
+        hidden = np.where(mask, labels, 1 - labels).astype(np.int8)
+        assert (hidden != labels).mean() > 0.5
+        return dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, labels=hidden))
+
+    monkeypatch.setattr(experiment, "load_data", turned_round)
+    train.train_and_evaluate(config, str(tmp_path / "turned"))
+    (_, true), (_, turned) = saved_arrays(tmp_path / "true"), saved_arrays(tmp_path / "turned")
+    for key, array in true.items():
+        np.testing.assert_array_equal(array, turned[key], err_msg=key)
+    rows = [read_log(tmp_path / name / "log.jsonl") for name in ("true", "turned")]
+    for a, b in zip(*rows, strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith("recovery")} == {
+            k: v for k, v in b.items() if not k.startswith("recovery")
+        }
+    # The diagnostic does see them: it is the one thing that changes.
+    assert rows[0][-1]["recovery/negative_recall"] != rows[1][-1]["recovery/negative_recall"]
+
+
+def test_sigterm_in_evaluation(shared, finished, in_process, tmp_path, monkeypatch):
+    """In this process, so that the (real) signal comes inside the evaluation of epoch 2."""
     workdir = tmp_path / "run"
     calls = []
     predict = evaluate.predict
@@ -185,22 +243,13 @@ def test_sigterm_in_evaluation(shared, finished, tmp_path, monkeypatch):
         return predict(*arguments, **named)
 
     monkeypatch.setattr(evaluate, "predict", signalled)
-    from absl import flags
-
-    values = flags.FlagValues()
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True)
-    values(["test", f"--config={CONFIG}", *TINY])
-    one = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *unused: one)
-    assert train.train_and_evaluate(values.config, str(workdir)) is None
+    config = tiny_config()
+    assert train.train_and_evaluate(config, str(workdir)) is None
     assert saved_arrays(workdir)[0] == 12
     assert len(read_log(workdir / "log.jsonl")) == 1
     status, _, err = run(shared, workdir)
     assert status == 0, err
     assert_same_run(finished[0], workdir)
-
 
 
 def test_a_truncated_checkpoint_is_named_and_the_run_still_ends_the_same(

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 def max_pool_3x3_stride_2(x: jax.Array) -> jax.Array:
     """Maximum over 3x3 windows with stride 2 and a border of 1, as in a ResNet's stem.
 
-    Written as maxima of strided slices: the gradient of a window reduction (select-and-scatter) is 4
-    to 9 times slower on a CPU. Equal values share the gradient; after a ReLU ties are zeros, where it
-    vanishes anyway.
+    Written as maxima of strided slices: the gradient of a window reduction (select-and-scatter) is
+    4 to 9 times slower on a CPU. Equal values share the gradient; after a ReLU ties are zeros,
+    where it vanishes anyway.
 
     Args:
       x: [B, H, W, D].
@@ -23,7 +23,8 @@ def max_pool_3x3_stride_2(x: jax.Array) -> jax.Array:
         border[axis] = (1, 1)
         padded = jnp.pad(x, border, constant_values=-jnp.inf)
         first, second, third = (
-            jax.lax.slice_in_dim(padded, start, start + 2 * count - 1, 2, axis) for start in range(3)
+            jax.lax.slice_in_dim(padded, start, start + 2 * count - 1, 2, axis)
+            for start in range(3)
         )
         x = jnp.maximum(jnp.maximum(first, second), third)
     return x
