@@ -37,9 +37,10 @@ def environment(shared, devices=1):
     return settings
 
 
-def start(shared, workdir, *arguments, devices=1, tiny=True):
-    """Starts `python -m clsl_jax.main`; the caller waits for it."""
-    command = [sys.executable, "-m", "clsl_jax.main", f"--workdir={workdir}"]
+def start(shared, workdir, *arguments, devices=1, tiny=True, program=None):
+    """Starts `python -m clsl_jax.main`, or a program in its place; the caller waits for it."""
+    what = ["-c", program] if program else ["-m", "clsl_jax.main"]
+    command = [sys.executable, *what, f"--workdir={workdir}"]
     if tiny:
         command += [f"--config={CONFIG}", *TINY]
     return subprocess.Popen(
@@ -52,8 +53,8 @@ def start(shared, workdir, *arguments, devices=1, tiny=True):
     )
 
 
-def run(shared, workdir, *arguments, devices=1, tiny=True):
+def run(shared, workdir, *arguments, **how):
     """Runs it to the end; returns (exit status, stdout, stderr)."""
-    process = start(shared, workdir, *arguments, devices=devices, tiny=tiny)
+    process = start(shared, workdir, *arguments, **how)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
