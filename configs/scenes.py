@@ -47,8 +47,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.recovery.soft = False
     config.recovery.positive_precision = 0.95
     config.recovery.negative_precision = 0.99
-    config.recovery.weight = 0.5
-    config.recovery.warmup_epochs = 8
+    config.recovery.weight = 1.0
+    config.recovery.warmup_epochs = 13
     config.recovery.momentum = 0.5
 
     config.optim.learning_rate = 2e-3
