@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
+ROW_INCHES = 2.5
 RIGHT, WRONG, MISSED = "#1a7f37", "#cf222e", "#9a6700"
 
 
@@ -43,7 +44,7 @@ def picture_sheet(
     blocks = 2 if len(images) > 1 else 1
     panels = 1 + (shown_classes if heat is not None else 0)
     rows = -(-len(images) // blocks)
-    figure = Figure(figsize=(blocks * panels * 1.45 + 0.4, rows * 2.15 + 0.7), dpi=110)
+    figure = Figure(figsize=(blocks * panels * 1.45 + 0.4, rows * ROW_INCHES + 0.9), dpi=110)
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     grid = GridSpec(
@@ -52,10 +53,10 @@ def picture_sheet(
         figure,
         left=0.01,
         right=0.99,
-        bottom=0.05,
-        top=1 - 0.75 / (rows * 2.15),
+        bottom=1.3 / (rows * ROW_INCHES + 0.9),
+        top=1 - 0.75 / (rows * ROW_INCHES),
     )
-    grid.update(hspace=0.62, wspace=0.12)
+    grid.update(hspace=0.85, wspace=0.12)
     for i, image in enumerate(images):
         row, block = divmod(i, blocks)
         axes = [figure.add_subplot(grid[row, block * panels + k]) for k in range(panels)]
