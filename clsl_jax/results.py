@@ -187,7 +187,7 @@ def _print(log: RunLog, result: Mapping[str, Any], workdir: Workdir, name: str) 
             continue
         at = row["threshold_0.5"]
         numbers = (row["mAP"], at["CF1"], at["OF1"], row["top_3"]["CF1"], row["top_3"]["OF1"])
-        label = f"{row['split']}, {row['weights']} weights (epoch {row['epoch']})"
+        label = f"{row['split']}, {row['weights']} (epoch {row['epoch']})"
         rows.append((label, *(f"{100 * number:.2f}" for number in numbers)))
     header = ("percent", "mAP", "CF1", "OF1", "top-3 CF1", "top-3 OF1")
     labels = result["labels"]
