@@ -3,6 +3,13 @@
     python -m clsl_jax.main --config=configs/coco.py --workdir=DIR --config.data.dir=PREPARED
     python -m clsl_jax.main --config=configs/coco.py:released ...
 
+The recipe starts from ImageNet weights and from embeddings of the label texts; name the files:
+
+    --config.model.pretrained=resnet101.pth --config.model.embeddings=labels.npz
+
+(`python -m clsl_jax.embed --encoder=bert` makes the second as the authors do). Without them, weights
+and embeddings are random.
+
 `released` is the authors' recipe, loss scale and recovery included; without it, the same model and
 schedule with this project's loss scale and recovery. Hardware: one GPU of 80 GB. Source of the
 numbers: the CLSL authors' released program. Published, all at 10 % known: 82.6 mAP (backbone not

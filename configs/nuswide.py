@@ -3,6 +3,13 @@
     python -m clsl_jax.main --config=configs/nuswide.py --workdir=DIR --config.data.dir=PREPARED
     python -m clsl_jax.main --config=configs/nuswide.py:released ...
 
+The recipe starts from ImageNet weights and from embeddings of the label texts; name the files:
+
+    --config.model.pretrained=resnet101.pth --config.model.embeddings=labels.npz
+
+(`python -m clsl_jax.embed --encoder=bert` makes the second as the authors do). Without them, weights
+and embeddings are random.
+
 `released` is the authors' recipe, loss scale and recovery included; without it, the same model and
 schedule with this project's loss scale and recovery. Hardware: one GPU of 40 GB. Source of the
 numbers: the CLSL authors' released program. Published, all at 10 % known: 61.7 mAP (backbone not
