@@ -7,8 +7,8 @@ The recipe starts from ImageNet weights and from embeddings of the label texts; 
 
     --config.model.pretrained=resnet101.pth --config.model.embeddings=labels.npz
 
-(`python -m clsl_jax.embed --encoder=bert` makes the second as the authors do). Without them, weights
-and embeddings are random.
+(`python -m clsl_jax.embed --encoder=bert` makes the second as the authors do). Without them,
+weights and embeddings are random.
 
 `released` is the authors' recipe, loss scale and recovery included; without it, the same model and
 schedule with this project's loss scale and recovery. Hardware: one GPU of 40 GB. Source of the
