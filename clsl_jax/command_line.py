@@ -51,6 +51,12 @@ def run(
     app.run(main, flags_parser=parse)
 
 
+def refuse_arguments(arguments: Sequence[str]) -> None:
+    """Raises InputError if a command that takes flags alone was given anything else."""
+    if arguments:
+        raise InputError(f"Unexpected argument {arguments[0]!r}: write --flag=value.")
+
+
 def _refuse(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return EXIT_BAD_INPUT

@@ -163,8 +163,7 @@ def define_flags() -> None:
 
 def _work(arguments: Sequence[str]) -> None:
     values = flags.FLAGS
-    if arguments:
-        raise InputError(f"Unexpected argument {arguments[0]!r}: write --flag=value.")
+    command_line.refuse_arguments(arguments)
     for name, why in (
         ("labels", "FILE with a class name a line"),
         ("encoder", f"one of {', '.join(ENCODERS)}"),

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from clsl_jax import embed, optim, sharding, steps
-from clsl_jax.data import partial, sources, transforms
+from clsl_jax.data import partial, pipeline, sources, transforms
 from clsl_jax.errors import InputError
 from clsl_jax.models.backbone_weights import load_backbone
 from clsl_jax.models.clsl import CLSL
@@ -110,7 +110,7 @@ def build(
     sharding.check_divides(eval_batch_size, mesh)
     dataset = load_data(config)
     labels = dataset.train.labels
-    steps_per_epoch = len(labels) // config.batch_size
+    steps_per_epoch = pipeline.steps_per_epoch(len(labels), batch_size=config.batch_size)
     if steps_per_epoch == 0:
         raise InputError(
             f"batch_size={config.batch_size} is larger than the training split of "

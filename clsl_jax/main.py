@@ -55,8 +55,7 @@ def work(arguments: Sequence[str]) -> None:
     from clsl_jax import train
 
     values = flags.FLAGS
-    if arguments:
-        raise InputError(f"Unexpected argument {arguments[0]!r}: write --flag=value.")
+    command_line.refuse_arguments(arguments)
     if not values.workdir:
         raise InputError("--workdir=DIR is missing: where shall the run live?")
     config = values.config

@@ -341,8 +341,7 @@ def read_listing(values: flags.FlagValues) -> Listing:
 
 def _work(arguments: Sequence[str]) -> None:
     values = flags.FLAGS
-    if arguments:
-        raise InputError(f"Unexpected argument {arguments[0]!r}: write --flag=value.")
+    command_line.refuse_arguments(arguments)
     check_only = values["check-only"].value
     for name, why in (
         ("dataset", f"one of {', '.join(DATASETS)}"),

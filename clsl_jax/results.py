@@ -1,8 +1,6 @@
 """`results.json`, `predictions.npz`, the picture sheet and the closing table."""
 
-import io
 import json
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import evaluate, experiment, report, sharding
+from clsl_jax import evaluate, experiment, npz, report, sharding
 from clsl_jax.experiment import Experiment
 from clsl_jax.score import score_convention
 from clsl_jax.workdir import Workdir
@@ -147,19 +145,16 @@ def _explain(
 
 def _write_predictions(path: str, built: Experiment, scores: np.ndarray) -> None:
     split = built.dataset.test
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        scores=scores,
-        labels=split.labels,
-        ignore=split.difficult,
-        ids=np.asarray(split.ids, dtype=np.str_),
-        class_names=np.asarray(built.dataset.class_names, dtype=np.str_),
+    npz.write(
+        path,
+        {
+            "scores": scores,
+            "labels": split.labels,
+            "ignore": split.difficult,
+            "ids": np.asarray(split.ids, dtype=np.str_),
+            "class_names": np.asarray(built.dataset.class_names, dtype=np.str_),
+        },
     )
-    partial = f"{path}.partial-{os.getpid()}"
-    with open(partial, "wb") as file:
-        file.write(buffer.getvalue())
-    os.replace(partial, path)
 
 
 def _write_pictures(
