@@ -17,7 +17,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 
 from clsl_jax.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class CheckpointError(InputError):

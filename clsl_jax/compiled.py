@@ -11,6 +11,7 @@ import ml_collections
 
 from clsl_jax import recovery, sharding, steps
 from clsl_jax.experiment import Experiment, needs_clean_view
+from clsl_jax.train_state import evaluation_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,10 @@ class CompiledSteps:
     Attributes:
       train: `train(state, batch) -> state`; the state given is consumed. None without training.
       recover: `recover(state) -> state`; likewise.
-      predict: `predict(weights, images [B, S, S, 3]) -> probabilities [B, C]`.
-      count: `count(recovered, weight, annotations, labels) -> RecoveryCounts`.
+      predict: `predict(weights, images [B, S, S, 3]) -> probabilities [B, C]`; like the train step
+        it takes features [B, h, w, D] instead where the frozen backbone's are cached.
+      count: `count(recovered, weight, annotations, labels)` -> (RecoveryCounts, numbers of
+        recovered positives and negatives).
       explain: `explain(weights, images) -> (probabilities, position weights, attention)`, any B.
     """
 
@@ -50,10 +53,10 @@ def compile_steps(
     state = built.abstract_state
     rows, alike = sharding.by_row(built.mesh), sharding.replicated(built.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    size = config.data.image_size
 
     def images(batch_size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=rows)
+        shape, dtype = built.input_shape, built.input_dtype
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
 
     train = recover = None
     if training:
@@ -63,22 +66,29 @@ def compile_steps(
         }
         if needs_clean_view(built.options, config):
             batch["clean"] = images(built.batch_size)
-        step = steps.make_train_step(built.model, built.optimizer, built.options)
+        step = steps.make_train_step(built.step_model, built.optimizer, built.options)
         train = _compile(step, (state, batch), shardings, report, donate_argnums=0)
         recover = _compile(
             steps.make_recover(built.options), (state,), shardings, report, donate_argnums=0
         )
     weights = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alike),
-        steps.evaluation_weights(state, ema=built.options.evaluate_ema),
+        evaluation_weights(state, ema=built.options.evaluate_ema),
     )
-    predict_step = steps.make_predict_step(built.model)
+    predict_step = steps.make_predict_step(built.step_model)
     predict = _compile(predict_step, (weights, images(built.eval_batch_size)), rows, report)
     labels = jax.ShapeDtypeStruct(state.annotations.shape, jnp.int8, sharding=rows)
     matrices = (state.recovered, state.recovered_weight, state.annotations, labels)
-    count = _compile(recovery.recovery_counts, matrices, alike, lambda line: None)
+    count = _compile(_count, matrices, alike, lambda line: None)
     explain = jax.jit(steps.make_predict_step(built.model, explain=True), out_shardings=alike)
     return CompiledSteps(train, recover, predict, count, explain)
+
+
+def _count(
+    recovered: jax.Array, weight: jax.Array, annotations: jax.Array, labels: jax.Array
+) -> tuple[recovery.RecoveryCounts, tuple[jax.Array, jax.Array]]:
+    counts = recovery.recovery_counts(recovered, weight, annotations, labels)
+    return counts, recovery.recovered_numbers(recovered, weight)
 
 
 def _compile(

@@ -38,6 +38,11 @@ def base_config() -> ml_collections.ConfigDict:
     c.data.strength = "moderate"  # of co-occurrence in `scenes`: moderate | strong
     c.data.sizes = ()  # train, validation and test images of `scenes`; (): its own
     c.data.validation_fraction = 0.1  # of the training images, where a set has no validation split
+    c.data.without_labels = "keep"  # images without any positive label, in every split: keep | drop
+    c.data.max_unreadable = 0.01  # share of the training images above which a run ends
+    # Decoded images kept: auto (in memory if all of them fit) | none | memory | disk.
+    c.data.cache = "auto"
+    c.data.cache_gb = 0.5  # room for them; of a set that is larger, memory and disk keep a part
     c.data.workers = 0  # processes that read and augment; 0: threads of the training process
     c.data.flip = True  # horizontal flip with probability 1/2
     c.data.randaugment_operations = 0  # operations an image; 0 turns RandAugment off
@@ -48,13 +53,18 @@ def base_config() -> ml_collections.ConfigDict:
     c.data.scale = 0.0  # largest relative change of size
 
     c.labels = ml_collections.ConfigDict()
-    c.labels.protocol = "uniform"  # all | released | sst | uniform | single_positive
+    c.labels.protocol = "uniform"  # all | file | released | sst | uniform | single_positive
+    c.labels.file = ""  # protocol file: a mask (.npz, .npy) or labels (.csv, .tsv, .parquet)
     c.labels.known_fraction = 0.1  # probability that an entry is known
     c.labels.seed = 0  # of the known-label mask
 
     c.model = ml_collections.ConfigDict()
     c.model.backbone = "resnet101"
-    c.model.pretrained = ""  # file with backbone weights; "": random initial weights
+    c.model.pretrained = ""  # file with backbone weights | installed (a package's) | "": random
+    c.model.freeze = "none"  # none | backbone: it keeps its pretrained weights
+    # Room on disk for the features of a frozen backbone, which are computed once if no augmentation
+    # needs the pixels; where they take more, the backbone works in every step.
+    c.model.feature_cache_gb = 8.0
     c.model.widths = ()  # channels of each stage; (): the backbone's own
     c.model.encoder_layers = 1
     c.model.encoder_heads = 8
@@ -133,7 +143,10 @@ def base_config() -> ml_collections.ConfigDict:
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.strength": ("moderate", "strong"),
-    "labels.protocol": ("all", "released", "sst", "uniform", "single_positive"),
+    "data.without_labels": ("keep", "drop"),
+    "data.cache": ("auto", "none", "memory", "disk"),
+    "labels.protocol": ("all", "file", "released", "sst", "uniform", "single_positive"),
+    "model.freeze": ("none", "backbone"),
     "model.dtype": ("float32", "bfloat16"),
     "loss.name": ("asl", "bce"),
     "loss.scale": ("balanced", "released"),
@@ -156,6 +169,8 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("data.image_size", 8, 8192),
     ("data.validation_fraction", 0, 0.9),
     ("data.workers", 0, 1024),
+    ("data.max_unreadable", 0, 1),
+    ("data.cache_gb", 0, None),
     ("data.cutout", 0, 1),
     ("data.color_jitter", 0, 1),
     ("data.translate", 0, 1),
@@ -163,6 +178,7 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("data.randaugment_operations", 0, 10),
     ("data.randaugment_magnitude", 0, 30),
     ("labels.known_fraction", 0, 1),
+    ("model.feature_cache_gb", 0, None),
     ("model.encoder_layers", 0, None),
     ("model.encoder_heads", 1, None),
     ("model.encoder_dropout", 0, 0.99),
@@ -198,6 +214,9 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
 SAFE_TO_CHANGE = (
     "data.dir",
     "data.workers",
+    "data.max_unreadable",
+    "data.cache",
+    "data.cache_gb",
     "evaluation.pictures",
     "checkpoint.every_epochs",
     "checkpoint.every_steps",
@@ -258,6 +277,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
             problems.append(f"{key}={value!r}: expected {expected}")
     if len(config.data.sizes) not in (0, 3):
         problems.append(f"data.sizes={config.data.sizes!r}: expected three numbers or ()")
+    if (config.labels.protocol == "file") != bool(config.labels.file):
+        problems.append(
+            f"labels.protocol={config.labels.protocol!r} and labels.file={config.labels.file!r}: "
+            "protocol file needs a file, and no other protocol has one"
+        )
+    if config.model.freeze == "backbone" and not config.model.pretrained:
+        problems.append(
+            "model.freeze='backbone' would keep random weights: name a file in model.pretrained"
+        )
     if config.loss.scale == "released" and config.recovery.mode == "epoch":
         problems.append(
             "loss.scale='released' sees recovered labels only of the batch at hand: "

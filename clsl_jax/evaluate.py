@@ -25,7 +25,7 @@ def predict(
 
     Args:
       split: nothing of it is dropped; the last batch is padded and the padding is masked out.
-      weights: of `steps.evaluation_weights`.
+      weights: of `train_state.evaluation_weights`.
       predict_step: compiled for `batch_size` images.
       mesh: of devices.
       batch_size: over all devices.

@@ -1,8 +1,9 @@
 """From a configuration to everything a run needs: data, known labels, model, optimiser, steps."""
 
 import dataclasses
+import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -13,12 +14,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clsl_jax import embed, optim, sharding, steps
-from clsl_jax.data import partial, pipeline, sources, transforms
+from clsl_jax import embed, features, optim, sharding, steps, train_state
+from clsl_jax.config import ConfigError
+from clsl_jax.data import label_file, partial, pipeline, sources, transforms
 from clsl_jax.errors import InputError
+from clsl_jax.models import efficientnet
 from clsl_jax.models.backbone_weights import load_backbone
-from clsl_jax.models.clsl import CLSL
+from clsl_jax.models.clsl import CLSL, backbone_of, head_of
 from clsl_jax.models.resnet import BACKBONES
+from clsl_jax.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +34,17 @@ class Experiment:
       mask: bool [N, C], True where a training label may be seen.
       annotations: int8 [N, C], 1 / 0 / -1 unknown: all that training sees of the labels.
       mesh: of devices.
-      model: the Linen module.
+      model: the Linen module, from images on.
+      step_model: what train and predict step call: `model`, or its head where the features of a
+        frozen backbone are computed once.
+      input_shape, input_dtype: of an image, or of its features, as the steps take them.
       options: of the train step.
       label_embeddings: float32 [C, E], as the run starts with them.
       steps_per_epoch: full batches of the training split.
       total_steps: updates of the whole run.
       pretrained: file of backbone weights, or "".
-      init: `init(label_embeddings, annotations) -> TrainState`, compiled.
+      backbone_shapes: of the variables that this file fills; {} without one.
+      init: `init(label_embeddings, annotations, backbone variables) -> TrainState`, compiled.
       abstract_state: shapes, types and shardings of the state.
       optimizer: the gradient transformation.
       batch_size: of training, over all devices.
@@ -47,19 +55,23 @@ class Experiment:
     mask: np.ndarray
     annotations: np.ndarray
     mesh: Mesh
-    model: Any
+    model: CLSL
+    step_model: Any
+    input_shape: tuple[int, ...]
+    input_dtype: Any
     options: steps.StepOptions
     label_embeddings: np.ndarray
     steps_per_epoch: int
     total_steps: int
     pretrained: str
-    init: Callable[[jax.Array, jax.Array], steps.TrainState]
-    abstract_state: steps.TrainState
+    backbone_shapes: Mapping[str, Any]
+    init: Callable[[jax.Array, jax.Array, Any], TrainState]
+    abstract_state: TrainState
     optimizer: optax.GradientTransformation
     batch_size: int
     eval_batch_size: int
 
-    def new_state(self, report: Callable[[str], None] = lambda line: None) -> steps.TrainState:
+    def new_state(self, report: Callable[[str], None] = lambda line: None) -> TrainState:
         """Returns the state before the first step, with pretrained weights if any are named.
 
         Args:
@@ -68,38 +80,37 @@ class Experiment:
         Raises:
           InputError: if the weights do not fit the backbone, naming the tensors.
         """
-        annotations = sharding.pad_rows(self.annotations, partial.UNKNOWN)
-        state = self.init(
+        backbone: Mapping[str, Any] = {}
+        if self.pretrained:
+            empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.backbone_shapes)
+            backbone, line = load_backbone(self.model.backbone, self.pretrained, empty)
+            report(line)
+        return self.init(
             sharding.put_replicated(self.mesh, self.label_embeddings),
-            sharding.put_global_rows(self.mesh, annotations),
+            sharding.put_global_rows(
+                self.mesh, sharding.pad_rows(self.annotations, partial.UNKNOWN)
+            ),
+            sharding.put_replicated(self.mesh, backbone),
         )
-        if not self.pretrained:
-            return state
-        variables = {"params": state.params["model"], "batch_stats": state.batch_stats}
-        variables, line = load_backbone(
-            self.model.backbone, self.pretrained, jax.device_get(variables)
-        )
-        report(line)
 
-        def put(tree: Any) -> Any:
-            return sharding.put_replicated(self.mesh, tree)
-
-        return state.replace(
-            params={**state.params, "model": put(variables["params"])},
-            batch_stats=put(variables["batch_stats"]),
-            ema_params={**state.ema_params, "model": put(variables["params"])},
-            ema_batch_stats=put(variables["batch_stats"]),
-        )
+    @property
+    def caches_features(self) -> bool:
+        """Whether the steps take features of the frozen backbone in place of images."""
+        return self.step_model is not self.model
 
 
 def build(
-    config: ml_collections.ConfigDict, *, devices: list[jax.Device] | None = None
+    config: ml_collections.ConfigDict,
+    *,
+    devices: list[jax.Device] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Experiment:
     """Loads the data and builds the model and its steps; compiles nothing yet.
 
     Args:
       config: validated.
       devices: to run on; all by default.
+      report: takes a line where images are decoded into a cache.
 
     Raises:
       InputError: if data and configuration do not fit each other, saying how.
@@ -108,7 +119,7 @@ def build(
     eval_batch_size = config.evaluation.batch_size or config.batch_size
     sharding.check_divides(config.batch_size, mesh)
     sharding.check_divides(eval_batch_size, mesh)
-    dataset = load_data(config)
+    dataset = load_data(config, report)
     labels = dataset.train.labels
     steps_per_epoch = pipeline.steps_per_epoch(len(labels), batch_size=config.batch_size)
     if steps_per_epoch == 0:
@@ -116,11 +127,11 @@ def build(
             f"batch_size={config.batch_size} is larger than the training split of "
             f"{len(labels)} images: choose a smaller one."
         )
-    mask = partial.known_mask(
-        config.labels.protocol, labels, config.labels.known_fraction, config.labels.seed
-    )
-    annotations = partial.annotate(labels, mask)
+    annotations = known_labels(config, dataset)
     model = build_model(config, len(dataset.class_names))
+    pretrained = backbone_file(config)
+    backbone_shapes = _backbone_shapes(model, config.data.image_size) if pretrained else {}
+    caches_features = _caches_features(config, model, dataset)
     options = step_options(config, steps_per_epoch)
     schedule = optim.one_cycle(
         config.optim.learning_rate,
@@ -135,8 +146,8 @@ def build(
     )
     embeddings = label_embeddings(config, dataset.class_names)
 
-    def init(label_embeddings: jax.Array, annotations: jax.Array) -> steps.TrainState:
-        return steps.init_state(
+    def init(label_embeddings: jax.Array, annotations: jax.Array, backbone: Any) -> TrainState:
+        return train_state.init_state(
             model,
             optimizer,
             seed=config.seed,
@@ -144,29 +155,42 @@ def build(
             label_embeddings=label_embeddings,
             annotations=annotations,
             learn_embeddings=config.model.learn_embeddings,
-            options=options,
+            graph_threshold=options.graph_threshold,
+            graph_smoothing=options.graph_smoothing,
+            backbone=backbone,
         )
 
     shapes = (
         jax.ShapeDtypeStruct(embeddings.shape, jnp.float32),
         jax.ShapeDtypeStruct((sharding.padded_rows(len(labels)), labels.shape[1]), jnp.int8),
+        backbone_shapes,
     )
     abstract = jax.eval_shape(init, *shapes)
-    shardings = steps.state_shardings(abstract, sharding.by_row(mesh), sharding.replicated(mesh))
+    shardings = train_state.state_shardings(
+        abstract, sharding.by_row(mesh), sharding.replicated(mesh)
+    )
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
     return Experiment(
         dataset=dataset,
-        mask=mask,
+        mask=annotations >= 0,
         annotations=annotations,
         mesh=mesh,
         model=model,
+        step_model=head_of(model) if caches_features else model,
+        input_shape=(
+            train_state.features_shape(model, config.data.image_size)[1:]
+            if caches_features
+            else (config.data.image_size, config.data.image_size, 3)
+        ),
+        input_dtype=features.DTYPE if caches_features else np.uint8,
         options=options,
         label_embeddings=embeddings,
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
-        pretrained=config.model.pretrained,
+        pretrained=pretrained,
+        backbone_shapes=backbone_shapes,
         init=jax.jit(init, out_shardings=shardings),
         abstract_state=abstract,
         optimizer=optimizer,
@@ -175,7 +199,43 @@ def build(
     )
 
 
-def load_data(config: ml_collections.ConfigDict) -> sources.Dataset:
+def backbone_file(config: ml_collections.ConfigDict) -> str:
+    """Returns the file that the backbone's weights come from; "" draws them.
+
+    Raises:
+      InputError: if the weights of an installed package are asked for and not to be had.
+    """
+    named = config.model.pretrained
+    if named != "installed":
+        return named
+    if config.model.backbone != "efficientnet_lite0":
+        raise ConfigError(
+            "model.pretrained=installed: only model.backbone=efficientnet_lite0 has weights in an "
+            f"installable package, found {config.model.backbone!r}; name a file of weights."
+        )
+    return os.fspath(efficientnet.weights_path())
+
+
+def _backbone_shapes(model: CLSL, image_size: int) -> Mapping[str, Any]:
+    images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
+    return jax.eval_shape(lambda: backbone_of(model).init(jax.random.key(0), images, train=False))
+
+
+def _caches_features(
+    config: ml_collections.ConfigDict, model: CLSL, dataset: sources.Dataset
+) -> bool:
+    """Whether the frozen backbone's features are to be computed once."""
+    if config.model.freeze != "backbone" or not augmentation(config).is_identity:
+        return False
+    splits = (dataset.train, dataset.validation, dataset.test)
+    count = sum(len(split.labels) for split in splits)
+    size = features.size_in_bytes(train_state.features_shape(model, config.data.image_size), count)
+    return size <= config.model.feature_cache_gb * 2**30
+
+
+def load_data(
+    config: ml_collections.ConfigDict, report: Callable[[str], None] = lambda line: None
+) -> sources.Dataset:
     """Returns the data set that the configuration names."""
     sizes = dict(zip(("train", "validation", "test"), config.data.sizes, strict=False))
     return sources.load_dataset(
@@ -186,7 +246,28 @@ def load_data(config: ml_collections.ConfigDict) -> sources.Dataset:
         strength=config.data.strength,
         sizes=sizes or None,
         validation_fraction=config.data.validation_fraction,
+        without_labels=config.data.without_labels,
+        cache=config.data.cache,
+        cache_gb=config.data.cache_gb,
+        report=report,
     )
+
+
+def known_labels(config: ml_collections.ConfigDict, dataset: sources.Dataset) -> np.ndarray:
+    """Returns the annotations int8 [N, C] of the training split: all that training sees of labels.
+
+    Raises:
+      InputError: if the protocol is unknown, or its file not for this data.
+    """
+    train = dataset.train
+    if config.labels.protocol == "file":
+        return label_file.read_label_file(
+            config.labels.file, ids=train.ids, class_names=dataset.class_names, labels=train.labels
+        )
+    mask = partial.known_mask(
+        config.labels.protocol, train.labels, config.labels.known_fraction, config.labels.seed
+    )
+    return partial.annotate(train.labels, mask)
 
 
 def augmentation(config: ml_collections.ConfigDict) -> transforms.Augment:
@@ -223,6 +304,7 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
         graph_layers=config.graph.layers,
         rank=m.rank,
         head_dropout=m.head_dropout,
+        freeze_backbone=m.freeze == "backbone",
         dtype=jnp.dtype(m.dtype),
     )
 
@@ -282,6 +364,7 @@ def needs_clean_view(options: steps.StepOptions, config: ml_collections.ConfigDi
         options.recovery_mode == "epoch"
         and options.teacher == "ema"
         and config.recovery.view == "clean"
+        and not augmentation(config).is_identity
     )
 
 

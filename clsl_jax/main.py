@@ -2,7 +2,10 @@
 
 python -m clsl_jax.main --config=configs/scenes.py --workdir=DIR
 python -m clsl_jax.main --config=configs/scenes.py --workdir=DIR --mode=evaluate
+python -m clsl_jax.main --config=configs/voc.py:released --workdir=DIR --mode=evaluate \
+    --weights=best_ema_model.pth --config.model.embeddings=labels.npz --config.data.dir=PREPARED
 
+The last one evaluates a checkpoint of the CLSL authors' program.
 Exit status: 0 done, or stopped by SIGTERM with everything saved; 2 input that cannot be used.
 """
 
@@ -25,6 +28,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory of the run; made if it does not exist.")
     flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
+    flags.DEFINE_string("weights", None, "evaluate: a torch checkpoint instead of the run's own.")
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> str | None:
@@ -52,7 +56,7 @@ def work(arguments: Sequence[str]) -> None:
     """Does what the flags say."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Here, so that a wrong flag is answered before JAX has started.
-    from clsl_jax import train
+    from clsl_jax import torch_checkpoint, train
 
     values = flags.FLAGS
     command_line.refuse_arguments(arguments)
@@ -62,7 +66,11 @@ def work(arguments: Sequence[str]) -> None:
     if not (config is None or isinstance(config, ml_collections.ConfigDict)):
         # What ml_collections gives for a file that is not there; any use of it raises.
         raise InputError(f"--config={values['config'].config_filename}: there is no such file.")
-    if values.mode == "evaluate":
+    if values.weights and (values.mode != "evaluate" or config is None):
+        raise InputError("--weights=FILE goes with --mode=evaluate and --config=FILE.")
+    if values.weights:
+        torch_checkpoint.evaluate_checkpoint(config, values.workdir, values.weights)
+    elif values.mode == "evaluate":
         train.evaluate_only(config, values.workdir)
     elif config is None:
         raise InputError("--config=FILE is missing, such as configs/scenes.py.")

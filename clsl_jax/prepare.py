@@ -39,6 +39,8 @@ from clsl_jax.errors import InputError
 DATASETS = ("voc2007", "voc2012", "coco2014", "nuswide", "vg500", "table")
 LEAVE_OUT = (MISSING, UNREADABLE)
 _CONFIG, _VERSION = "prepared", "1.0.0"
+# The configuration that each set has of its own; the others name theirs to that of COCO.
+_CONFIGS = {"voc2007": "voc", "coco2014": "coco", "nuswide": "nuswide", "table": "table"}
 # Options that only some data sets have.
 _BELONGS_TO = {
     "voc_test": ("voc2012",),
@@ -137,9 +139,18 @@ def prepare(
     journal.unlink(missing_ok=True)
     say(
         f"{directory}: {sum(len(part.ids) for part in splits.values()):,} images.\n"
-        f"Train on it: --config.data.name={listing.name} --config.data.dir={out}"
+        f"Train on it: {_training_command(listing.name, out)}"
     )
     return directory
+
+
+def _training_command(name: str, out: pathlib.Path) -> str:
+    config = _CONFIGS.get(name, "coco")
+    named = "" if name in _CONFIGS else f"--config.data.name={name} "
+    return (
+        f"python -m clsl_jax.main --config=configs/{config}.py {named}--config.data.dir={out} "
+        "--workdir=RUN"
+    )
 
 
 def _inspect(

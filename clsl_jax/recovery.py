@@ -37,7 +37,7 @@ def scatter_scores(
     The average is bias-corrected: on visit n (from 1) the new value has weight
     ``(1 - momentum) / (1 - momentum^n)``, so the first visit takes the value as it is and the n-th
     average weighs visit i by ``momentum^(n-i)``, normalised. Rows of N or more, and negative ones,
-    are padding and are dropped. A row must not occur twice in a batch.
+    are padding and are dropped. Of a row that occurs twice in a batch the first example counts.
 
     Args:
         scores: [N, C] float32, probabilities averaged so far.
@@ -50,6 +50,9 @@ def scatter_scores(
         The new scores [N, C] and visits [N].
     """
     rows = jnp.where(rows < 0, visits.shape[0], rows)  # a negative index would wrap around
+    # Which of two equal indices a scatter takes is left open, and differs between devices.
+    first = jnp.argmax(rows[:, None] == rows[None, :], axis=1) == jnp.arange(rows.shape[0])
+    rows = jnp.where(first, rows, visits.shape[0])
     before = visits.at[rows].get(mode="fill", fill_value=0)
     old = scores.at[rows].get(mode="fill", fill_value=0)
     momentum = jnp.asarray(momentum, scores.dtype)
@@ -263,6 +266,18 @@ def recovery_counts(
         correct_positives=count(as_positive & positive),
         correct_negatives=count(as_negative & negative),
     )
+
+
+def recovered_numbers(recovered: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many labels were recovered as positive and as negative, right or not; int32 scalars.
+
+    Args:
+        recovered: [N, C] in [0, 1], from `recover_labels`; positive from 0.5 on.
+        weight: [N, C]; an entry counts as recovered where it is > 0.
+    """
+    taken = weight > 0
+    positive = jnp.sum(taken & (recovered >= 0.5), dtype=jnp.int32)
+    return positive, jnp.sum(taken, dtype=jnp.int32) - positive
 
 
 def recovery_summary(counts: RecoveryCounts) -> dict[str, dict[str, float | np.ndarray]]:

@@ -1,21 +1,25 @@
 """`results.json`, `predictions.npz`, the picture sheet and the closing table."""
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import evaluate, experiment, npz, report, sharding
+from clsl_jax import evaluate, experiment, label_tables, npz, report, sharding, steps
+from clsl_jax.data import partial
 from clsl_jax.experiment import Experiment
 from clsl_jax.score import score_convention
+from clsl_jax.train_state import TrainState
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import LOG_NAME, RunLog, read_log, write_atomically
 
 PREDICTIONS_NAME = "predictions.npz"
 PICTURES_NAME = "pictures.png"
+SPLITS = ("train", "validation", "test")
 
 
 def write(
@@ -28,8 +32,11 @@ def write(
     scores: Mapping[tuple[str, str], np.ndarray],
     epochs: Mapping[str, int],
     recovery: Mapping[str, Any],
+    state: TrainState | None,
+    unreadable: Sequence[str],
     mask_sha256: str,
     explain: Callable[[jax.Array], Any],
+    source: str = "",
 ) -> dict[str, Any]:
     """Scores predictions under every convention and leaves everything in the workdir.
 
@@ -42,8 +49,11 @@ def write(
       scores: {(weights, split): float [N, C]}; weights are `last` or `best`.
       epochs: {weights: epoch they are from}.
       recovery: figures of the recovered labels at the end.
+      state: at the end, whose recovered labels are written out; None writes none.
+      unreadable: ids of the training images in whose place others stood.
       mask_sha256: of the known-label mask.
       explain: `images -> (probabilities, position weights, attention)` with the best weights.
+      source: file of the weights, where they are not this run's.
 
     Returns:
       What the JSON file holds.
@@ -57,10 +67,12 @@ def write(
             "known_entries": int((built.annotations >= 0).sum()),
             "entries": int(built.annotations.size),
             "mask_sha256": mask_sha256,
+            "annotations_sha256": partial.mask_sha256(built.annotations),
+            "file": config.labels.file,
         },
         "seed": config.seed,
         "images": f"squashed to {config.data.image_size} x {config.data.image_size}, no crop",
-        "weights": f"{config.evaluation.weights} of the parameters and batch statistics",
+        "weights": source or f"{config.evaluation.weights} of the parameters and batch statistics",
         "selection": {
             "rule": f"highest {config.evaluation.selection} mAP "
             f"({config.evaluation.convention} AP) among the saved epochs; the latest of equals",
@@ -70,18 +82,83 @@ def write(
         "best_on_test": _best_on_test(workdir, config.evaluation.convention),
         "versions": experiment.versions(),
         "recovery": dict(recovery),
+        "unreadable_training_images": list(unreadable),
         "results": _scored(scores, epochs, built),
     }
+    tables = _label_tables(built, state, scores)
     pictured = min(config.evaluation.pictures, len(built.dataset.test.labels))
     explained = _explain(built, explain, pictured) if pictured else None
     if jax.process_index() == 0:
         write_atomically(workdir.path(name), json.dumps(result, indent=2, sort_keys=True) + "\n")
         _write_predictions(workdir.path(PREDICTIONS_NAME), built, scores["best", "test"])
+        _write_label_tables(workdir, built, tables)
         if explained is not None:
             note = f"weights of epoch {epochs['best']}"
             _write_pictures(workdir.path(PICTURES_NAME), built, explained, note)
-    _print(log, result, workdir, name)
+    _print(log, result, workdir, name, tables)
     return result
+
+
+def recovery_line(values: Mapping[str, Any]) -> str:
+    """Returns, in a few words, what was recovered, and how rightly where that can be known."""
+    if values["recovery/positive_recall"] is not None:
+        precision, recall = (values[f"recovery/positive_{k}"] for k in ("precision", "recall"))
+        right = "  -- " if precision is None else f"{100 * precision:4.1f}%"
+        return f"recovered positives {right} right, {100 * recall:4.1f}% found"
+    found = [values[f"recovery/recovered_{kind}"] for kind in ("positives", "negatives")]
+    share = 100 * sum(found) / max(values["recovery/unknown"], 1)
+    return f"recovered {found[0]:,} positives, {found[1]:,} negatives ({share:.1f}% of the unknown)"
+
+
+def _label_tables(
+    built: Experiment, state: TrainState | None, scores: Mapping[tuple[str, str], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns labels int8 [N, C] and probabilities [N, C] of all splits, or None.
+
+    A training image has what was recovered while training; the others have what the last weights
+    say, by the same thresholds.
+    """
+    splits = [getattr(built.dataset, name) for name in SPLITS]
+    cells = sum(split.labels.size for split in splits)
+    recovers = state is not None and built.options.recovery_mode == "epoch"
+    if not recovers or cells > label_tables.MOST_CELLS:
+        return None
+    count = len(built.annotations)
+    found = evaluate.gather((state.scores, state.visits, state.recovered, state.recovered_weight))
+    kept, visits, recovered, weight = (np.asarray(x)[:count] for x in found)
+    thresholds = evaluate.gather(
+        jax.jit(steps.recovery_thresholds, static_argnums=1)(state, built.options)
+    )
+    taken = np.where(weight > 0, recovered >= 0.5, partial.UNKNOWN)
+    labels = [np.where(built.annotations < 0, taken, built.annotations).astype(np.int8)]
+    probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
+    active = int(state.step) >= built.options.warmup_steps
+    for split in splits[1:]:
+        sigmoid = scores["last", split.name].astype(np.float64)
+        logits = np.log(np.maximum(sigmoid, 1e-30)) - np.log(np.maximum(1 - sigmoid, 1e-30))
+        probability = np.asarray(steps.calibrated(logits.astype(np.float32), built.options))
+        filled = label_tables.fill_labels(split.labels, probability, *thresholds)
+        labels.append(filled if active else split.labels)
+        probabilities.append(probability)
+    return np.concatenate(labels), np.concatenate(probabilities)
+
+
+def _write_label_tables(
+    workdir: Workdir, built: Experiment, tables: tuple[np.ndarray, np.ndarray] | None
+) -> None:
+    if tables is None:
+        return
+    splits = [getattr(built.dataset, name) for name in SPLITS]
+    named = {
+        "ids": [name for split in splits for name in split.ids],
+        "splits": [split.name for split in splits for _ in split.ids],
+        "class_names": built.dataset.class_names,
+    }
+    labels, probabilities = tables
+    path = workdir.path(label_tables.RECOVERED_NAME)
+    label_tables.write_labels(path, labels, **named)
+    path = workdir.path(label_tables.PROBABILITIES_NAME)
+    label_tables.write_probabilities(path, probabilities, **named)
 
 
 def _dataset_facts(built: Experiment) -> dict[str, Any]:
@@ -90,9 +167,7 @@ def _dataset_facts(built: Experiment) -> dict[str, Any]:
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "classes": list(dataset.class_names),
-        "images": {
-            name: len(getattr(dataset, name).labels) for name in ("train", "validation", "test")
-        },
+        "images": {name: len(getattr(dataset, name).labels) for name in SPLITS},
         "facts": dict(dataset.facts),
     }
 
@@ -122,7 +197,8 @@ def _best_on_test(workdir: Workdir, convention: str) -> dict[str, Any] | None:
     Papers that pick their epoch on the test split report this number; nothing here is chosen by it.
     """
     key = f"test/mAP_{convention}"
-    rows = [row for row in read_log(workdir.path(LOG_NAME)) if key in row]
+    path = workdir.path(LOG_NAME)
+    rows = [row for row in read_log(path) if key in row] if os.path.exists(path) else []
     if not rows:
         return None
     best = max(rows, key=lambda row: row[key])
@@ -175,7 +251,9 @@ def _write_pictures(
     )
 
 
-def _print(log: RunLog, result: Mapping[str, Any], workdir: Workdir, name: str) -> None:
+def _print(
+    log: RunLog, result: Mapping[str, Any], workdir: Workdir, name: str, tables: Any
+) -> None:
     rows = []
     for row in result["results"]:
         if row["AP_convention"] != "interpolated":
@@ -193,11 +271,15 @@ def _print(log: RunLog, result: Mapping[str, Any], workdir: Workdir, name: str) 
     )
     log.table(title, header, rows)
     found = result["recovery"]
-    shown = [found.get(f"recovery/{k}") for k in ("positive_recall", "positive_precision")]
-    if None not in shown:
+    if found.get("recovery/positive_recall") is not None:
+        recall, right = (found[f"recovery/positive_{k}"] for k in ("recall", "precision"))
         log.console.print(
-            f"Hidden training labels: {100 * shown[0]:.1f} % of the positives recovered, "
-            f"{100 * shown[1]:.1f} % of the recovered positives right."
+            f"Hidden training labels: {100 * recall:.1f} % of the positives recovered, "
+            f"{100 * (right or 0):.1f} % of the recovered positives right."
         )
-    names = (name, PREDICTIONS_NAME, PICTURES_NAME)
+    elif found:
+        log.console.print(f"Unknown training labels: {recovery_line(found)}.")
+    names = [name, PREDICTIONS_NAME, PICTURES_NAME]
+    if tables is not None:
+        names += [label_tables.RECOVERED_NAME, label_tables.PROBABILITIES_NAME]
     log.console.print("Written: " + ", ".join(workdir.path(n) for n in names))

@@ -1,67 +1,21 @@
-"""The train state and the compiled steps: pure functions of arrays."""
+"""The compiled steps: pure functions of the state and a batch."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from clsl_jax import losses, optim, recovery
-from clsl_jax.models import graph
+from clsl_jax.models.graph import label_adjacency
+from clsl_jax.train_state import SUM_NAMES, TrainState, with_backbone
 
 Batch = Mapping[str, jax.Array]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that a training run carries from step to step.
-
-    N is the number of training images padded to a multiple of 256, C the number of classes. The
-    matrices [N, ...] are sharded by row over the mesh axis `data`; the rest is replicated.
-
-    Attributes:
-      step: int32 [], updates done.
-      params: {"model": Flax parameters, "label_embeddings": [C, E] if they are learned}.
-      batch_stats: running means and variances of the batch norms.
-      opt_state: state of the optimiser.
-      ema_params: exponential moving average of `params`.
-      ema_batch_stats: exponential moving average of `batch_stats`.
-      rng: uint32 key data; each step folds its number into it.
-      label_embeddings: float32 [C, E], fixed embeddings of the label texts.
-      adjacency: float32 [C, C], normalised label graph of the graph convolution.
-      annotations: int8 [N, C], 1 positive, 0 negative, -1 unknown: all that training may see.
-      scores: float32 [N, C] in [0, 1], the teacher's probabilities averaged over a row's visits.
-      visits: int32 [N], how often the row's scores were updated.
-      recovered: float32 [N, C] in [0, 1], recovered labels; known entries hold the label.
-      recovered_weight: float32 [N, C] in [0, 1], their weights in the loss; 0 where still unknown.
-      sums: float32 [] each, sums over the steps of the epoch so far; `steps` counts them.
-    """
-
-    step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    ema_params: Any
-    ema_batch_stats: Any
-    rng: jax.Array
-    label_embeddings: jax.Array
-    adjacency: jax.Array
-    annotations: jax.Array
-    scores: jax.Array
-    visits: jax.Array
-    recovered: jax.Array
-    recovered_weight: jax.Array
-    sums: Mapping[str, jax.Array]
-
-
-ROW_SHARDED = ("annotations", "scores", "visits", "recovered", "recovered_weight")
-SUM_NAMES = ("steps", "loss", "loss_known", "loss_recovered", "gradient_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,92 +61,14 @@ def normalize(images: jax.Array) -> jax.Array:
     """Returns float32 images with ImageNet's mean and standard deviation removed.
 
     Args:
-      images: uint8 [B, H, W, 3], RGB.
+      images: uint8 [B, H, W, 3], RGB; or the features of a frozen backbone, of a floating type
+        [B, h, w, D], which are only cast.
     """
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images.astype(jnp.float32)
     mean = jnp.asarray(IMAGENET_MEAN, jnp.float32) * 255
     std = jnp.asarray(IMAGENET_STD, jnp.float32) * 255
     return (images.astype(jnp.float32) - mean) / std
-
-
-def label_adjacency(
-    targets: jax.Array, weights: jax.Array, threshold: float, smoothing: float
-) -> jax.Array:
-    """Returns the normalised label graph [C, C] of the labels at hand.
-
-    Args:
-      targets: [N, C] in [0, 1].
-      weights: [N, C] in [0, 1]; entries of weight 0 are unknown and do not count.
-      threshold: conditional frequency from which two labels are connected.
-      smoothing: sum of the weights of a label's neighbours.
-    """
-    cooccurrence, counts = graph.cooccurrence(targets, weights)
-    return graph.normalized_adjacency(
-        cooccurrence, counts, threshold=threshold, smoothing=smoothing
-    )
-
-
-def init_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    *,
-    seed: int,
-    image_size: int,
-    label_embeddings: jax.Array,
-    annotations: jax.Array,
-    learn_embeddings: bool,
-    options: StepOptions,
-) -> TrainState:
-    """Returns the state before the first step.
-
-    Args:
-      model: called as `model(images, embeddings, adjacency, train=...)`.
-      optimizer: updates `params`.
-      seed: of the initial weights and of every random draw in training.
-      image_size: side of the square images, in pixels.
-      label_embeddings: float32 [C, E].
-      annotations: int8 [N, C], N padded; rows without an image are -1.
-      learn_embeddings: whether the embeddings are parameters.
-      options: of the steps.
-    """
-    init_key, step_key = jax.random.split(jax.random.key(seed))
-    known = annotations >= 0
-    adjacency = label_adjacency(
-        (annotations == 1).astype(jnp.float32),
-        known.astype(jnp.float32),
-        options.graph_threshold,
-        options.graph_smoothing,
-    )
-    images = jnp.zeros((2, image_size, image_size, 3), jnp.float32)
-    variables = model.init(init_key, images, label_embeddings, adjacency, train=False)
-    params = {"model": variables["params"]}
-    if learn_embeddings:
-        params["label_embeddings"] = label_embeddings
-    batch_stats = variables.get("batch_stats", {})
-    shape = annotations.shape
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
-        # Copies: a donated buffer may stand in one place only.
-        ema_params=jax.tree.map(jnp.copy, params),
-        ema_batch_stats=jax.tree.map(jnp.copy, batch_stats),
-        rng=jax.random.key_data(step_key),
-        label_embeddings=label_embeddings,
-        adjacency=adjacency,
-        annotations=annotations,
-        scores=jnp.zeros(shape, jnp.float32),
-        visits=jnp.zeros(shape[:1], jnp.int32),
-        recovered=(annotations == 1).astype(jnp.float32),
-        recovered_weight=jnp.zeros(shape, jnp.float32),
-        sums={name: jnp.zeros((), jnp.float32) for name in SUM_NAMES},
-    )
-
-
-def state_shardings(state: TrainState, by_row: Any, replicated: Any) -> TrainState:
-    """Returns a tree like `state` (arrays or their shapes) that holds each array's sharding."""
-    shardings = jax.tree.map(lambda _: replicated, state)
-    return shardings.replace(**dict.fromkeys(ROW_SHARDED, by_row))
 
 
 def make_train_step(
@@ -201,7 +77,8 @@ def make_train_step(
     """Returns `train_step(state, batch) -> state`, pure and ready for `jax.jit`.
 
     The batch holds `image` uint8 [B, S, S, 3], `row` int32 [B] (the image's row in the matrices)
-    and, where the teacher sees it, `clean`: the image before augmentation.
+    and, where the teacher sees it, `clean`: the image before augmentation. With a `CLSLHead` as the
+    model, images are the backbone's features, float [B, h, w, D].
     """
     elementwise = _elementwise_loss(options)
 
@@ -211,8 +88,9 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+            variables = {"params": params["model"], "batch_stats": state.batch_stats}
             (logits, out), updated = model.apply(
-                {"params": params["model"], "batch_stats": state.batch_stats},
+                with_backbone(variables, state.frozen),
                 normalize(batch["image"]),
                 params.get("label_embeddings", state.label_embeddings),
                 state.adjacency,
@@ -232,7 +110,10 @@ def make_train_step(
                 recovered_scale=_recovered_scale(state.step, options),
                 global_scale=options.global_weight,
             )
-            return loss, (terms, logits, updated.get("batch_stats", {}))
+            batch_stats = dict(updated.get("batch_stats", {}))
+            if state.frozen:
+                batch_stats.pop("backbone", None)
+            return loss, (terms, logits, batch_stats)
 
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (terms, logits, batch_stats)), gradients = gradient_fn(state.params)
@@ -314,19 +195,38 @@ def _teach(
 ) -> jax.Array:
     """Returns the teacher's calibrated probabilities [B, C], without gradient."""
     if options.teacher == "ema":
+        variables = {"params": state.ema_params["model"], "batch_stats": state.ema_batch_stats}
         logits, _ = model.apply(
-            {"params": state.ema_params["model"], "batch_stats": state.ema_batch_stats},
+            with_backbone(variables, state.frozen),
             normalize(batch.get("clean", batch["image"])),
             state.ema_params.get("label_embeddings", state.label_embeddings),
             state.adjacency,
             train=False,
         )
-    logits = jax.lax.stop_gradient(logits)
+    return calibrated(jax.lax.stop_gradient(logits), options)
+
+
+def calibrated(logits: jax.Array, options: StepOptions) -> jax.Array:
+    """Returns the probabilities that logits stand for under the loss they were trained by."""
     if options.loss_name == "bce":
         return jax.nn.sigmoid(logits)
     return losses.asymmetric_posterior(
         logits, gamma_pos=options.gamma_pos, gamma_neg=options.gamma_neg, clip=options.clip
     )
+
+
+def recovery_thresholds(state: TrainState, options: StepOptions) -> tuple[jax.Array, jax.Array]:
+    """Returns the thresholds of positives and negatives, [C] or scalar, as `recover` uses them."""
+    if options.thresholds == "adaptive":
+        return recovery.adaptive_thresholds(
+            state.scores,
+            state.annotations,
+            state.visits,
+            positive_precision=options.positive_precision,
+            negative_precision=options.negative_precision,
+            min_count=options.min_count,
+        )
+    return jnp.float32(options.positive_threshold), jnp.float32(options.negative_threshold)
 
 
 def make_recover(options: StepOptions) -> Callable[[TrainState], TrainState]:
@@ -337,18 +237,7 @@ def make_recover(options: StepOptions) -> Callable[[TrainState], TrainState]:
 
     def recover(state: TrainState) -> TrainState:
         if options.recovery_mode == "epoch":
-            if options.thresholds == "adaptive":
-                positive, negative = recovery.adaptive_thresholds(
-                    state.scores,
-                    state.annotations,
-                    state.visits,
-                    positive_precision=options.positive_precision,
-                    negative_precision=options.negative_precision,
-                    min_count=options.min_count,
-                )
-            else:
-                positive = jnp.float32(options.positive_threshold)
-                negative = jnp.float32(options.negative_threshold)
+            positive, negative = recovery_thresholds(state, options)
             recovered, weight = recovery.recover_labels(
                 state.scores,
                 state.visits,
@@ -398,14 +287,3 @@ def make_predict_step(
         return probabilities
 
     return predict_step
-
-
-def evaluation_weights(state: TrainState, *, ema: bool) -> dict[str, Any]:
-    """Returns what prediction needs of a state: the averaged weights, or the raw ones."""
-    params = state.ema_params if ema else state.params
-    return {
-        "params": params["model"],
-        "batch_stats": state.ema_batch_stats if ema else state.batch_stats,
-        "label_embeddings": params.get("label_embeddings", state.label_embeddings),
-        "adjacency": state.adjacency,
-    }

@@ -9,15 +9,16 @@ import ml_collections
 import numpy as np
 
 from clsl_jax import config as config_lib
-from clsl_jax import evaluate, experiment, results, sharding, steps
+from clsl_jax import evaluate, experiment, features, results, sharding
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.compiled import CompiledSteps, compile_steps
-from clsl_jax.data import partial, pipeline
+from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment
 from clsl_jax.preemption import Preempted, PreemptionGuard
 from clsl_jax.recovery import recovery_summary
 from clsl_jax.score import score_convention
+from clsl_jax.train_state import TrainState, evaluation_weights
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import RunLog
 
@@ -41,7 +42,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         where.adopt(config)
         log = RunLog(workdir)
         log.console.print(f"clsl_jax: {config.data.name}, workdir {workdir}")
-        run = _Run(config, experiment.build(config), where, log, guard)
+        run = _Run(config, experiment.build(config, report=log.console.print), where, log, guard)
         try:
             return run.train()
         except Preempted as stopped:
@@ -68,7 +69,8 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
     config = stored if config is None else config
     sharding.divide_cpu(config.cpu_devices)
     log = RunLog(workdir)
-    run = _Run(config, experiment.build(config), Workdir(workdir), log, None, read_only=True)
+    built = experiment.build(config, report=log.console.print)
+    run = _Run(config, built, Workdir(workdir), log, None, read_only=True)
     try:
         return run.evaluate()
     finally:
@@ -96,6 +98,7 @@ class _Run:
         self.hidden = sharding.put_global_rows(
             built.mesh, sharding.pad_rows(built.dataset.train.labels, partial.UNKNOWN)
         )
+        self.unreadable: set[int] = set()  # rows of training images that could not be read
         self.checkpointer = Checkpointer(
             workdir.path("checkpoints"), keep=config.checkpoint.keep, read_only=read_only
         )
@@ -109,16 +112,23 @@ class _Run:
     def train(self) -> dict[str, Any]:
         config, built = self.config, self.experiment
         mask_sha256 = self.workdir.save_mask(built.mask, config)
+        annotations_sha256 = partial.mask_sha256(built.annotations)
         restored = self.checkpointer.restore_latest(built.abstract_state)
         if restored is None:
             state, step, epoch_done = built.new_state(self.log.console.print), 0, True
         else:
             state, meta, step = restored
             epoch_done = meta["epoch_done"]
-            self._check_mask(meta["mask_sha256"], mask_sha256)
+            self.unreadable = set(meta["unreadable"])
+            self._check_labels(meta["annotations_sha256"], annotations_sha256)
             self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
+        self.inputs = self._inputs(state)
         self.saved = None if restored is None else (step, epoch_done)
-        self.meta = {"mask_sha256": mask_sha256, "fingerprint": built.dataset.fingerprint}
+        self.meta = {
+            "mask_sha256": mask_sha256,
+            "annotations_sha256": annotations_sha256,
+            "fingerprint": built.dataset.fingerprint,
+        }
         self.log.start(step if epoch_done else step - 1)
         data = self._train_batches(step)
         while step < built.total_steps or not epoch_done:
@@ -131,13 +141,30 @@ class _Run:
         self.checkpointer.wait()
         return self._report(state, step, "results.json")
 
+    def _inputs(self, state: TrainState) -> sources.Dataset:
+        """Returns what the steps read: images, or the features of a frozen backbone."""
+        built = self.experiment
+        if not built.caches_features:
+            return built.dataset
+        return features.cached_features(
+            built.dataset,
+            built.model,
+            state.frozen,
+            mesh=built.mesh,
+            image_size=self.config.data.image_size,
+            batch_size=built.eval_batch_size,
+            directory=sources.cache_directory() / "features",
+            report=self.log.console.print,
+        )
+
     def _train_batches(self, start: int) -> Iterator[Mapping[str, np.ndarray]]:
         config, built = self.config, self.experiment
+        augment = experiment.augmentation(config)
         return pipeline.train_iterator(
-            built.dataset.train.images,
+            self.inputs.train.images,
             batch_size=built.batch_size // jax.process_count(),
             seed=config.seed,
-            augment=experiment.augmentation(config),
+            augment=None if augment.is_identity else augment,
             clean_view=experiment.needs_clean_view(built.options, config),
             workers=config.data.workers,
             process_index=jax.process_index(),
@@ -146,8 +173,8 @@ class _Run:
         )
 
     def _train_epoch(
-        self, state: steps.TrainState, step: int, data: Iterator[Mapping[str, np.ndarray]]
-    ) -> tuple[steps.TrainState, int]:
+        self, state: TrainState, step: int, data: Iterator[Mapping[str, np.ndarray]]
+    ) -> tuple[TrainState, int]:
         built = self.experiment
         epoch = step // built.steps_per_epoch
         end = (epoch + 1) * built.steps_per_epoch
@@ -158,7 +185,7 @@ class _Run:
                 if self._stop_requested(step):
                     self._save(state, step, epoch_done=step % built.steps_per_epoch == 0)
                     self._stop(step)
-                batch = sharding.put_rows(built.mesh, dict(next(data)))
+                batch = sharding.put_rows(built.mesh, self._readable(next(data)))
                 with jax.transfer_guard("disallow"):
                     state = self.steps.train(state, batch)
                 step += 1
@@ -167,9 +194,30 @@ class _Run:
                     self._save(state, step, epoch_done=False)
         return state, step
 
+    def _readable(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns a batch for the device; names the images in whose place others stand."""
+        batch = dict(batch)
+        asked = batch.pop("asked", batch["row"])
+        train = self.experiment.dataset.train
+        for row in sorted(set(asked[asked != batch["row"]].tolist()) - self.unreadable):
+            self.unreadable.add(row)
+            reason = getattr(self.inputs.train.images, "reason", lambda row: "")(row)
+            self.log.console.print(
+                f"Training image {train.ids[row]} cannot be read; the next one stands in. {reason}"
+            )
+        share, most = len(self.unreadable) / len(train.ids), self.config.data.max_unreadable
+        if share > most:
+            names = ", ".join(train.ids[row] for row in sorted(self.unreadable)[:5])
+            raise InputError(
+                f"{len(self.unreadable)} of {len(train.ids)} training images cannot be read "
+                f"({names}{', …' if len(self.unreadable) > 5 else ''}): more than "
+                f"data.max_unreadable={most}. Prepare the data again, or raise that share."
+            )
+        return batch
+
     def _finish_epoch(
-        self, state: steps.TrainState, step: int, steps_done: int, start: float
-    ) -> steps.TrainState:
+        self, state: TrainState, step: int, steps_done: int, start: float
+    ) -> TrainState:
         """Recovers labels, evaluates, logs and saves; may be done again after an interruption."""
         config, built = self.config, self.experiment
         sums = {k: float(v) for k, v in jax.device_get(state.sums).items()}
@@ -209,16 +257,23 @@ class _Run:
         evaluation = self.config.evaluation
         return evaluation.test_every_epoch or evaluation.selection == "test"
 
-    def _recovery_values(self, state: steps.TrainState) -> dict[str, Any]:
+    def _recovery_values(self, state: TrainState) -> dict[str, Any]:
         """Returns how recovered labels compare with the hidden ones; a diagnostic, never used."""
-        if self.experiment.options.recovery_mode != "epoch":
+        built = self.experiment
+        if built.options.recovery_mode != "epoch":
             return {}
-        counts = self.steps.count(
-            state.recovered, state.recovered_weight, state.annotations, self.hidden
+        counts, (positives, negatives) = jax.device_get(
+            self.steps.count(
+                state.recovered, state.recovered_weight, state.annotations, self.hidden
+            )
         )
-        summary = recovery_summary(jax.device_get(counts))
-        names = self.experiment.dataset.class_names
-        values: dict[str, Any] = {}
+        summary = recovery_summary(counts)
+        names = built.dataset.class_names
+        values: dict[str, Any] = {
+            "recovery/unknown": int((built.annotations < 0).sum()),
+            "recovery/recovered_positives": int(positives),
+            "recovery/recovered_negatives": int(negatives),
+        }
         for key, number in summary["overall"].items():
             values[f"recovery/{key}"] = _finite(number)
         for key, numbers in summary["per_class"].items():
@@ -227,8 +282,8 @@ class _Run:
             }
         return values
 
-    def _split_values(self, state: steps.TrainState, name: str, poll: Any) -> dict[str, Any]:
-        split = getattr(self.experiment.dataset, name)
+    def _split_values(self, state: TrainState, name: str, poll: Any) -> dict[str, Any]:
+        split = getattr(self.inputs, name)
         scores = self._predict(state, split, poll)
         values: dict[str, Any] = {}
         for convention in ("interpolated", "uninterpolated"):
@@ -244,8 +299,8 @@ class _Run:
         values[f"{name}/OF1"] = scored["threshold_0.5"]["OF1"]
         return values
 
-    def _predict(self, state: steps.TrainState, split: Any, poll: Any = lambda: None) -> np.ndarray:
-        weights = steps.evaluation_weights(state, ema=self.experiment.options.evaluate_ema)
+    def _predict(self, state: TrainState, split: Any, poll: Any = lambda: None) -> np.ndarray:
+        weights = evaluation_weights(state, ema=self.experiment.options.evaluate_ema)
         return evaluate.predict(
             split,
             weights,
@@ -265,13 +320,8 @@ class _Run:
         for name in ("validation", "test"):
             if f"{name}/mAP_{convention}" in values:
                 parts.append(f"{name} mAP {100 * values[f'{name}/mAP_{convention}']:.2f}")
-        if "recovery/positive_precision" in values:
-            precision, recall = (
-                values[f"recovery/positive_{kind}"] for kind in ("precision", "recall")
-            )
-            parts.append(
-                f"recovered positives {_percent(precision)} right, {_percent(recall)} found"
-            )
+        if "recovery/unknown" in values:
+            parts.append(results.recovery_line(values))
         parts.append(f"{timing['images_per_second']:.0f} images/s")
         return "  ".join(parts)
 
@@ -286,7 +336,7 @@ class _Run:
 
     def _save(
         self,
-        state: steps.TrainState,
+        state: TrainState,
         step: int,
         *,
         epoch_done: bool,
@@ -294,15 +344,16 @@ class _Run:
     ) -> None:
         if self.saved == (step, epoch_done):
             return
-        meta = {**self.meta, "epoch_done": epoch_done}
+        unreadable = sorted(self.unreadable)
+        meta = {**self.meta, "epoch_done": epoch_done, "unreadable": unreadable}
         self.checkpointer.save(state, step=step, meta=meta, selection=selection)
         self.saved = (step, epoch_done)
 
-    def _check_mask(self, stored: str, found: str) -> None:
+    def _check_labels(self, stored: str, found: str) -> None:
         if stored != found:
             raise InputError(
-                f"The known-label mask is not the one this run was started with: SHA-256 "
-                f"{found[:12]}…, in the checkpoint {stored[:12]}…. Was the data set or its cache "
+                f"The known labels are not those this run was started with: SHA-256 {found[:12]}…, "
+                f"in the checkpoint {stored[:12]}…. Was the data set, its cache or labels.file "
                 "changed? Restore it, or start anew in another --workdir."
             )
 
@@ -323,10 +374,12 @@ class _Run:
                 f"{self.workdir.path('checkpoints')} holds no checkpoint: train first."
             )
         state, meta, step = restored
+        self.inputs = self._inputs(state)
         self.meta = meta
+        self.unreadable = set(meta["unreadable"])
         return self._report(state, step, "evaluation.json")
 
-    def _report(self, state: steps.TrainState, step: int, name: str) -> dict[str, Any]:
+    def _report(self, state: TrainState, step: int, name: str) -> dict[str, Any]:
         """Evaluates the last and the best weights on the test split and writes everything."""
         built = self.experiment
         best_step = self.checkpointer.best_step()
@@ -338,11 +391,11 @@ class _Run:
         chosen.append(("best", best_step, best_state))
         scores = {}
         for split in ("validation", "test"):
-            scores["last", split] = self._predict(state, getattr(built.dataset, split))
+            scores["last", split] = self._predict(state, getattr(self.inputs, split))
             scores["best", split] = (
                 scores["last", split]
                 if best_state is state
-                else self._predict(best_state, getattr(built.dataset, split))
+                else self._predict(best_state, getattr(self.inputs, split))
             )
         return results.write(
             name,
@@ -353,9 +406,11 @@ class _Run:
             scores=scores,
             epochs={label: at // built.steps_per_epoch for label, at, _ in chosen},
             recovery=self._recovery_values(state),
+            state=state,
+            unreadable=[built.dataset.train.ids[row] for row in sorted(self.unreadable)],
             mask_sha256=self.meta["mask_sha256"],
             explain=lambda images: self.steps.explain(
-                steps.evaluation_weights(best_state, ema=built.options.evaluate_ema), images
+                evaluation_weights(best_state, ema=built.options.evaluate_ema), images
             ),
         )
 
@@ -363,7 +418,3 @@ class _Run:
 def _finite(number: Any) -> float | None:
     number = float(number)
     return number if np.isfinite(number) else None
-
-
-def _percent(value: float | None) -> str:
-    return "  -- " if value is None else f"{100 * value:4.1f}%"

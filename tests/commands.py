@@ -6,6 +6,8 @@ import sys
 
 REPOSITORY = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 CONFIG = os.path.join(REPOSITORY, "configs", "scenes.py")
+# Compiling for speed would take most of the time.
+QUICK = "--xla_backend_optimization_level=0"
 TINY = (
     "--config.data.sizes=(96,48,48)",
     "--config.batch_size=16",
@@ -32,7 +34,7 @@ def environment(shared, devices=1):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
         "PYTHONUNBUFFERED": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
     }
     return settings
 

@@ -82,8 +82,8 @@ def voc_tree(root, year, sets, *, class_files=()):
     return root
 
 
-def coco_tree(root):
-    """Two images a split and more: an empty one, a crowd, a grey and a CMYK JPEG."""
+def coco_tree(root, *, plain=0):
+    """Five images: an empty one, a crowd, a grey and a CMYK JPEG; and `plain` more a split."""
     names = [*(n for n in range(1, 81) if n != 12), 90]
     categories = [
         {"supercategory": "thing", "id": number, "name": f"thing {number}"} for number in names
@@ -95,6 +95,10 @@ def coco_tree(root):
         "val2014": [(42, 1, 0)],
     }
     modes = {"train2014": {9: "RGB", 25: "L", 30: "RGB", 31: "CMYK"}, "val2014": {42: "RGB"}}
+    for first, images in ((100, "train2014"), (200, "val2014")):
+        for number in range(first, first + plain):
+            modes[images][number] = "RGB"
+            marks[images] += [(number, names[number % 3], 0), (number, names[3 + number % 5], 0)]
     for images, by_number in modes.items():
         for number in sorted(by_number, reverse=True):
             name = f"COCO_{images}_{number:012d}.jpg"
@@ -123,4 +127,38 @@ def coco_tree(root):
                 }
             ),
         )
+    return root
+
+
+NUSWIDE_CONCEPTS = [f"concept{number:02d}" for number in range(81)]
+
+
+def nuswide_tree(root, names, *, nested=True, lost=(), period=40):
+    """The official lists; `names` are {Train or Test: names with a backslash}.
+
+    Image r of a list has concept c if r + c is a multiple of `period`; those of `lost` are not on
+    disk.
+    """
+    write(root / "Concepts81.txt", "".join(f"{name} \r\n" for name in NUSWIDE_CONCEPTS))
+    for part, listed in names.items():
+        write(root / "ImageList" / f"{part}Imagelist.txt", "".join(f"{n}\r\n" for n in listed))
+        for column, concept in enumerate(NUSWIDE_CONCEPTS):
+            marks = ["1" if (row + column) % period == 0 else "0" for row in range(len(listed))]
+            path = root / "Groundtruth/TrainTestLabels" / f"Labels_{concept}_{part}.txt"
+            write(path, "".join(f"{mark}\n" for mark in marks))
+        for number, name in enumerate(listed):
+            if name not in lost:
+                place = name.replace("\\", "/") if nested else name.split("\\")[1]
+                write(root / "Flickr" / place, picture(10 * len(listed) + number))
+    return root
+
+
+def vg500_tree(root, sets, positives, *, folder=""):
+    """SSGRL's partition; `sets` are {train or test: names below `root`, folders included}."""
+    for split, names in sets.items():
+        listed = "".join(f"{name.rpartition('/')[2]}\n" for name in names)
+        write(root / folder / f"{split}_list_500.txt", listed)
+    write(root / folder / "vg_category_500_labels_index.json", json.dumps(positives))
+    for number, name in enumerate(name for names in sets.values() for name in names):
+        write(root / name, picture(number))
     return root

@@ -21,7 +21,7 @@ def load(name, arg=None):
 @pytest.mark.parametrize(
     ("name", "arg"),
     [("scenes", None), ("scenes", "strong"), ("voc", None), ("voc", "released"), ("coco", None)]
-    + [("coco", "released"), ("nuswide", None), ("nuswide", "released")],
+    + [("coco", "released"), ("nuswide", None), ("nuswide", "released"), ("table", None)],
 )
 def test_every_config_is_valid_and_has_the_keys_scripts_rely_on(name, arg):
     config = load(name, arg)
@@ -41,6 +41,22 @@ def test_every_config_is_valid_and_has_the_keys_scripts_rely_on(name, arg):
     ]:
         assert key in flat
     assert flat.keys() == config_lib.flatten(config_lib.base_config()).keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("model.freeze", "backbone", "would keep random weights"),
+        ("labels.protocol", "file", "protocol file needs a file"),
+        ("labels.file", "mask.npz", "no other protocol has one"),
+        ("data.cache", "ram", "auto, none, memory, disk"),
+    ],
+)
+def test_keys_that_do_not_go_together(key, value, expected):
+    config = load("scenes")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(config_lib.ConfigError, match=expected):
+        config_lib.validate(config)
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,54 @@ def test_worker_processes_change_nothing_and_resume():
     gc.collect()
 
 
+class _Holes:
+    """Images of which every third cannot be read."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        if index % 3 == 1:
+            raise images.CorruptImage(f"row {index} is broken")
+        return self._source[index]
+
+
+def _assert_replaced(batches, source):
+    """The neighbour stands in, with its own row; what was asked for is the order of a whole set."""
+    options = {"batch_size": 4, "seed": 3}
+    for batch, whole in zip(batches, _take(len(batches), source, **options), strict=True):
+        asked = batch["asked"]
+        assert asked.dtype == np.int32
+        assert np.array_equal(asked, whole["row"])
+        assert np.array_equal(batch["row"], np.where(asked % 3 == 1, asked + 1, asked))
+        assert np.array_equal(batch["clean"], source.images[batch["row"]])
+
+
+def test_images_that_cannot_be_read_are_replaced_and_said_so():
+    source = _source(12)
+    tolerant = images.Tolerant(_Holes(source))
+    options = {"batch_size": 4, "seed": 3, "augment": AUGMENT, "clean_view": True}
+    batches = _take(6, tolerant, **options)
+    assert sorted(batches[0]) == ["asked", "clean", "image", "row"]
+    _assert_replaced(batches, source)
+    _assert_equal(_take(2, tolerant, start=4, **options), batches[4:])
+
+
+@pytest.mark.slow
+def test_a_worker_process_says_so_too():
+    source = _source(12)
+    options = {"batch_size": 4, "seed": 3, "clean_view": True}
+    iterator = pipeline.train_iterator(images.Tolerant(_Holes(source)), workers=1, **options)
+    batches = [{k: np.array(v) for k, v in next(iterator).items()} for _ in range(4)]
+    iterator.close()
+    _assert_replaced(batches, source)
+    del iterator
+    gc.collect()
+
+
 @settings(max_examples=40, deadline=None)
 @given(count=st.integers(1, 30), per_process=st.integers(1, 7), processes=st.integers(1, 4))
 def test_evaluation_sees_every_image_once_on_any_number_of_processes(count, per_process, processes):

@@ -20,7 +20,7 @@ def test_coco2014(tmp_path):
     assert "1 (published: 702)" in shown
     assert "1 CMYK, 1 L, 3 RGB" in shown
     dataset = sources.load_dataset(
-        "coco2014", directory=out, image_size=12, validation_fraction=0.0, memory=True
+        "coco2014", directory=out, image_size=12, validation_fraction=0.0
     )
     assert len(dataset.class_names) == 80
     assert dataset.class_names[:2] == ("thing 1", "thing 2")

@@ -4,35 +4,19 @@ import json
 
 import numpy as np
 import pytest
-from preparing import picture, prepare, write
+from preparing import NUSWIDE_CONCEPTS, nuswide_tree, prepare
 
 from clsl_jax.data import images, sources
 from clsl_jax.data.formats import nuswide
 
-CONCEPTS = [f"concept{number:02d}" for number in range(81)]
 NAMES = {
     "Train": [r"actor\0001_2124494179.jpg", r"zoo\0002_3.jpg", r"zoo\0003_4.jpg", r"sky\4_1.jpg"],
     "Test": [r"actor\0009_9.jpg", r"sky\0001_2124494179.jpg"],
 }
 
 
-def _tree(root, *, nested=True, lost=()):
-    write(root / "Concepts81.txt", "".join(f"{name} \r\n" for name in CONCEPTS))
-    for part, names in NAMES.items():
-        write(root / "ImageList" / f"{part}Imagelist.txt", "".join(f"{n}\r\n" for n in names))
-        for column, concept in enumerate(CONCEPTS):
-            marks = ["1" if (row + column) % 40 == 0 else "0" for row in range(len(names))]
-            path = root / "Groundtruth/TrainTestLabels" / f"Labels_{concept}_{part}.txt"
-            write(path, "".join(f"{mark}\n" for mark in marks))
-        for number, name in enumerate(names):
-            if name not in lost:
-                place = name.replace("\\", "/") if nested else name.split("\\")[1]
-                write(root / "Flickr" / place, picture(10 * len(names) + number))
-    return root
-
-
 def test_nuswide(tmp_path):
-    source = _tree(tmp_path / "nus", lost=[r"zoo\0002_3.jpg"])
+    source = nuswide_tree(tmp_path / "nus", NAMES, lost=[r"zoo\0002_3.jpg"])
     out = tmp_path / "out"
     status, shown, errors = prepare("--dataset=nuswide", f"--source={source}", f"--out={out}")
     assert status == 0, errors
@@ -41,10 +25,8 @@ def test_nuswide(tmp_path):
     assert "zoo/0002_3.jpg: no such file" in shown
     report = json.loads((out / "nuswide" / "report.json").read_text())
     assert [found["id"] for found in report["splits"]["train"]["missing"]] == ["zoo/0002_3.jpg"]
-    dataset = sources.load_dataset(
-        "nuswide", directory=out, image_size=10, validation_fraction=0.0, memory=True
-    )
-    assert dataset.class_names == tuple(CONCEPTS)
+    dataset = sources.load_dataset("nuswide", directory=out, image_size=10, validation_fraction=0.0)
+    assert dataset.class_names == tuple(NUSWIDE_CONCEPTS)
     assert dataset.train.ids == ["actor/0001_2124494179.jpg", "zoo/0003_4.jpg", "sky/4_1.jpg"]
     expected = [[(row + c) % 40 == 0 for c in range(81)] for row in (0, 2, 3)]
     assert np.array_equal(dataset.train.labels, np.array(expected, np.int8))
@@ -55,13 +37,13 @@ def test_nuswide(tmp_path):
 
 
 def test_images_in_one_folder(tmp_path):
-    found = nuswide.read_nuswide(_tree(tmp_path, nested=False))
+    found = nuswide.read_nuswide(nuswide_tree(tmp_path, NAMES, nested=False))
     assert found.splits["train"].paths[1] == tmp_path / "Flickr" / "0002_3.jpg"
     assert found.splits["train"].ids[1] == "zoo/0002_3.jpg"
 
 
 def test_what_is_wrong_is_named(tmp_path):
-    _tree(tmp_path)
+    nuswide_tree(tmp_path, NAMES)
     path = tmp_path / "Groundtruth/TrainTestLabels/Labels_concept07_Test.txt"
     path.write_text("0\n")
     with pytest.raises(ValueError, match=r"Labels_concept07_Test.txt has 1 lines, .* lists 2"):

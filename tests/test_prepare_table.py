@@ -15,9 +15,7 @@ CLASSES = ("cat", "dog", "tree")
 
 
 def _load(out, **options):
-    return sources.load_prepared(
-        sources.find_prepared("table", out), image_size=10, memory=True, **options
-    )
+    return sources.load_prepared(sources.find_prepared("table", out), image_size=10, **options)
 
 
 def _rows(count=200, unknown=0.3):
@@ -66,6 +64,7 @@ def test_planted_errors_are_all_reported_at_once(tmp_path):
     rows[63][0] = "photos/gone.jpg"
     rows[120][2] = "o"
     rows[199][0] = rows[5][0]
+    (source / rows[130][0]).write_bytes(b"no image")
     lines = "\n".join(",".join(line) for line in (("image", *CLASSES), *rows))
     path = write(source / "labels.csv", lines)
     out = tmp_path / "out"
@@ -73,14 +72,16 @@ def test_planted_errors_are_all_reported_at_once(tmp_path):
     assert status == 2
     assert shown == ""
     assert errors == (
-        f"error: {path}: 5 cells cannot be used:\n"
+        f"error: {path}: 6 cells cannot be used:\n"
         "  row 9, column 'cat': '2'; expected 1, 0 or an empty cell\n"
         "  row 9, column 'tree': 'yes'; expected 1, 0 or an empty cell\n"
         "  row 65, column 'image': 'photos/gone.jpg'; no such file; expected the path of an image "
         f"below {source}\n"
         "  row 122, column 'dog': 'o'; expected 1, 0 or an empty cell\n"
+        "  row 132, column 'image': 'photos/130.jpg'; the file is damaged (of no image "
+        "format that is known); expected an image\n"
         "  row 201, column 'image': 'photos/005.jpg'; row 7 has the same image; expected one row "
-        "an image\n"
+        "for each image\n"
     )
     assert not out.exists()
 

@@ -4,27 +4,18 @@ import json
 
 import numpy as np
 import pytest
-from preparing import picture, prepare, write
+from preparing import prepare, vg500_tree, write
 
 from clsl_jax.data import sources
 from clsl_jax.data.formats import vg500
 
+SETS = {"train": ["VG_100K/1.jpg", "VG_100K_2/2412620.jpg"], "test": ["VG_100K/150.jpg"]}
 POSITIVES = {"1.jpg": [0, 499, 17], "2412620.jpg": [3], "150.jpg": [17], "9.jpg": []}
-
-
-def _tree(root, folder=""):
-    home = root / folder
-    write(home / "train_list_500.txt", "1.jpg\n2412620.jpg\n")
-    write(home / "test_list_500.txt", "150.jpg\n")
-    write(home / "vg_category_500_labels_index.json", json.dumps(POSITIVES))
-    for number, name in enumerate(("VG_100K/1.jpg", "VG_100K_2/2412620.jpg", "VG_100K/150.jpg")):
-        write(root / name, picture(number))
-    return root
 
 
 @pytest.mark.parametrize("folder", ["", "ssgrl_partition"])
 def test_vg500(tmp_path, folder):
-    source = _tree(tmp_path / "vg", folder)
+    source = vg500_tree(tmp_path / "vg", SETS, POSITIVES, folder=folder)
     names = write(tmp_path / "names.txt", "".join(f"thing {n}\n" for n in range(500)))
     status, shown, errors = prepare(
         "--dataset=vg500", f"--source={source}", f"--out={tmp_path}", f"--class_names={names}"
@@ -32,7 +23,7 @@ def test_vg500(tmp_path, folder):
     assert status == 0, errors
     assert "2 (published: 98,249)" in shown
     dataset = sources.load_dataset(
-        "vg500", directory=tmp_path, image_size=8, validation_fraction=0.0, memory=True
+        "vg500", directory=tmp_path, image_size=8, validation_fraction=0.0
     )
     assert dataset.class_names[499] == "thing 499"
     assert dataset.train.ids == ["1.jpg", "2412620.jpg"]
@@ -41,7 +32,7 @@ def test_vg500(tmp_path, folder):
 
 
 def test_classes_without_names_and_what_is_wrong(tmp_path):
-    _tree(tmp_path)
+    vg500_tree(tmp_path, SETS, POSITIVES)
     found = vg500.read_vg500(tmp_path)
     assert found.class_names[3] == "category 3"
     assert "--class_names" in found.notes[0]

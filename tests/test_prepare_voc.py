@@ -21,7 +21,7 @@ TEST = {"000001": [("dog", 0), ("person", 1)], "000002": [("train", 0)], "000003
 
 def _load(out, name, **options):
     return sources.load_dataset(
-        name, directory=out, image_size=10, validation_fraction=0.0, memory=True, **options
+        name, directory=out, image_size=10, validation_fraction=0.0, **options
     )
 
 

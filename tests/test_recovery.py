@@ -96,6 +96,14 @@ def test_padding_rows_are_dropped():
     np.testing.assert_array_equal(counts, [1, 2, 1])
 
 
+def test_the_first_of_equal_rows_counts():
+    scores, visits = jnp.zeros((4, 1)), jnp.zeros(4, jnp.int32)
+    new = jnp.array([[0.1], [0.2], [0.3], [0.4]])
+    scores, visits = scatter_scores(scores, visits, jnp.array([2, 1, 2, -1]), new, 0.5)
+    np.testing.assert_array_equal(scores, np.float32([[0], [0.2], [0.1], [0]]))
+    np.testing.assert_array_equal(visits, [0, 1, 1, 0])
+
+
 def test_scatter_of_sharded_rows_is_exact_donated_and_compiled_once(mesh):
     rng = np.random.default_rng(0)
     n, b = 64, 16

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clsl_jax.data import cache as cache_lib
 from clsl_jax.data import images, scenes, sources, stored
 
 SIZES = {"train": 12, "validation": 5, "test": 7}
@@ -79,9 +80,9 @@ def test_second_use_reads_and_writes_nothing(cache):
 
 
 def test_reading_from_disk_equals_memory_at_any_size_and_in_other_processes(cache):
-    held = _load(cache, image_size=40, memory=True).test
-    read = _load(cache, image_size=40, memory=False).test
-    assert isinstance(held.images, images.MemoryImages)
+    held = _load(cache, image_size=40, cache="memory").test
+    read = _load(cache, image_size=40, cache="none").test
+    assert isinstance(held.images, cache_lib.MemoryCache)
     assert isinstance(read.images, stored.StoredImages)
     assert _all_images(held).shape == (7, 40, 40, 3)
     assert np.array_equal(_all_images(held), _all_images(read))
@@ -89,6 +90,34 @@ def test_reading_from_disk_equals_memory_at_any_size_and_in_other_processes(cach
     assert np.array_equal(copy[3]["image"], held.images[3]["image"])
     with pytest.raises(IndexError):
         read.images[7]
+
+
+def test_caches_hold_the_same_pixels_and_training_images_come_first(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLSL_CACHE_DIR", str(tmp_path))
+    expected = _load(cache, image_size=32, cache="none")
+    room = {"cache_gb": 14 * 32 * 32 * 3 / 2**30}  # 12 for training, 2 of 5 for validation
+    lines = []
+    for kind in ("memory", "disk", "disk"):
+        dataset = _load(cache, image_size=32, cache=kind, report=lines.append, **room)
+        for name in ("train", "validation", "test"):
+            found, wanted = getattr(dataset, name), getattr(expected, name)
+            assert np.array_equal(_all_images(found), _all_images(wanted))
+    decoded = sorted(path.name for path in (tmp_path / "decoded").iterdir())
+    assert [name.rsplit("-", 1)[0] for name in decoded] == [
+        f"{expected.fingerprint}-train-32px-12",
+        f"{expected.fingerprint}-validation-32px-2",
+    ]
+    assert len(lines) == 2
+    assert "cv" in expected.facts["decoding"]
+
+
+def test_the_cache_chosen_by_itself_holds_all_or_nothing(cache):
+    room = sum(SIZES.values()) * 32 * 32 * 3 / 2**30
+    whole = _load(cache, image_size=32, cache_gb=room)
+    assert isinstance(whole.test.images, cache_lib.MemoryCache)
+    for less in (0.0, room * 0.999):
+        part = _load(cache, image_size=32, cache_gb=less)
+        assert isinstance(part.test.images, stored.StoredImages)
 
 
 def test_tfds_reads_the_directory_by_itself(cache):
@@ -211,8 +240,14 @@ def test_changed_bytes_are_noticed(tmp_path):
         return content[:middle] + changed + content[middle + 64 :]
 
     _damage(tmp_path, "scenes-train.array_record*", overwrite)
-    with pytest.raises(ValueError, match="damaged prepared data"):
-        _load(tmp_path, memory=True)
+    _damage(tmp_path, "scenes-test.array_record*", overwrite)
+    for kind in ("none", "memory"):
+        dataset = _load(tmp_path, cache=kind)
+        shown = [int(dataset.train.images[row]["row"]) for row in range(12)]
+        assert shown != list(range(12))
+        assert [int(dataset.train.images[row]["asked"]) for row in range(12)] == list(range(12))
+        with pytest.raises(images.CorruptImage, match="damaged prepared data"):
+            _all_images(dataset.test)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
@@ -227,6 +262,10 @@ def test_unknown_names_and_values_are_named(tmp_path):
         ("imagenet", {}, "imagenet"),
         ("scenes", {"strength": "weak"}, "weak"),
         ("scenes", {"image_size": 0, "sizes": SIZES}, "image_size=0"),
+        ("scenes", {"cache": "disc", "sizes": SIZES}, "data.cache='disc'"),
+        ("scenes", {"cache_gb": -1, "sizes": SIZES}, "data.cache_gb=-1"),
+        ("scenes", {"cache_gb": float("inf"), "sizes": SIZES}, "data.cache_gb=inf"),
+        ("scenes", {"without_labels": "maybe", "sizes": SIZES}, "without_labels='maybe'"),
     ):
         with pytest.raises(ValueError, match=named) as error:
             sources.load_dataset(name, directory=tmp_path, **{"image_size": 64, **options})
@@ -273,7 +312,7 @@ def _prepare(root, name="voc2007", version="1.0.0", splits=("train", "test")):
 
 def test_any_prepared_set_can_be_read(tmp_path):
     _prepare(tmp_path)
-    dataset = sources.load_dataset("voc2007", directory=tmp_path, image_size=16, memory=False)
+    dataset = sources.load_dataset("voc2007", directory=tmp_path, image_size=16, cache="none")
     assert dataset.name == "voc2007"
     assert dataset.class_names == ("a", "b", "c", "d")
     assert dataset.test.labels[:2].tolist() == [[0, -1, 0, 1], [1, -1, 0, 1]]
@@ -304,6 +343,112 @@ def test_a_validation_split_is_held_out_where_there_is_none(tmp_path):
     assert other.validation.ids != dataset.validation.ids
 
 
+def _damaged_set(root, *, damaged, splits=("train", "test"), **options):
+    """12 images a split, in `damaged` rows with other bytes; row r has label r % 3, 0: none."""
+
+    def examples(split):
+        for row in range(12):
+            image = np.random.RandomState(row).randint(0, 256, (20, 30, 3)).astype(np.uint8)
+            encoded = bytearray(_encode(image, "PNG"))
+            if row in damaged:
+                encoded[40:60] = bytes(20)
+            labels = ([0, 0], [1, 0], [0, 2])[row % 3]
+            yield stored.Example(bytes(encoded), np.array(labels, np.int8), f"{split}/{row}.png")
+
+    directory = stored.prepare(
+        root,
+        name="voc2007",
+        config="main",
+        version="1.0.0",
+        class_names=("a", "b"),
+        splits={split: lambda split=split: examples(split) for split in splits},
+    )
+    return sources.load_prepared(directory, image_size=8, validation_fraction=0.0, **options)
+
+
+@pytest.mark.parametrize("kind", ["none", "memory", "disk"])
+def test_damaged_training_images_are_replaced_and_others_are_errors(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("CLSL_CACHE_DIR", str(tmp_path / "home"))
+    dataset = _damaged_set(tmp_path, damaged={5, 6, 11}, cache=kind)
+    whole = _damaged_set(tmp_path / "whole", damaged=(), cache="none")
+    for _ in range(2):
+        records = [dataset.train.images[row] for row in range(12)]
+        assert [int(r["row"]) for r in records] == [0, 1, 2, 3, 4, 7, 7, 7, 8, 9, 10, 0]
+        assert [int(r["asked"]) for r in records] == list(range(12))
+        for record in records:
+            expected = whole.train.images[int(record["row"])]["image"]
+            assert np.array_equal(record["image"], expected)
+    for split, name in ((dataset.validation, "train"), (dataset.test, "test")):
+        assert np.array_equal(split.images[4]["image"], whole.test.images[4]["image"])
+        with pytest.raises(images.CorruptImage) as error:
+            split.images[6]
+        message = str(error.value)
+        assert f"{name} row 6 ({name}/6.png)" in message
+        assert str(tmp_path / "voc2007") in message
+    assert "train row 6 (train/6.png)" in dataset.train.images.reason(6)
+
+
+def test_files_that_are_gone_are_no_matter_of_single_images(tmp_path):
+    dataset = _damaged_set(tmp_path, damaged=(), cache="none")
+    (tmp_path / "voc2007/main/1.0.0/features.json").unlink()
+    with pytest.raises(ValueError, match="cannot be opened") as error:
+        dataset.train.images[0]
+    assert not isinstance(error.value, images.CorruptImage)
+
+
+def test_images_without_labels_stay_or_go(tmp_path):
+    kept = _damaged_set(tmp_path, damaged=())
+    assert kept.facts["without_labels_rule"] == "keep"
+    assert kept.facts["dropped_without_labels"] == {"train": 0, "test": 0}
+    assert len(kept.train.images) == len(kept.test.images) == 12
+    dataset = _damaged_set(tmp_path, damaged=(), without_labels="drop")
+    assert dataset.facts["without_labels_rule"] == "drop"
+    # 2 is difficult, which is no label.
+    assert dataset.facts["dropped_without_labels"] == {"train": 8, "test": 8}
+    assert dataset.fingerprint == kept.fingerprint
+    for split, whole in ((dataset.train, kept.train), (dataset.test, kept.test)):
+        assert split.ids == [f"{split.name}/{row}.png" for row in (1, 4, 7, 10)]
+        assert split.labels.tolist() == [[1, 0]] * 4
+        assert split.difficult.shape == (4, 2)
+        for row, original in enumerate((1, 4, 7, 10)):
+            assert split.images[row]["row"] == row
+            expected = whole.images[original]["image"]
+            assert np.array_equal(split.images[row]["image"], expected)
+
+
+def test_images_without_labels_go_before_a_validation_split_is_held_out(tmp_path):
+    _damaged_set(tmp_path, damaged=())
+    dataset = sources.load_dataset(
+        "voc2007",
+        directory=tmp_path,
+        image_size=8,
+        validation_fraction=0.25,
+        without_labels="drop",
+    )
+    assert (len(dataset.train.ids), len(dataset.validation.ids)) == (3, 1)
+    names = sorted(dataset.train.ids + dataset.validation.ids)
+    assert names == sorted(f"train/{row}.png" for row in (1, 4, 7, 10))
+
+
+def test_unknown_labels_stay_and_a_split_without_any_label_is_named(tmp_path):
+    def examples(labels):
+        image = _encode(np.zeros((4, 4, 3), np.uint8), "PNG")
+        return [stored.Example(image, np.array(c, np.int8), str(i)) for i, c in enumerate(labels)]
+
+    def load(name, test):
+        splits = {"train": examples([[0, -1], [0, 0], [1, 2]]), "test": examples(test)}
+        directory = stored.prepare(
+            tmp_path, name=name, config="m", version="1.0.0", class_names=("a", "b"), splits=splits
+        )
+        return sources.load_prepared(
+            directory, image_size=4, validation_fraction=0.0, without_labels="drop"
+        )
+
+    assert load("some", [[1, 1]]).train.ids == ["0", "2"]
+    with pytest.raises(ValueError, match="no image of split test has a label"):
+        load("none", [[0, 2], [0, 0]])
+
+
 def test_the_newest_version_is_read_and_a_test_split_is_needed(tmp_path):
     for version in ("1.9.0", "1.10.0"):
         _prepare(tmp_path, version=version)
@@ -311,51 +456,6 @@ def test_the_newest_version_is_read_and_a_test_split_is_needed(tmp_path):
     directory = _prepare(tmp_path, name="other", splits=("train",))
     with pytest.raises(ValueError, match="no split test"):
         sources.load_prepared(directory, image_size=8)
-
-
-@pytest.mark.parametrize(
-    ("file_format", "mode"),
-    [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "L"), ("PNG", "P"), ("JPEG", "L"), ("GIF", "P"),
-     ("BMP", "RGB"), ("JPEG", "CMYK"), ("TIFF", "CMYK"), ("PPM", "RGB")],
-)  # fmt: skip
-def test_formats_decode_as_pillow_does(file_format, mode):
-    image = np.random.RandomState(0).randint(0, 256, (9, 13, 3)).astype(np.uint8)
-    encoded = _encode(image, file_format, mode)
-    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    assert np.array_equal(images.decode_image(encoded), expected)
-
-
-def test_jpeg_decodes_nearly_as_pillow_does():
-    y, x = np.mgrid[:60, :80]
-    image = np.stack([x * 3, y * 4, (x + y) * 1.5], axis=-1).astype(np.uint8)
-    encoded = _encode(image, "JPEG")
-    expected = np.asarray(Image.open(io.BytesIO(encoded)))
-    difference = images.decode_image(encoded).astype(int) - expected
-    assert np.abs(difference).max() <= 4
-
-
-def test_images_that_cannot_be_read_are_named():
-    whole = _encode(np.zeros((30, 30, 3), np.uint8), "PNG")
-    for broken in (b"", b"no image", b"\xff\xd8", b"GIF89a"):
-        with pytest.raises(ValueError, match="photo 7") as error:
-            images.decode_image(broken, where="photo 7")
-        assert "\n" not in str(error.value)
-    assert images.decode_image(whole).shape == (30, 30, 3)
-
-
-def test_resizing_squashes_without_cropping():
-    image = np.zeros((10, 40, 3), np.uint8)
-    image[:, :20] = 200
-    resized = images.resize_image(image, 8)
-    assert resized.shape == (8, 8, 3)
-    assert (resized[:, :3] == 200).all()
-    assert (resized[:, 5:] == 0).all()
-    assert images.resize_image(image[:, :10], 10) is not None
-
-
-def test_memory_images_want_uint8():
-    with pytest.raises(ValueError, match="float32"):
-        images.MemoryImages(np.zeros((2, 4, 4, 3), np.float32))
 
 
 def test_datasets_do_not_change(cache):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from clsl_jax import optim, sharding, steps
+from clsl_jax import optim, sharding, steps, train_state
 from clsl_jax.models.clsl import CLSL
 
 N, C, B, SIZE = 48, 5, 16, 16
@@ -59,7 +59,7 @@ class Harness:
         annotations = make_labels()[1] if annotations is None else annotations
 
         def init(embeddings, annotations):
-            return steps.init_state(
+            return train_state.init_state(
                 self.model,
                 self.optimizer,
                 seed=3,
@@ -67,7 +67,8 @@ class Harness:
                 label_embeddings=embeddings,
                 annotations=annotations,
                 learn_embeddings=learn,
-                options=self.options,
+                graph_threshold=self.options.graph_threshold,
+                graph_smoothing=self.options.graph_smoothing,
             )
 
         arguments = (
@@ -75,7 +76,7 @@ class Harness:
             sharding.put_global_rows(self.mesh, sharding.pad_rows(annotations, -1)),
         )
         rows, alike = sharding.by_row(self.mesh), sharding.replicated(self.mesh)
-        shardings = steps.state_shardings(jax.eval_shape(init, *arguments), rows, alike)
+        shardings = train_state.state_shardings(jax.eval_shape(init, *arguments), rows, alike)
         self.state = jax.jit(init, out_shardings=shardings)(*arguments)
         step = steps.make_train_step(self.model, self.optimizer, self.options)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
@@ -213,7 +214,7 @@ def test_learned_embeddings_move_and_fixed_ones_do_not():
     state = learned.run(3)
     assert np.abs(state.params["label_embeddings"] - start).max() > 0
     np.testing.assert_array_equal(state.label_embeddings, start)
-    weights = steps.evaluation_weights(state, ema=False)
+    weights = train_state.evaluation_weights(state, ema=False)
     np.testing.assert_array_equal(weights["label_embeddings"], state.params["label_embeddings"])
     assert "label_embeddings" not in Harness().run(1).params
 

@@ -208,8 +208,8 @@ def test_hidden_labels_reach_neither_training_nor_selection(in_process, tmp_path
     train.train_and_evaluate(config, str(tmp_path / "true"))
     load_data = experiment.load_data
 
-    def turned_round(config):
-        dataset = load_data(config)
+    def turned_round(config, report):
+        dataset = load_data(config, report)
         labels = dataset.train.labels
         mask = partial.known_mask("uniform", labels, config.labels.known_fraction, 0)
         hidden = np.where(mask, labels, 1 - labels).astype(np.int8)
@@ -226,6 +226,8 @@ def test_hidden_labels_reach_neither_training_nor_selection(in_process, tmp_path
         assert {k: v for k, v in a.items() if not k.startswith("recovery")} == {
             k: v for k, v in b.items() if not k.startswith("recovery")
         }
+    tables = [(tmp_path / name / "recovered.csv").read_text() for name in ("true", "turned")]
+    assert tables[0] == tables[1]
     # The diagnostic does see them: it is the one thing that changes.
     key = "recovery/negative_precision"
     assert rows[0][-1][key] != rows[1][-1][key]

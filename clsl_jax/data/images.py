@@ -4,15 +4,37 @@
 label matrix, put there by the source itself so that no shuffling or repeating can shift it.
 """
 
+import importlib.metadata
 import io
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import cv2
 import numpy as np
+import PIL
 from PIL import Image
 
 from clsl_jax.errors import InputError
+
+try:
+    import cykooz_resizer
+except ImportError:
+    cykooz_resizer = None
+
+# To be raised whenever the same file comes out as other pixels.
+_DECODING = 2
+_REDUCED = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+_PER_THREAD = threading.local()
+
+
+class CorruptImage(InputError):
+    """One image cannot be read or decoded; its neighbours perhaps can."""
 
 
 class Images(Protocol):
@@ -56,20 +78,82 @@ class Subset:
         return {**record, "row": np.int32(index)}
 
 
-def _is_cmyk_jpeg(encoded: bytes) -> bool:
-    """Whether the bytes are a JPEG of four components, from its frame header."""
+class Tolerant:
+    """Training images where one that cannot be read is replaced by the next one that can.
+
+    A function of the row alone, so that workers, threads and resumed runs agree.
+
+    Attributes:
+      images: what is read; strict.
+    """
+
+    def __init__(self, images: Images):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+        """Returns the record of the first readable row of index, index + 1, ... (mod N).
+
+        `row` is the row that is shown and `asked`, int32, the one that was asked for.
+
+        Raises:
+          InputError: no image can be read.
+        """
+        length = len(self)
+        if not 0 <= index < length:
+            raise IndexError(f"row {index} of {length}")
+        for ahead in range(length):
+            try:
+                record = self.images[(index + ahead) % length]
+            except CorruptImage as error:
+                last = str(error)
+                continue
+            return {**record, "asked": np.int32(index)}
+        raise InputError(f"None of {length} training images can be read. The last one: {last}")
+
+    def reason(self, index: int) -> str:
+        """Returns why a row cannot be read, in one line; '' if it can."""
+        try:
+            self.images[index]
+        except CorruptImage as error:
+            return str(error)
+        return ""
+
+
+def decoding() -> str:
+    """Names what decides on pixels, for records of a run and for files of decoded images."""
+    resizer = "pillow"
+    if cykooz_resizer is not None:
+        resizer = f"cykooz_resizer {importlib.metadata.version('cykooz_resizer')}"
+    return (
+        f"version {_DECODING}; decoded by opencv {cv2.__version__}, else pillow "
+        f"{PIL.__version__}; resized by {resizer}"
+    )
+
+
+def jpeg_frame(encoded: bytes) -> tuple[int, int, int] | None:
+    """Returns (height, width, components) from a JPEG's frame header; None if there is none."""
     if encoded[:2] != b"\xff\xd8":
-        return False
+        return None
     position = 2
     while position + 10 <= len(encoded) and encoded[position] == 0xFF:
         marker = encoded[position + 1]
+        if marker == 0xFF:  # a marker may be preceded by any number of these
+            position += 1
+            continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return encoded[position + 9] == 4
+            height = int.from_bytes(encoded[position + 5 : position + 7], "big")
+            width = int.from_bytes(encoded[position + 7 : position + 9], "big")
+            return height, width, encoded[position + 9]
         position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
-    return False
+    return None
 
 
-def decode_image(encoded: bytes, *, where: str = "image") -> np.ndarray:
+def decode_image(
+    encoded: bytes, *, where: str = "image", at_least: int | None = None
+) -> np.ndarray:
     """Decodes an image file to RGB, upright or not as stored (an orientation tag is not applied).
 
     OpenCV decodes; Pillow decodes what OpenCV does not read, and four-component (CMYK) JPEG, whose
@@ -78,15 +162,19 @@ def decode_image(encoded: bytes, *, where: str = "image") -> np.ndarray:
     Args:
       encoded: the file's bytes.
       where: names the image in the error.
+      at_least: pixels that are needed along each side. A JPEG with 2, 4 or 8 times as many along
+        both is decoded at 1/2, 1/4 or 1/8 of its size, by a smaller inverse DCT.
 
     Returns:
-      uint8 [H, W, 3].
+      uint8 [H, W, 3]; reduced, sides are rounded up.
 
     Raises:
-      InputError: the bytes are cut off or are no image.
+      CorruptImage: the bytes are cut off or are no image.
     """
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    if not _is_cmyk_jpeg(encoded):
+    frame = jpeg_frame(encoded)
+    reduction = _reduction(frame, at_least)
+    if frame is None or frame[2] != 4:
+        flags = _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
         try:
             decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
         except cv2.error:
@@ -95,18 +183,34 @@ def decode_image(encoded: bytes, *, where: str = "image") -> np.ndarray:
             return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if reduction > 1:
+                image.draft(None, (image.width // reduction, image.height // reduction))
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{where}: {len(encoded)} bytes that are no readable image ({error}); "
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise anything on broken files
+        reason = " ".join(str(error).split()) or repr(error)
+        if isinstance(error, PIL.UnidentifiedImageError):
+            reason = "of no format that is known"
+        raise CorruptImage(
+            f"{where}: {len(encoded)} bytes that are no readable image ({reason}); "
             "fetch the file again or leave it out."
         ) from error
+
+
+def _reduction(frame: tuple[int, int, int] | None, at_least: int | None) -> int:
+    if frame is None or not at_least:
+        return 1
+    shorter = min(frame[:2])
+    return next((r for r in sorted(_REDUCED, reverse=True) if shorter >= r * at_least), 1)
 
 
 def resize_image(image: np.ndarray, image_size: int) -> np.ndarray:
     """Squashes an image to a square without cropping.
 
     Pillow's bilinear filter, which smooths when it shrinks, as recipes of pretrained networks do.
+    The package `cykooz_resizer`, where it is installed, computes the same several times faster, to
+    within one grey level.
 
     Args:
       image: uint8 [H, W, 3].
@@ -117,8 +221,21 @@ def resize_image(image: np.ndarray, image_size: int) -> np.ndarray:
     """
     if image.shape[:2] == (image_size, image_size):
         return image
+    if cykooz_resizer is not None:
+        return _resize_fast(image, image_size)
     resized = Image.fromarray(image).resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(resized)
+
+
+def _resize_fast(image: np.ndarray, image_size: int) -> np.ndarray:
+    if not hasattr(_PER_THREAD, "resizer"):  # one cannot be used by two threads at once
+        _PER_THREAD.resizer = cykooz_resizer.Resizer()
+    kind = cykooz_resizer.PixelType.U8x3
+    source = cykooz_resizer.ImageData(image.shape[1], image.shape[0], kind, image.tobytes())
+    resized = cykooz_resizer.ImageData(image_size, image_size, kind)
+    bilinear = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
+    _PER_THREAD.resizer.resize(source, resized, cykooz_resizer.ResizeOptions(bilinear))
+    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(image_size, image_size, 3)
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -63,6 +63,9 @@ def inspect_image(path: pathlib.Path) -> Inspected:
         return Inspected(READABLE, **facts)
     except Exception as error:  # Pillow's readers raise anything on broken files
         reason = str(error).replace("\n", " ")
+    # Pillow names the Python object that it was handed.
+    if reason.startswith("cannot identify image file"):
+        reason = "of no image format that is known"
     try:
         decoded = images_lib.decode_image(content, where=os.fspath(path))
     except InputError:

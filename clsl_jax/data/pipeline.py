@@ -30,6 +30,8 @@ class _View:
         view = {"image": self.augment(image, rng) if self.augment else image, "row": record["row"]}
         if self.clean_view:
             view["clean"] = image
+        if "asked" in record:
+            view["asked"] = record["asked"]
         return view
 
 
@@ -79,7 +81,8 @@ def train_iterator(
     processes, one after another, are the batch that one process with the global batch size sees.
 
     Args:
-      source: random access to {"image": uint8 [S, S, 3], "row": int32}; picklable if `workers` > 0.
+      source: random access to {"image": uint8 [S, S, 3], "row": int32} and perhaps "asked": int32;
+        picklable if `workers` > 0.
       batch_size: images of this process in a batch, b.
       seed: >= 0.
       augment: `augment(image, rng) -> image`, as `transforms.Augment`; picklable if `workers` > 0.
@@ -92,9 +95,10 @@ def train_iterator(
 
     Returns:
       A Grain iterator of {"image": uint8 [b, S, S, 3], "row": int32 [b]} and, with `clean_view`,
-      "clean": uint8 [b, S, S, 3]. Call `close()` when done with it. `get_state()` and `set_state()`
-      continue exactly, for an iterator made with the same arguments; the state of 0 workers does
-      not fit an iterator with 2, `start` does.
+      "clean": uint8 [b, S, S, 3]; and where the source has it (`images.Tolerant`) "asked": int32
+      [b], which differs from "row" where another image stands in. Call `close()` when done with it.
+      `get_state()` and `set_state()` continue exactly, for an iterator made with the same
+      arguments; the state of 0 workers does not fit an iterator with 2, `start` does.
 
     Raises:
       ValueError: a value out of range, or a global batch larger than the source.
@@ -160,11 +164,11 @@ def _eval_batches(
     starts = [
         k * global_size + process_index * batch_size for k in range(-(-length // global_size))
     ]
-    shape = np.shape(source[0]["image"])
+    first_image = source[0]["image"]
 
     def load(first: int) -> Batch:
         batch = {
-            "image": np.zeros((batch_size, *shape), np.uint8),
+            "image": np.zeros((batch_size, *first_image.shape), first_image.dtype),
             "row": np.zeros(batch_size, np.int32),
             "valid": np.zeros(batch_size, bool),
         }

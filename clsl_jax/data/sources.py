@@ -1,23 +1,28 @@
 """Data sets by name: images, labels and what must be left out of evaluation."""
 
 import dataclasses
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from clsl_jax.data import cache as cache_lib
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import scenes, stored
+from clsl_jax.data.formats import listing
 from clsl_jax.data.splits import stratified_split
 from clsl_jax.errors import InputError
 
 # Sets that `load_dataset` reads from a directory somebody has prepared.
 PREPARED_NAMES = ("voc2007", "voc2012", "coco2014", "nuswide", "vg500", "table")
 NAMES = ("scenes", *PREPARED_NAMES)
-# Up to this many bytes of decoded images a set is held in memory if nobody says otherwise.
-_MEMORY_BYTES = 512 * 2**20
+CACHES = ("auto", "none", *cache_lib.KINDS)
+WITHOUT_LABELS = ("keep", "drop")
+# In the order in which they are given room in a cache: training reads its images most often.
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,10 @@ def load_dataset(
     strength: str = "moderate",
     sizes: Mapping[str, int] | None = None,
     validation_fraction: float = 0.1,
-    memory: bool | None = None,
+    cache: str = "auto",
+    cache_gb: float = 0.5,
+    without_labels: str = "keep",
+    report: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """Loads a data set; `scenes` is composed at first use.
 
@@ -88,8 +96,7 @@ def load_dataset(
       seed: of the composition of `scenes`; of the validation split where a set has none.
       strength: of co-occurrence in `scenes`: 'moderate' or 'strong'.
       sizes: images of each split of `scenes`, by default `scenes.DEFAULT_SIZES`.
-      validation_fraction: see `load_prepared`.
-      memory: hold all images decoded in memory; by default where that takes at most 512 MiB.
+      validation_fraction, cache, cache_gb, without_labels, report: see `load_prepared`.
 
     Raises:
       InputError: an unknown name or option, or data that is missing or damaged.
@@ -107,7 +114,10 @@ def load_dataset(
         image_size=image_size,
         seed=seed,
         validation_fraction=validation_fraction,
-        memory=memory,
+        cache=cache,
+        cache_gb=cache_gb,
+        without_labels=without_labels,
+        report=report,
     )
 
 
@@ -149,9 +159,15 @@ def load_prepared(
     image_size: int,
     seed: int = 0,
     validation_fraction: float = 0.1,
-    memory: bool | None = None,
+    cache: str = "auto",
+    cache_gb: float = 0.5,
+    without_labels: str = "keep",
+    report: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """Loads any set that `stored.prepare` wrote.
+
+    Training images are `images.Tolerant`: one that cannot be read is replaced by its neighbour.
+    Those of the other splits are strict: an image that cannot be read is an error.
 
     Args:
       directory: with dataset_info.json in it.
@@ -160,47 +176,120 @@ def load_prepared(
       seed: of the validation split where the set has none.
       validation_fraction: part of the training split held out where the set has no validation
         split; 0 trains on every image and validates on the same ones.
-      memory: hold all images decoded in memory; by default where that takes at most 512 MiB.
+      cache: where images are held decoded: 'memory', 'disk' (in cache_directory()/decoded), 'none',
+        or 'auto': memory if all of them fit within the limit, else none. Pixels are the same.
+      cache_gb: limit of all splits together in units of 2^30 bytes. Where it is too small for all
+        images, training images come first.
+      without_labels: what becomes of images without any positive or unknown label, in every split
+        and before a validation split is held out: 'keep' or 'drop'.
+      report: takes a line when decoded images are about to be written to disk.
 
     Raises:
       InputError: missing or damaged data, or a value out of range.
     """
-    if image_size < 1:
-        raise InputError(f"data.image_size={image_size}: expected at least 1 pixel.")
-    if not 0 <= validation_fraction < 1:
-        raise InputError(f"validation_fraction={validation_fraction}: expected 0 <= it < 1.")
+    _check_options(image_size, validation_fraction, cache, cache_gb, without_labels)
     prepared = stored.open_prepared(directory)
     if missing := {"train", "test"} - prepared.labels.keys():
         raise InputError(f"{directory}: has no split {', '.join(sorted(missing))}.")
-    if memory is None:
-        images = sum(len(labels) for labels in prepared.labels.values())
-        memory = images * image_size**2 * 3 <= _MEMORY_BYTES
-    splits = {split: _split(prepared, split, image_size, memory) for split in prepared.labels}
+    images = _images(prepared, image_size, cache, int(cache_gb * 2**30), report)
+    kept = {split: _kept(prepared.labels[split], without_labels) for split in images}
+    splits = {split: _split(prepared, split, images[split], kept[split]) for split in images}
     if "validation" not in splits:
         splits["train"], splits["validation"] = _hold_out(
-            splits["train"], prepared.labels["train"], validation_fraction, seed
+            splits["train"], prepared.labels["train"][kept["train"]], validation_fraction, seed
         )
+    train = splits["train"]
     return Dataset(
         name=name or pathlib.Path(directory).name,
         class_names=prepared.class_names,
         fingerprint=prepared.fingerprint,
-        train=splits["train"],
+        train=dataclasses.replace(train, images=images_lib.Tolerant(train.images)),
         validation=splits["validation"],
         test=splits["test"],
-        facts=prepared.facts,
+        facts={
+            **prepared.facts,
+            "without_labels_rule": without_labels,
+            "dropped_without_labels": {
+                split: len(prepared.ids[split]) - len(rows) for split, rows in kept.items()
+            },
+            "decoding": images_lib.decoding(),
+        },
     )
 
 
-def _split(prepared: stored.Prepared, split: str, image_size: int, memory: bool) -> Split:
+def _check_options(
+    image_size: int, validation_fraction: float, cache: str, cache_gb: float, without_labels: str
+) -> None:
+    if image_size < 1:
+        raise InputError(f"data.image_size={image_size}: expected at least 1 pixel.")
+    if not 0 <= validation_fraction < 1:
+        raise InputError(f"validation_fraction={validation_fraction}: expected 0 <= it < 1.")
+    if cache not in CACHES:
+        raise InputError(f"data.cache={cache!r}: expected one of {', '.join(CACHES)}.")
+    if not 0 <= cache_gb < math.inf:
+        raise InputError(f"data.cache_gb={cache_gb}: expected a finite number of at least 0.")
+    if without_labels not in WITHOUT_LABELS:
+        raise InputError(
+            f"data.without_labels={without_labels!r}: expected one of {', '.join(WITHOUT_LABELS)}."
+        )
+
+
+def _images(
+    prepared: stored.Prepared,
+    image_size: int,
+    cache: str,
+    limit_bytes: int,
+    report: Callable[[str], None],
+) -> dict[str, images_lib.Images]:
+    """Returns the images of every split, held decoded as far as the limit allows."""
+    splits = [split for split in _SPLITS if split in prepared.labels]
+    if cache == "auto":
+        total = sum(len(prepared.ids[split]) for split in splits)
+        fits = cache_lib.held_images(total, image_size, limit_bytes) == total
+        cache = "memory" if fits else "none"
+    images: dict[str, images_lib.Images] = {}
+    for split in splits:
+        images[split] = stored.StoredImages(prepared, split, image_size)
+        if cache == "none":
+            continue
+        held = cache_lib.held_images(len(images[split]), image_size, limit_bytes)
+        images[split] = cache_lib.cached(
+            images[split],
+            kind=cache,
+            limit_bytes=limit_bytes,
+            image_size=image_size,
+            path=cache_directory() / "decoded" / f"{prepared.fingerprint}-{split}",
+            report=report,
+        )
+        limit_bytes -= held * image_size**2 * 3
+    return images
+
+
+def _kept(raw_labels: np.ndarray, without_labels: str) -> np.ndarray:
+    """Returns the rows that stay, ascending."""
+    if without_labels == "keep":
+        return np.arange(len(raw_labels))
+    return np.flatnonzero(~listing.without_labels(raw_labels))
+
+
+def _split(
+    prepared: stored.Prepared, split: str, images: images_lib.Images, kept: np.ndarray
+) -> Split:
+    """Returns a split of the rows `kept`, in ascending order."""
     raw = prepared.labels[split]
-    images = stored.StoredImages(prepared, split, image_size)
-    return Split(
+    whole = Split(
         name=split,
-        images=images.in_memory() if memory else images,
+        images=images,
         labels=np.where(raw == stored.DIFFICULT, 0, raw).astype(np.int8),
         difficult=raw == stored.DIFFICULT,
         ids=prepared.ids[split],
     )
+    if not len(kept):
+        raise InputError(
+            f"{prepared.directory}: no image of split {split} has a label; use "
+            "data.without_labels=keep."
+        )
+    return whole if len(kept) == len(raw) else _rows(whole, split, kept)
 
 
 def _hold_out(

@@ -10,7 +10,6 @@ difficult), `id`. The fingerprint is a SHA-256 of the class names and, split by 
 example's content (by its own SHA-256), labels and id.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
@@ -242,10 +241,8 @@ class Prepared:
     ids: dict[str, list[str]]
 
 
-def _broken(directory: pathlib.Path, what: str) -> InputError:
-    return InputError(
-        f"{directory}: damaged prepared data: {what}. Delete it and prepare it again."
-    )
+def _broken(directory: pathlib.Path, what: str, kind: type[InputError] = InputError) -> InputError:
+    return kind(f"{directory}: damaged prepared data: {what}. Delete it and prepare it again.")
 
 
 def open_prepared(directory: str | os.PathLike) -> Prepared:
@@ -292,7 +289,7 @@ class StoredImages:
     def __init__(self, prepared: Prepared, split: str, image_size: int):
         self._directory = prepared.directory
         self._split = split
-        self._length = len(prepared.ids[split])
+        self._ids = prepared.ids[split]
         self._image_size = image_size
         self._records: Any = None
 
@@ -300,19 +297,30 @@ class StoredImages:
         return {**self.__dict__, "_records": None}
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._ids)
 
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"row {index} of {self._length}")
-        encoded = self._encoded(int(index))
+        """Reads, decodes and resizes an image.
+
+        Raises:
+          CorruptImage: this one cannot be read; names directory, split, row and id.
+          InputError: none can be.
+        """
+        if not 0 <= index < len(self._ids):
+            raise IndexError(f"row {index} of {len(self._ids)}")
+        index = int(index)
         image = images_lib.decode_image(
-            encoded, where=f"{self._directory}, {self._split} row {index}"
+            self._encoded(index),
+            where=f"{self._directory}, {self._name(index)}",
+            at_least=self._image_size,
         )
         return {
             "image": images_lib.resize_image(image, self._image_size),
             "row": np.int32(index),
         }
+
+    def _name(self, index: int) -> str:
+        return f"{self._split} row {index} ({self._ids[index]})"
 
     def _encoded(self, index: int) -> bytes:
         try:
@@ -320,24 +328,15 @@ class StoredImages:
                 self._records = tfds.builder_from_directory(self._directory).as_data_source(
                     self._split, decoders={"image": tfds.decode.SkipDecoding()}
                 )
+        except Exception as error:
+            what = f"split {self._split} cannot be opened ({_first_line(error)})"
+            raise _broken(self._directory, what) from error
+        try:
             return self._records[index]["image"]
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
-            raise _broken(
-                self._directory, f"{self._split} row {index} cannot be read ({reason})"
-            ) from error
+            what = f"{self._name(index)} cannot be read ({_first_line(error)})"
+            raise _broken(self._directory, what, images_lib.CorruptImage) from error
 
-    def in_memory(self, threads: int = 4) -> images_lib.MemoryImages:
-        """Returns all images decoded: N x S x S x 3 bytes."""
-        size = self._image_size
-        decoded = np.empty((self._length, size, size, 3), np.uint8)
 
-        def read(row: int) -> None:
-            decoded[row] = self[row]["image"]
-
-        if self._length:
-            read(0)  # opens the files once, before there are threads
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(read, range(1, self._length)):
-                pass
-        return images_lib.MemoryImages(decoded)
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)

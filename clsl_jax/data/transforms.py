@@ -68,6 +68,12 @@ class Augment:
                     f"{name}={getattr(self, name)!r}: expected a value in [{low}, {high}]"
                 )
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether no image is ever changed."""
+        changes = (self.flip, self.randaugment_operations, self.cutout, self.color_jitter)
+        return not any((*changes, self.translate, self.scale))
+
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns a changed copy of uint8 [H, W, 3], of the same shape and type."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

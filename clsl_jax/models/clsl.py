@@ -3,6 +3,7 @@
 Source: CLSL, arXiv 2510.10055.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -186,12 +187,14 @@ class CLSL(CLSLHead):
     Attributes:
       backbone: a name that `build_backbone` knows.
       backbone_widths, backbone_stage_sizes: instead of the named network's own, mostly for 'small'.
+      freeze_backbone: the backbone always works as in inference and takes no gradient.
       The others: as in `CLSLHead`; dtype holds for both.
     """
 
     backbone: str = "resnet101"
     backbone_widths: Sequence[int] | None = None
     backbone_stage_sizes: Sequence[int] | None = None
+    freeze_backbone: bool = False
 
     @nn.compact
     def __call__(
@@ -203,11 +206,25 @@ class CLSL(CLSLHead):
         train: bool,
     ) -> tuple[jax.Array, Outputs]:
         """images [B, H, W, 3] float32, normalised -> (logits [B, C], out), as `CLSLHead` has it."""
-        features = build_backbone(
-            self.backbone,
-            stage_sizes=self.backbone_stage_sizes,
-            widths=self.backbone_widths,
-            dtype=self.dtype,
-            name="backbone",
-        )(images, train=train)
+        frozen = self.freeze_backbone
+        features = backbone_of(self, name="backbone")(images, train=train and not frozen)
+        if frozen:
+            features = jax.lax.stop_gradient(features)
         return super().__call__(features, embeddings, adjacency, train=train)
+
+
+def backbone_of(model: CLSL, *, name: str | None = None) -> nn.Module:
+    """The backbone of a model by itself; its variables are those under 'backbone'."""
+    return build_backbone(
+        model.backbone,
+        stage_sizes=model.backbone_stage_sizes,
+        widths=model.backbone_widths,
+        dtype=model.dtype,
+        name=name,
+    )
+
+
+def head_of(model: CLSL) -> CLSLHead:
+    """A model without its backbone; its variables are those beside 'backbone'."""
+    own = {field.name for field in dataclasses.fields(CLSLHead)} - {"parent", "name"}
+    return CLSLHead(**{name: getattr(model, name) for name in own})

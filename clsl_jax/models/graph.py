@@ -115,3 +115,18 @@ class LabelGraph(nn.Module):
             )
             nodes = adjacency @ kernel(nodes)
         return embeddings + nodes.astype(embeddings.dtype)
+
+
+def label_adjacency(
+    targets: jax.Array, weights: jax.Array, threshold: float, smoothing: float
+) -> jax.Array:
+    """Returns the normalised label graph [C, C] of the labels at hand.
+
+    Args:
+      targets: [N, C] in [0, 1].
+      weights: [N, C] in [0, 1]; entries of weight 0 are unknown and do not count.
+      threshold: conditional frequency from which two labels are connected.
+      smoothing: sum of the weights of a label's neighbours.
+    """
+    joint, counts = cooccurrence(targets, weights)
+    return normalized_adjacency(joint, counts, threshold=threshold, smoothing=smoothing)

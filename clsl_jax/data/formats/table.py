@@ -5,11 +5,13 @@ column of label lists. Unknown cells stay unknown: they are what the method is f
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from clsl_jax.data import inspection
 from clsl_jax.data.formats import listing
 from clsl_jax.data.formats.listing import ImageList, Listing
 from clsl_jax.data.formats.table_file import SUFFIXES, Table, read_table
@@ -126,6 +128,9 @@ def read_own_table(
     rows_of = _read_splits(table, split, faults)
     folder = images or table.path.parent
     paths, ids = _read_images(table, image, folder, may_miss, faults)
+    if faults:
+        # Seldom, and worth the time: whoever has to mend the table wants to do it once.
+        _find_unreadable(paths, image, faults)
     faults.raise_if_any()
     if not names:
         raise InputError(f"{table.path} has no class: no column is left for one.")
@@ -152,6 +157,9 @@ class _Faults:
         where = f"row {number}, column {self._table.columns[column]!r}"
         self._found.setdefault(column, []).append((number, f"{where}: {cell!r}; {expected}"))
         self._hints[column] = hint
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
 
     def raise_if_any(self) -> None:
         if not self._found:
@@ -264,8 +272,19 @@ def _read_images(
             faults.add(row, column, "expected the path of an image")
         elif name in first:
             number = table.first_row + first[name]
-            faults.add(row, column, f"row {number} has the same image; expected one row an image")
+            faults.add(
+                row, column, f"row {number} has the same image; expected one row for each image"
+            )
         elif not may_miss and not paths[row].is_file():
-            faults.add(row, column, f"no such file; expected the path of an image below {folder}")
+            expected = f"no such file; expected the path of an image below {folder}"
+            faults.add(row, column, expected, " (to go on without them: --leave_out=missing)")
         first.setdefault(name, row)
     return paths, ids
+
+
+def _find_unreadable(paths: Sequence[pathlib.Path], column: int, faults: _Faults) -> None:
+    there = [row for row, path in enumerate(paths) if path.is_file()]
+    found = inspection.inspect_images([paths[row] for row in there], workers=os.cpu_count() or 1)
+    for row, facts in zip(there, found, strict=True):
+        if facts.state == inspection.UNREADABLE:
+            faults.add(row, column, f"the file is damaged ({facts.reason}); expected an image")

@@ -1,0 +1,186 @@
+"""Features of a frozen backbone, computed once an image and kept on disk for every later run.
+
+A file holds one split: float16 [N, h, w, D]. Its name is a digest of all that the features depend
+on (the images, their size, the weights, the compute type), so that a file is never out of date.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from clsl_jax import evaluate
+from clsl_jax.data import cache, images, sources
+from clsl_jax.errors import InputError
+from clsl_jax.models.clsl import CLSL, backbone_of
+from clsl_jax.steps import normalize
+
+DTYPE = np.float16
+SPLITS = ("train", "validation", "test")
+_LARGEST = float(np.finfo(DTYPE).max)
+
+
+def size_in_bytes(shape: Sequence[int], count: int) -> int:
+    """Returns the room that features of `shape` [1, h, w, D] take for `count` images."""
+    return count * math.prod(shape) * np.dtype(DTYPE).itemsize
+
+
+def cached_features(
+    dataset: sources.Dataset,
+    model: CLSL,
+    frozen: Mapping[str, Any],
+    *,
+    mesh: Mesh,
+    image_size: int,
+    batch_size: int,
+    directory: str | os.PathLike,
+    report: Callable[[str], None] = lambda line: None,
+) -> sources.Dataset:
+    """Returns a data set whose images are features, from disk or computed now.
+
+    Args:
+      dataset: of images.
+      model: with a frozen backbone.
+      frozen: the backbone's `params` and `batch_stats`, on the devices of `mesh`.
+      mesh: of devices; every process must call this.
+      image_size: side of the images.
+      batch_size: over all devices.
+      directory: of the files; made if it does not exist.
+      report: takes a line where something is computed.
+
+    Returns:
+      The same splits; `images[i]` is {"image": float16 [h, w, D], "row": i}. A training image that
+      cannot be read is replaced as it would be without this.
+
+    Raises:
+      InputError: an image of another split cannot be read, or the directory not be written.
+    """
+    weights = _digest(jax.device_get(frozen))
+    network = backbone_of(model)
+
+    @jax.jit
+    def compute(frozen: Mapping[str, Any], batch: jax.Array) -> jax.Array:
+        found = network.apply(frozen, normalize(batch), train=False)
+        return jnp.clip(found, -_LARGEST, _LARGEST).astype(DTYPE)
+
+    def features_of(split: sources.Split) -> sources.Split:
+        facts = {
+            "data": dataset.fingerprint,
+            "ids": hashlib.sha256(json.dumps(split.ids).encode()).hexdigest(),
+            "image_size": image_size,
+            "backbone": model.backbone,
+            "widths": list(model.backbone_widths or ()),
+            "weights": weights,
+            "dtype": str(np.dtype(model.dtype)),
+            "jax": f"{jax.__version__} {jax.default_backend()}",
+        }
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        path = pathlib.Path(directory) / f"{dataset.name}-{split.name}-{name}.npy"
+        if not path.is_file():
+            report(f"{split.name}: computing the features of {len(split.labels):,} images once")
+            _write(path, split, lambda batch: compute(frozen, batch), mesh, batch_size)
+        found: images.Images = FeatureFile(path, split.ids)
+        if split.name == "train":
+            found = images.Tolerant(found)
+        return dataclasses.replace(split, images=found)
+
+    return dataclasses.replace(
+        dataset, **{name: features_of(getattr(dataset, name)) for name in SPLITS}
+    )
+
+
+class FeatureFile:
+    """The features of a split, mapped into memory; opened anew in every process."""
+
+    def __init__(self, path: str | os.PathLike, ids: Sequence[str]):
+        """`path` is a file of `cached_features`, `ids` names its N images."""
+        self._path, self._ids = os.fspath(path), ids
+        self._rows: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+        if self._rows is None:
+            self._rows = _open(self._path, len(self._ids))
+        features = np.array(self._rows[index])
+        if np.isnan(features.flat[0]):
+            raise images.CorruptImage(f"{self._ids[index]} could not be read")
+        return {"image": features, "row": np.int32(index)}
+
+
+def _open(path: str, count: int) -> np.ndarray:
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: features that cannot be read ({error}); delete the file, it is made again."
+        ) from None
+    if rows.dtype != DTYPE or rows.ndim != 4 or len(rows) != count:
+        raise InputError(
+            f"{path}: expected float16 features of {count} images, found {rows.dtype} "
+            f"{list(rows.shape)}; delete the file, it is made again."
+        )
+    return rows
+
+
+def _write(
+    path: pathlib.Path,
+    split: sources.Split,
+    compute: Callable[[jax.Array], jax.Array],
+    mesh: Mesh,
+    batch_size: int,
+) -> None:
+    """Computes a split's features; the file appears in one step, when it is whole."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    rows: np.ndarray | None = None
+    written = np.zeros(len(split.labels), bool)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for batch in evaluate.batches(split, mesh=mesh, batch_size=batch_size):
+            found, place, valid = evaluate.gather(
+                (compute(batch["image"]), batch["row"], batch["valid"])
+            )
+            if rows is None:
+                shape = (len(split.labels), *found.shape[1:])
+                rows = np.lib.format.open_memmap(partial, "w+", DTYPE, shape)
+                # On a full disk a store through the map would kill the process: take the room now.
+                with open(partial, "r+b") as file:
+                    cache.reserve(file.fileno(), os.fstat(file.fileno()).st_size)
+            rows[place[valid]] = found[valid]
+            written[place[valid]] = True
+        # A training image that cannot be read was replaced by another, whose row it has.
+        rows[~written] = np.nan
+        rows.flush()
+        del rows
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: features cannot be written here ({error.strerror}); make room, name another "
+            "place by the environment variable CLSL_CACHE_DIR, or set model.feature_cache_gb=0."
+        ) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _digest(tree: Any) -> str:
+    """SHA-256 over the names and values of a tree of arrays."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(jax.tree_util.tree_leaves_with_path(tree), key=lambda x: str(x[0])):
+        digest.update(f"{jax.tree_util.keystr(name)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""`recovered.csv` and `probabilities.csv`: every image's labels, as a run left them."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+
+from clsl_jax.data.partial import UNKNOWN
+from clsl_jax.errors import InputError
+
+RECOVERED_NAME = "recovered.csv"
+PROBABILITIES_NAME = "probabilities.csv"
+# More cells than this are no table that anybody opens (COCO 2014 has 10 million).
+MOST_CELLS = 2**27
+
+
+def fill_labels(
+    annotations: np.ndarray,
+    probabilities: np.ndarray,
+    positive_threshold: np.ndarray,
+    negative_threshold: np.ndarray,
+) -> np.ndarray:
+    """Returns the labels with what thresholds say of the unknown ones.
+
+    Args:
+      annotations: int8 [N, C], 1 positive, 0 negative, -1 unknown.
+      probabilities: float [N, C] in [0, 1].
+      positive_threshold, negative_threshold: [C] or scalar, as in `recovery.recover_labels`.
+
+    Returns:
+      int8 [N, C]; -1 where a label stays unknown.
+    """
+    above = probabilities >= positive_threshold
+    below = probabilities < negative_threshold
+    found = np.where(above ^ below, above, UNKNOWN)
+    return np.where(annotations == UNKNOWN, found, annotations).astype(np.int8)
+
+
+def write_labels(
+    path: str,
+    labels: np.ndarray,
+    *,
+    ids: Sequence[str],
+    splits: Sequence[str],
+    class_names: Sequence[str],
+) -> None:
+    """Writes labels as the table that `clsl_jax.prepare --dataset=table` reads.
+
+    Args:
+      path: of the CSV: columns `image`, `split` and one a class.
+      labels: int8 [N, C]: 1, 0, and -1 for an empty cell.
+      ids: N names of images.
+      splits: N names of splits.
+      class_names: C names.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    columns = [pa.array(column, mask=column == UNKNOWN) for column in labels.T]
+    _write(path, columns, ids, splits, class_names)
+
+
+def write_probabilities(
+    path: str,
+    probabilities: np.ndarray,
+    *,
+    ids: Sequence[str],
+    splits: Sequence[str],
+    class_names: Sequence[str],
+) -> None:
+    """Writes probabilities [N, C], four digits each; the rest is as in `write_labels`."""
+    rounded = np.round(probabilities.astype(np.float64), 4)
+    columns = [pa.array(column, from_pandas=True) for column in rounded.T]
+    _write(path, columns, ids, splits, class_names)
+
+
+def _write(
+    path: str,
+    columns: Sequence[pa.Array],
+    ids: Sequence[str],
+    splits: Sequence[str],
+    class_names: Sequence[str],
+) -> None:
+    table = pa.table([pa.array(ids), pa.array(splits), *columns], ["image", "split", *class_names])
+    partial = f"{path}.partial-{os.getpid()}"
+    try:
+        csv.write_csv(table, partial, csv.WriteOptions(quoting_style="needed"))
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}).") from None

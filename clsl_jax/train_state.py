@@ -1,0 +1,178 @@
+"""The train state: all that a run carries from step to step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from clsl_jax.models.clsl import CLSL, backbone_of, head_of
+from clsl_jax.models.graph import label_adjacency
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a training run carries from step to step.
+
+    N is the number of training images padded to a multiple of 256, C the number of classes. The
+    matrices [N, ...] are sharded by row over the mesh axis `data`; the rest is replicated.
+
+    Attributes:
+      step: int32 [], updates done.
+      params: {"model": Flax parameters, "label_embeddings": [C, E] if they are learned}.
+      batch_stats: running means and variances of the batch norms.
+      frozen: variables of a backbone that is not trained, {"params": ..., "batch_stats": ...};
+        `params`, `batch_stats` and `opt_state` then have nothing of it. Else {}.
+      opt_state: state of the optimiser.
+      ema_params: exponential moving average of `params`.
+      ema_batch_stats: exponential moving average of `batch_stats`.
+      rng: uint32 key data; each step folds its number into it.
+      label_embeddings: float32 [C, E], fixed embeddings of the label texts.
+      adjacency: float32 [C, C], normalised label graph of the graph convolution.
+      annotations: int8 [N, C], 1 positive, 0 negative, -1 unknown: all that training may see.
+      scores: float32 [N, C] in [0, 1], the teacher's probabilities averaged over a row's visits.
+      visits: int32 [N], how often the row's scores were updated.
+      recovered: float32 [N, C] in [0, 1], recovered labels; known entries hold the label.
+      recovered_weight: float32 [N, C] in [0, 1], their weights in the loss; 0 where still unknown.
+      sums: float32 [] each, sums over the steps of the epoch so far; `steps` counts them.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    frozen: Any
+    opt_state: Any
+    ema_params: Any
+    ema_batch_stats: Any
+    rng: jax.Array
+    label_embeddings: jax.Array
+    adjacency: jax.Array
+    annotations: jax.Array
+    scores: jax.Array
+    visits: jax.Array
+    recovered: jax.Array
+    recovered_weight: jax.Array
+    sums: Mapping[str, jax.Array]
+
+
+ROW_SHARDED = ("annotations", "scores", "visits", "recovered", "recovered_weight")
+SUM_NAMES = ("steps", "loss", "loss_known", "loss_recovered", "gradient_norm")
+
+
+def init_state(
+    model: CLSL,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    image_size: int,
+    label_embeddings: jax.Array,
+    annotations: jax.Array,
+    learn_embeddings: bool,
+    graph_threshold: float,
+    graph_smoothing: float,
+    backbone: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      model: called as `model(images, embeddings, adjacency, train=...)`.
+      optimizer: updates `params`.
+      seed: of the initial weights and of every random draw in training.
+      image_size: side of the square images, in pixels.
+      label_embeddings: float32 [C, E].
+      annotations: int8 [N, C], N padded; rows without an image are -1.
+      learn_embeddings: whether the embeddings are parameters.
+      graph_threshold, graph_smoothing: of the label graph, see `label_adjacency`.
+      backbone: `params` and `batch_stats` to start the backbone with, not drawn then. Needed where
+        the model freezes it.
+    """
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    known = annotations >= 0
+    adjacency = label_adjacency(
+        (annotations == 1).astype(jnp.float32),
+        known.astype(jnp.float32),
+        graph_threshold,
+        graph_smoothing,
+    )
+    images = jnp.zeros((2, image_size, image_size, 3), jnp.float32)
+    inputs: Any = images
+    if backbone:
+        # The network that draws is the head alone: the same draws, and nothing of a large backbone
+        # is compiled for the sake of values that are thrown away.
+        inputs = jnp.zeros(features_shape(model, image_size, batch_size=2), jnp.float32)
+    variables = (head_of(model) if backbone else model).init(
+        init_key, inputs, label_embeddings, adjacency, train=False
+    )
+    variables = {"batch_stats": {}, **variables}
+    frozen: Any = {}
+    if backbone and model.freeze_backbone:
+        frozen = {"batch_stats": {}, **backbone}
+    elif backbone:
+        variables = with_backbone(variables, backbone)
+    params = {"model": variables["params"]}
+    if learn_embeddings:
+        params["label_embeddings"] = label_embeddings
+    batch_stats = variables["batch_stats"]
+    shape = annotations.shape
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        frozen=frozen,
+        opt_state=optimizer.init(params),
+        # Copies: a donated buffer may stand in one place only.
+        ema_params=jax.tree.map(jnp.copy, params),
+        ema_batch_stats=jax.tree.map(jnp.copy, batch_stats),
+        rng=jax.random.key_data(step_key),
+        label_embeddings=label_embeddings,
+        adjacency=adjacency,
+        annotations=annotations,
+        scores=jnp.zeros(shape, jnp.float32),
+        visits=jnp.zeros(shape[:1], jnp.int32),
+        recovered=(annotations == 1).astype(jnp.float32),
+        recovered_weight=jnp.zeros(shape, jnp.float32),
+        sums={name: jnp.zeros((), jnp.float32) for name in SUM_NAMES},
+    )
+
+
+def features_shape(model: CLSL, image_size: int, *, batch_size: int = 1) -> tuple[int, ...]:
+    """Returns the shape [B, h, w, D] of what the backbone makes of square images."""
+    images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
+    network = backbone_of(model)
+
+    def run(images: jax.Array) -> jax.Array:
+        return network.init_with_output(jax.random.key(0), images, train=False)[0]
+
+    return jax.eval_shape(run, images).shape
+
+
+def with_backbone(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `params` and `batch_stats` of a head with those of a backbone, if any, beside them.
+
+    Args:
+      variables: of `CLSLHead`; returned as they are where `backbone` is empty.
+      backbone: `params` and perhaps `batch_stats`, or nothing.
+    """
+    return {
+        kind: {**tree, "backbone": backbone[kind]} if kind in backbone else tree
+        for kind, tree in variables.items()
+    }
+
+
+def state_shardings(state: TrainState, by_row: Any, replicated: Any) -> TrainState:
+    """Returns a tree like `state` (arrays or their shapes) that holds each array's sharding."""
+    shardings = jax.tree.map(lambda _: replicated, state)
+    return shardings.replace(**dict.fromkeys(ROW_SHARDED, by_row))
+
+
+def evaluation_weights(state: TrainState, *, ema: bool) -> dict[str, Any]:
+    """Returns what prediction needs of a state: the averaged weights, or the raw ones."""
+    params = state.ema_params if ema else state.params
+    batch_stats = state.ema_batch_stats if ema else state.batch_stats
+    return {
+        **with_backbone({"params": params["model"], "batch_stats": batch_stats}, state.frozen),
+        "label_embeddings": params.get("label_embeddings", state.label_embeddings),
+        "adjacency": state.adjacency,
+    }

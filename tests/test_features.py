@@ -1,0 +1,236 @@
+"""A frozen backbone: it stays as it is, and its features are computed once."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from commands import run
+
+from clsl_jax import features, sharding, steps, train_state
+from clsl_jax.data import images, sources
+from clsl_jax.errors import InputError
+from clsl_jax.models import pretrained
+from clsl_jax.models.clsl import CLSL, backbone_of, head_of
+
+N, C, SIZE = 24, 5, 16
+EMBEDDINGS = np.random.default_rng(9).standard_normal((C, 6)).astype(np.float32)
+
+
+def make_model(**changes):
+    plain = {
+        "backbone": "small",
+        "backbone_widths": (4, 8),
+        "encoder_heads": 2,
+        "encoder_mlp": 8,
+        "rank": 4,
+        "head_dropout": 0.0,
+        "encoder_dropout": 0.0,
+        "freeze_backbone": True,
+    }
+    return CLSL(num_classes=C, **{**plain, **changes})
+
+
+def backbone_variables(model, seed=1):
+    """Drawn weights whose batch statistics are not those of a new network."""
+    drawn = backbone_of(model).init(
+        jax.random.key(seed), jnp.zeros((1, SIZE, SIZE, 3)), train=False
+    )
+    rng = np.random.default_rng(seed)
+    statistics = jax.tree.map(
+        lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32), drawn["batch_stats"]
+    )
+    return jax.device_get({"params": drawn["params"], "batch_stats": statistics})
+
+
+def make_images(count=N, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+
+
+def make_dataset(seed=0):
+    def split(name, count):
+        labels = (np.random.default_rng(count).random((count, C)) < 0.4).astype(np.int8)
+        return sources.Split(
+            name=name,
+            images=images.MemoryImages(make_images(count, seed)),
+            labels=labels,
+            difficult=np.zeros((count, C), bool),
+            ids=[f"{name}-{i}" for i in range(count)],
+        )
+
+    parts = {"train": split("train", N), "validation": split("validation", 7)}
+    return sources.Dataset(
+        "toy", tuple("abcde"), f"print {seed}", **parts, test=split("test", 9), facts={}
+    )
+
+
+def start(model, annotations, backbone, mesh):
+    # Not Adam, which makes steps of noise where a gradient is zero.
+    optimizer = optax.sgd(0.05)
+
+    def init(backbone):
+        return train_state.init_state(
+            model,
+            optimizer,
+            seed=3,
+            image_size=SIZE,
+            label_embeddings=jnp.asarray(EMBEDDINGS),
+            annotations=jnp.asarray(sharding.pad_rows(annotations, -1)),
+            learn_embeddings=False,
+            graph_threshold=0.4,
+            graph_smoothing=0.25,
+            backbone=backbone,
+        )
+
+    return jax.jit(init)(backbone), optimizer
+
+
+def test_training_leaves_a_frozen_backbone_alone_and_equals_training_on_its_features():
+    """Three steps by images and three by features: the same parameters, the same scores."""
+    model, mesh = make_model(), sharding.make_mesh(jax.devices()[:1])
+    backbone = backbone_variables(model)
+    annotations = make_dataset().train.labels
+    options = steps.StepOptions(steps_per_epoch=3, teacher="student")
+    by_image, optimizer = start(model, annotations, backbone, mesh)
+    by_feature, _ = start(model, annotations, backbone, mesh)
+    assert "backbone" not in by_image.params["model"]
+    assert "backbone" not in by_image.batch_stats
+    pixels = make_images()
+    found = backbone_of(model).apply(backbone, steps.normalize(jnp.asarray(pixels)), train=False)
+    step = jax.jit(steps.make_train_step(model, optimizer, options))
+    head_step = jax.jit(steps.make_train_step(head_of(model), optimizer, options))
+    for k in range(3):
+        rows = np.arange(8 * k, 8 * k + 8, dtype=np.int32)
+        by_image = step(by_image, {"image": pixels[rows], "row": rows})
+        by_feature = head_step(by_feature, {"image": np.asarray(found)[rows], "row": rows})
+    by_image, by_feature = jax.device_get((by_image, by_feature))
+    jax.tree.map(np.testing.assert_array_equal, by_image.frozen, backbone)
+    for a, b in (
+        (by_image.params, by_feature.params),
+        (by_image.batch_stats, by_feature.batch_stats),
+        (by_image.scores, by_feature.scores),
+    ):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), a, b)
+
+
+def test_the_head_starts_alike_with_and_without_given_backbone():
+    model = make_model(freeze_backbone=False)
+    annotations = make_dataset().train.labels
+    drawn, _ = start(model, annotations, None, None)
+    given, _ = start(model, annotations, backbone_variables(model), None)
+    drawn, given = drawn.params["model"], dict(given.params["model"])
+    expected = backbone_variables(model)["params"]
+    jax.tree.map(np.testing.assert_array_equal, dict(given.pop("backbone")), expected)
+    head = {name: tree for name, tree in drawn.items() if name != "backbone"}
+    jax.tree.map(np.testing.assert_array_equal, head, given)
+
+
+@pytest.fixture
+def compute(tmp_path):
+    model, mesh = make_model(), sharding.make_mesh(jax.devices()[:2])
+
+    def go(dataset, seed=1):
+        lines = []
+        made = features.cached_features(
+            dataset,
+            model,
+            sharding.put_replicated(mesh, backbone_variables(model, seed)),
+            mesh=mesh,
+            image_size=SIZE,
+            batch_size=4,
+            directory=tmp_path / "features",
+            report=lines.append,
+        )
+        return made, lines
+
+    return go
+
+
+def test_features_are_computed_once(compute, tmp_path):
+    dataset = make_dataset()
+    made, lines = compute(dataset)
+    assert len(lines) == 3
+    model = make_model()
+    for name in features.SPLITS:
+        before, after = getattr(dataset, name), getattr(made, name)
+        pixels = np.stack([before.images[i]["image"] for i in range(len(before.ids))])
+        expected = backbone_of(model).apply(
+            backbone_variables(model), steps.normalize(jnp.asarray(pixels)), train=False
+        )
+        for i in range(len(before.ids)):
+            record = after.images[i]
+            assert record["row"] == i
+            assert record["image"].dtype == np.float16
+            np.testing.assert_allclose(record["image"], expected[i], rtol=1e-3, atol=1e-3)
+    again, lines = compute(dataset)
+    assert lines == []
+    np.testing.assert_array_equal(again.test.images[3]["image"], made.test.images[3]["image"])
+    # Other weights or other images are other files; nothing unfinished is left.
+    assert len(compute(dataset, seed=2)[1]) == 3
+    assert len(compute(make_dataset(seed=1))[1]) == 3
+    assert len(list((tmp_path / "features").iterdir())) == 9
+
+
+class Damaged(images.MemoryImages):
+    def __getitem__(self, index):
+        if index in (3, 4):
+            raise images.CorruptImage(f"image {index} is damaged")
+        return super().__getitem__(index)
+
+
+def test_an_unreadable_training_image_is_replaced_and_another_one_an_error(compute):
+    dataset = make_dataset()
+    train = dataclasses.replace(dataset.train, images=images.Tolerant(Damaged(make_images())))
+    made, _ = compute(dataclasses.replace(dataset, train=train))
+    for asked, shown in ((2, 2), (3, 5), (4, 5), (5, 5)):
+        record = made.train.images[asked]
+        assert (record["asked"], record["row"]) == (asked, shown)
+        np.testing.assert_array_equal(record["image"], made.train.images[shown]["image"])
+    broken = dataclasses.replace(dataset.test, images=Damaged(make_images(9)))
+    with pytest.raises(InputError, match="image 3 is damaged"):
+        compute(dataclasses.replace(make_dataset(seed=5), test=broken))
+
+
+def test_a_damaged_file_is_named(compute, tmp_path):
+    compute(make_dataset())
+    (path,) = (tmp_path / "features").glob("toy-test-*.npy")
+    path.write_bytes(path.read_bytes()[:-50])
+    made, _ = compute(make_dataset())
+    with pytest.raises(InputError, match=r"toy-test-.*delete the file"):
+        made.test.images[0]
+
+
+FROZEN = (
+    "--config.model.freeze=backbone",
+    "--config.data.translate=0.0",
+    "--config.data.scale=0.0",
+    "--config.data.color_jitter=0.0",
+)
+
+
+@pytest.mark.slow
+def test_a_run_on_cached_features_resumes_and_evaluates_to_the_same_numbers(tmp_path):
+    """By the command line: the weights file may be gone once the run has started."""
+    shared = str(tmp_path)
+    model = make_model(backbone_widths=(8, 16))
+    weights = str(tmp_path / "backbone.npz")
+    np.savez(weights, **pretrained.export_torch(backbone_variables(model)))
+    arguments = (*FROZEN, f"--config.model.pretrained={weights}")
+    status, out, err = run(shared, tmp_path / "run", *arguments)
+    assert status == 0, err
+    assert out.count("computing the features") == 3
+    first = (tmp_path / "run" / "results.json").read_text()
+    predictions = np.load(tmp_path / "run" / "predictions.npz")["scores"]
+    os.remove(weights)
+    status, out, err = run(shared, tmp_path / "run", *arguments)
+    assert status == 0, err
+    assert "computing" not in out
+    assert (tmp_path / "run" / "results.json").read_text() == first
+    status, _, err = run(shared, tmp_path / "run", "--mode=evaluate", tiny=False)
+    assert status == 0, err
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "run" / "predictions.npz")["scores"], predictions
+    )
