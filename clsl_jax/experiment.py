@@ -85,6 +85,10 @@ class Experiment:
             empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.backbone_shapes)
             backbone, line = load_backbone(self.model.backbone, self.pretrained, empty)
             report(line)
+        elif self.model.backbone != "small":
+            report(
+                f"The {self.model.backbone} starts from random weights: model.pretrained is empty."
+            )
         return self.init(
             sharding.put_replicated(self.mesh, self.label_embeddings),
             sharding.put_global_rows(

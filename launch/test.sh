@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh ".[dev]"
-exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
+exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -33,7 +33,8 @@ def test_voc2007(tmp_path):
     assert "4 (published: 5,011)" in shown
     assert "20 (as published) classes" in shown
     assert "Not the published number of images in train, positive labels in train, " in shown
-    assert f"--config.data.name=voc2007 --config.data.dir={out}" in shown
+    command = f"python -m clsl_jax.main --config=configs/voc.py --config.data.dir={out}"
+    assert command in shown
     dataset = _load(out, "voc2007")
     assert dataset.class_names == voc.CLASS_NAMES
     assert dataset.train.ids == list(TRAINVAL)

@@ -182,6 +182,29 @@ def test_rotation_turns_about_the_centre():
     assert abs(x.mean() - 20) == pytest.approx(7.0, abs=0.6)
 
 
+AFFINE = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("name", AFFINE)
+def test_affine_operations_are_pillows_away_from_the_border(name, sign):
+    small = Image.fromarray(_image(6))
+    image = small.resize((60, 44), Image.Resampling.BICUBIC)
+    found = np.asarray(transforms.apply_operation(image, name, 12, sign)).astype(int)
+    a, b, c, d, e, f = transforms._affine_matrix(name, 0.4 * sign, image.size)
+    x, y = image.width / 2, image.height / 2
+    matrix = (a, b, c + x - a * x - b * y, d, e, f + y - d * x - e * y)
+    expected = image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(255,) * 3
+    )
+    # Where all of the 3 x 3 pixels around come from within the image.
+    rows, columns = np.mgrid[:44, :60] + 0.5
+    u, v = a * columns + b * rows + matrix[2], d * columns + e * rows + matrix[5]
+    inside = (np.abs(u - x) < x - 1) & (np.abs(v - y) < y - 1)
+    assert inside.mean() > 0.4
+    assert np.abs(found - np.asarray(expected))[inside].max() <= 3
+
+
 def test_unknown_operation_is_named():
     with pytest.raises(ValueError, match="blur"):
         transforms.apply_operation(Image.fromarray(_image()), "blur", 3, 1.0)

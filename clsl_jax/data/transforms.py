@@ -1,8 +1,9 @@
-"""Augmentation of uint8 images by Pillow's operations, drawn from a NumPy generator."""
+"""Augmentation of uint8 images, drawn from a NumPy generator."""
 
 import dataclasses
 import math
 
+import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -98,16 +99,23 @@ class Augment:
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    """Maps output pixel centres, measured from the image's centre, to the input by a 2x3 matrix."""
+    """Maps output pixel centres, measured from the image's centre, to the input by a 2x3 matrix.
+
+    By OpenCV, which takes a fifth of Pillow's time; its positions are rounded to 1/32 pixel.
+    """
     a, b, c, d, e, f = matrix
-    x, y = image.width / 2, image.height / 2
-    return image.transform(
+    # From pixel centres to OpenCV's integer positions: the centre lies at (side - 1) / 2.
+    x, y = (image.width - 1) / 2, (image.height - 1) / 2
+    mapping = np.array([[a, b, c + x - a * x - b * y], [d, e, f + y - d * x - e * y]])
+    moved = cv2.warpAffine(
+        np.asarray(image),
+        mapping,
         image.size,
-        Image.Transform.AFFINE,
-        (a, b, c + x - a * x - b * y, d, e, f + y - d * x - e * y),
-        Image.Resampling.BILINEAR,
-        fillcolor=FILL,
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=FILL,
     )
+    return Image.fromarray(moved)
 
 
 def _shift_and_scale(
