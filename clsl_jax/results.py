@@ -58,12 +58,13 @@ def write(
     Returns:
       What the JSON file holds.
     """
+    drawn = config.labels.protocol not in ("all", "file")
     result = {
         "dataset": _dataset_facts(built),
         "labels": {
             "protocol": config.labels.protocol,
-            "known_fraction": config.labels.known_fraction,
-            "seed": config.labels.seed,
+            "known_fraction": config.labels.known_fraction if drawn else None,
+            "seed": config.labels.seed if drawn else None,
             "known_entries": int((built.annotations >= 0).sum()),
             "entries": int(built.annotations.size),
             "mask_sha256": mask_sha256,
@@ -95,7 +96,7 @@ def write(
         if explained is not None:
             note = f"weights of epoch {epochs['best']}"
             _write_pictures(workdir.path(PICTURES_NAME), built, explained, note)
-    _print(log, result, workdir, name, tables)
+    _print(log, result, workdir, name, tables=tables, pictured=explained is not None)
     return result
 
 
@@ -252,7 +253,13 @@ def _write_pictures(
 
 
 def _print(
-    log: RunLog, result: Mapping[str, Any], workdir: Workdir, name: str, tables: Any
+    log: RunLog,
+    result: Mapping[str, Any],
+    workdir: Workdir,
+    name: str,
+    *,
+    tables: Any,
+    pictured: bool,
 ) -> None:
     rows = []
     for row in result["results"]:
@@ -279,7 +286,9 @@ def _print(
         )
     elif found:
         log.console.print(f"Unknown training labels: {recovery_line(found)}.")
-    names = [name, PREDICTIONS_NAME, PICTURES_NAME]
+    names = [name, PREDICTIONS_NAME]
+    if pictured:
+        names.append(PICTURES_NAME)
     if tables is not None:
         names += [label_tables.RECOVERED_NAME, label_tables.PROBABILITIES_NAME]
     log.console.print("Written: " + ", ".join(workdir.path(n) for n in names))
