@@ -51,5 +51,5 @@ def test_probabilities_have_four_digits_and_no_nan(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(InputError, match="none/recovered.csv cannot be written"):
+    with pytest.raises(InputError, match=r"none/recovered\.csv cannot be written"):
         label_tables.write_labels(str(tmp_path / "none" / "recovered.csv"), LABELS, **NAMED)
