@@ -33,9 +33,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.backbone = "efficientnet_lite0"
     config.model.pretrained = "installed"
     config.model.freeze = "backbone"
-    config.model.encoder_layers = 1
-    config.model.encoder_heads = 8
-    config.model.encoder_mlp = 512
+    # On few images the encoder over frozen features only overfits (docs/results.md).
+    config.model.encoder_layers = 0
     config.model.rank = 256
     config.model.head_dropout = 0.5
     config.model.embedding_dim = 64
