@@ -77,7 +77,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.model.global_branch = True  # 1x1 convolution and maximum over positions, training only
     c.model.rank = 1024  # of the low-rank bilinear attention
     c.model.head_dropout = 0.5
-    c.model.embeddings = "random"  # random | path of an .npz made by `clsl_jax.embed`
+    c.model.embeddings = "random"  # random | scenes | an .npz made by `clsl_jax.embed`
     c.model.embedding_dim = 300  # width of random label embeddings
     c.model.learn_embeddings = False  # True: the embeddings are trained with the model
     c.model.dtype = "float32"  # compute type: float32 | bfloat16; parameters stay float32

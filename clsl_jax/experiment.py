@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from clsl_jax import embed, features, optim, sharding, steps, train_state
 from clsl_jax.config import ConfigError
-from clsl_jax.data import label_file, partial, pipeline, sources, transforms
+from clsl_jax.data import label_file, partial, pipeline, scenes, sources, transforms
 from clsl_jax.errors import InputError
 from clsl_jax.models import efficientnet
 from clsl_jax.models.backbone_weights import load_backbone
@@ -316,11 +316,15 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
 def label_embeddings(config: ml_collections.ConfigDict, class_names: Sequence[str]) -> np.ndarray:
     """Returns float32 [C, E]: those of a file, or random directions of about unit length.
 
+    'scenes' names the file of the embedded set, so that a run does not depend on where it lies.
+
     Raises:
       InputError: if the file cannot be read or is not for these classes.
     """
-    if config.model.embeddings != "random":
-        return embed.load_embeddings(config.model.embeddings, class_names)
+    named = config.model.embeddings
+    if named != "random":
+        path = os.fspath(scenes.LABEL_EMBEDDINGS) if named == "scenes" else named
+        return embed.load_embeddings(path, class_names)
     width = config.model.embedding_dim
     draws = np.random.default_rng([config.seed, 1]).standard_normal((len(class_names), width))
     return (draws / np.sqrt(width)).astype(np.float32)

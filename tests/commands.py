@@ -15,6 +15,7 @@ TINY = (
     "--config.model.widths=(8,16)",
     "--config.model.rank=8",
     "--config.model.encoder_mlp=16",
+    "--config.model.embeddings=random",
     "--config.model.embedding_dim=8",
     "--config.evaluation.batch_size=48",
     "--config.evaluation.pictures=2",

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clsl_jax import embed
+from clsl_jax.data import scenes
 from clsl_jax.errors import InputError
 from clsl_jax.text import bert, glove, names, transformer
 
@@ -611,3 +612,13 @@ def test_command_says_what_is_wrong(
     assert message in done.stderr
     assert len(done.stderr.splitlines()) <= 2
     assert not places["out"].exists()
+
+
+def test_the_embeddings_of_the_embedded_set_are_for_its_classes():
+    found = embed.load_embeddings(str(scenes.LABEL_EMBEDDINGS), scenes.CLASS_NAMES, width=384)
+    assert found.std() == pytest.approx(1, abs=1e-3)
+    unit = found / np.linalg.norm(found, axis=1, keepdims=True)
+    similar = unit @ unit.T - np.eye(20)
+    # Garments are most like a garment, digits most like a digit.
+    assert (similar.argmax(axis=1)[:10] < 10).all()
+    assert (similar.argmax(axis=1)[10:] >= 10).all()

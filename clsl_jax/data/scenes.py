@@ -50,6 +50,8 @@ STRENGTHS = {"moderate": 8.0, "strong": 40.0}
 _LABEL_COUNTS = (0.06, 0.12, 0.22, 0.36, 0.24)
 
 _MATERIAL = pathlib.Path(__file__).parent / "material" / "scene_parts.npz"
+# Of the class names, by `clsl_jax.embed --encoder=sentence --unit_variance`.
+LABEL_EMBEDDINGS = _MATERIAL.with_name("scenes_labels.npz")
 _GARMENTS_TRAIN = 200
 _DIGIT_BOUNDS = {"train": (0, 1200), "validation": (1200, 1450), "test": (1450, 1797)}
 _CELL = 21
