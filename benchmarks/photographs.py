@@ -2,15 +2,15 @@
 
     apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default*.deb stamps
     python benchmarks/photographs.py --stamps=stamps/usr/share/tuxpaint/stamps --out=photographs
-    python -m clsl_jax.prepare --dataset=table --source=photographs --out=DATA
+    python -m clsl_jax.prepare --dataset=table --source=photographs/labels.csv --out=DATA
     python -m clsl_jax.main --config=configs/table.py --workdir=runs/photographs \\
         --config.data.dir=DATA
     python benchmarks/photographs.py --out=photographs --compare=runs/photographs/recovered.csv
 
 Each image shows one to four photographs of animals, plants, food and things on a plain ground; the
 label is the kind of thing. Photographs of the training images never occur in the test images. The
-training and validation cells are empty with probability --unknown; `truth.csv` has them all, which
-only --compare reads. The photographs are GPL-2: they are for measuring and stay out of this
+training cells are empty with probability --unknown; `truth.csv` has them all, which only --compare
+reads. The photographs are GPL-2: they are for measuring and stay out of this
 repository.
 """
 

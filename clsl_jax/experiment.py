@@ -42,7 +42,7 @@ class Experiment:
       label_embeddings: float32 [C, E], as the run starts with them.
       steps_per_epoch: full batches of the training split.
       total_steps: updates of the whole run.
-      pretrained: file of backbone weights, or "".
+      pretrained: file of backbone weights, 'installed', or "".
       backbone_shapes: of the variables that this file fills; {} without one.
       init: `init(label_embeddings, annotations, backbone variables) -> TrainState`, compiled.
       abstract_state: shapes, types and shardings of the state.
@@ -83,7 +83,8 @@ class Experiment:
         backbone: Mapping[str, Any] = {}
         if self.pretrained:
             empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.backbone_shapes)
-            backbone, line = load_backbone(self.model.backbone, self.pretrained, empty)
+            file = backbone_file(self.pretrained, self.model.backbone)
+            backbone, line = load_backbone(self.model.backbone, file, empty)
             report(line)
         elif self.model.backbone != "small":
             report(
@@ -107,6 +108,7 @@ def build(
     config: ml_collections.ConfigDict,
     *,
     devices: list[jax.Device] | None = None,
+    embeddings_file: str = "",
     report: Callable[[str], None] = lambda line: None,
 ) -> Experiment:
     """Loads the data and builds the model and its steps; compiles nothing yet.
@@ -114,7 +116,8 @@ def build(
     Args:
       config: validated.
       devices: to run on; all by default.
-      report: takes a line where images are decoded into a cache.
+      embeddings_file: a run's own copy of its label embeddings, used if it exists.
+      report: takes a line where images are decoded into a cache, or labels read from a file.
 
     Raises:
       InputError: if data and configuration do not fit each other, saying how.
@@ -131,9 +134,10 @@ def build(
             f"batch_size={config.batch_size} is larger than the training split of "
             f"{len(labels)} images: choose a smaller one."
         )
-    annotations = known_labels(config, dataset)
+    annotations = known_labels(config, dataset, report)
+    _check_selection(config, dataset, annotations)
     model = build_model(config, len(dataset.class_names))
-    pretrained = backbone_file(config)
+    pretrained = config.model.pretrained
     backbone_shapes = _backbone_shapes(model, config.data.image_size) if pretrained else {}
     caches_features = _caches_features(config, model, dataset)
     options = step_options(config, steps_per_epoch)
@@ -148,7 +152,7 @@ def build(
         weight_decay=config.optim.weight_decay,
         max_gradient_norm=config.optim.clip_norm,
     )
-    embeddings = label_embeddings(config, dataset.class_names)
+    embeddings = label_embeddings(config, dataset.class_names, embeddings_file)
 
     def init(label_embeddings: jax.Array, annotations: jax.Array, backbone: Any) -> TrainState:
         return train_state.init_state(
@@ -203,19 +207,18 @@ def build(
     )
 
 
-def backbone_file(config: ml_collections.ConfigDict) -> str:
-    """Returns the file that the backbone's weights come from; "" draws them.
+def backbone_file(pretrained: str, backbone: str) -> str:
+    """Returns the file of the weights that `model.pretrained` names.
 
     Raises:
       InputError: if the weights of an installed package are asked for and not to be had.
     """
-    named = config.model.pretrained
-    if named != "installed":
-        return named
-    if config.model.backbone != "efficientnet_lite0":
+    if pretrained != "installed":
+        return pretrained
+    if backbone != "efficientnet_lite0":
         raise ConfigError(
             "model.pretrained=installed: only model.backbone=efficientnet_lite0 has weights in an "
-            f"installable package, found {config.model.backbone!r}; name a file of weights."
+            f"installable package, found {backbone!r}; name a file of weights."
         )
     return os.fspath(efficientnet.weights_path())
 
@@ -241,6 +244,9 @@ def load_data(
     config: ml_collections.ConfigDict, report: Callable[[str], None] = lambda line: None
 ) -> sources.Dataset:
     """Returns the data set that the configuration names."""
+    cache = config.data.cache
+    if cache == "auto" and config.model.freeze == "backbone" and augmentation(config).is_identity:
+        cache = "none"  # each image is read once, if at all
     sizes = dict(zip(("train", "validation", "test"), config.data.sizes, strict=False))
     return sources.load_dataset(
         config.data.name,
@@ -251,13 +257,17 @@ def load_data(
         sizes=sizes or None,
         validation_fraction=config.data.validation_fraction,
         without_labels=config.data.without_labels,
-        cache=config.data.cache,
+        cache=cache,
         cache_gb=config.data.cache_gb,
         report=report,
     )
 
 
-def known_labels(config: ml_collections.ConfigDict, dataset: sources.Dataset) -> np.ndarray:
+def known_labels(
+    config: ml_collections.ConfigDict,
+    dataset: sources.Dataset,
+    report: Callable[[str], None] = lambda line: None,
+) -> np.ndarray:
     """Returns the annotations int8 [N, C] of the training split: all that training sees of labels.
 
     Raises:
@@ -265,13 +275,35 @@ def known_labels(config: ml_collections.ConfigDict, dataset: sources.Dataset) ->
     """
     train = dataset.train
     if config.labels.protocol == "file":
-        return label_file.read_label_file(
+        annotations = label_file.read_label_file(
             config.labels.file, ids=train.ids, class_names=dataset.class_names, labels=train.labels
         )
+        known = annotations >= 0
+        report(
+            f"{config.labels.file}: {known.sum():,} known labels of {known.any(axis=1).sum():,} of "
+            f"the {len(known):,} training images"
+        )
+        return annotations
     mask = partial.known_mask(
         config.labels.protocol, train.labels, config.labels.known_fraction, config.labels.seed
     )
     return partial.annotate(train.labels, mask)
+
+
+def _check_selection(
+    config: ml_collections.ConfigDict, dataset: sources.Dataset, annotations: np.ndarray
+) -> None:
+    """Refuses to let the hidden labels of the training images pick an epoch."""
+    train = dataset.train
+    if (
+        config.evaluation.selection == "validation"
+        and dataset.validation.ids == train.ids
+        and (annotations != train.labels).any()
+    ):
+        raise InputError(
+            "data.validation_fraction=0 validates on the training images, whose hidden labels "
+            "would pick the best epoch: set a fraction, or evaluation.selection=test."
+        )
 
 
 def augmentation(config: ml_collections.ConfigDict) -> transforms.Augment:
@@ -313,14 +345,19 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
     )
 
 
-def label_embeddings(config: ml_collections.ConfigDict, class_names: Sequence[str]) -> np.ndarray:
+def label_embeddings(
+    config: ml_collections.ConfigDict, class_names: Sequence[str], copy: str = ""
+) -> np.ndarray:
     """Returns float32 [C, E]: those of a file, or random directions of about unit length.
 
     'scenes' names the file of the embedded set, so that a run does not depend on where it lies.
+    `copy`, if that file exists, holds what a run was started with.
 
     Raises:
       InputError: if the file cannot be read or is not for these classes.
     """
+    if copy and os.path.exists(copy):
+        return embed.load_embeddings(copy, class_names)
     named = config.model.embeddings
     if named != "random":
         path = os.fspath(scenes.LABEL_EMBEDDINGS) if named == "scenes" else named

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clsl_jax import evaluate
@@ -27,6 +29,8 @@ from clsl_jax.steps import normalize
 
 DTYPE = np.float16
 SPLITS = ("train", "validation", "test")
+# To be raised whenever the same image comes out as other features.
+_VERSION = 1
 _LARGEST = float(np.finfo(DTYPE).max)
 
 
@@ -82,14 +86,18 @@ def cached_features(
             "widths": list(model.backbone_widths or ()),
             "weights": weights,
             "dtype": str(np.dtype(model.dtype)),
+            "decoding": images.decoding(),
+            "upright": dataset.upright,
+            "version": _VERSION,
             "jax": f"{jax.__version__} {jax.default_backend()}",
         }
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
         path = pathlib.Path(directory) / f"{dataset.name}-{split.name}-{name}.npy"
-        if not path.is_file():
+        if not _everywhere(path.is_file()):
             report(f"{split.name}: computing the features of {len(split.labels):,} images once")
             _write(path, split, lambda batch: compute(frozen, batch), mesh, batch_size)
-        found: images.Images = FeatureFile(path, split.ids)
+        source = split.images.images if split.name == "train" else split.images
+        found: images.Images = FeatureFile(path, source)
         if split.name == "train":
             found = images.Tolerant(found)
         return dataclasses.replace(split, images=found)
@@ -102,23 +110,27 @@ def cached_features(
 class FeatureFile:
     """The features of a split, mapped into memory; opened anew in every process."""
 
-    def __init__(self, path: str | os.PathLike, ids: Sequence[str]):
-        """`path` is a file of `cached_features`, `ids` names its N images."""
-        self._path, self._ids = os.fspath(path), ids
+    def __init__(self, path: str | os.PathLike, source: images.Images):
+        """`path` is a file of `cached_features`, `source` the N images that it is of."""
+        self._path, self._source = os.fspath(path), source
         self._rows: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._source)
 
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
         if self._rows is None:
-            self._rows = _open(self._path, len(self._ids))
+            self._rows = _open(self._path, len(self))
         features = np.array(self._rows[index])
         if np.isnan(features.flat[0]):
-            raise images.CorruptImage(f"{self._ids[index]} could not be read")
+            self._source[index]  # raises, and says why
+            raise images.CorruptImage(
+                f"row {index} could not be read when its features were computed, and can be now: "
+                f"delete {self._path}, it is made again."
+            )
         return {"image": features, "row": np.int32(index)}
 
 
@@ -145,7 +157,7 @@ def _write(
     batch_size: int,
 ) -> None:
     """Computes a split's features; the file appears in one step, when it is whole."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     rows: np.ndarray | None = None
     written = np.zeros(len(split.labels), bool)
     try:
@@ -170,11 +182,19 @@ def _write(
     except OSError as error:
         raise InputError(
             f"{path}: features cannot be written here ({error.strerror}); make room, name another "
-            "place by the environment variable CLSL_CACHE_DIR, or set model.feature_cache_gb=0."
+            "place by the environment variable CLSL_CACHE_DIR, or set model.feature_cache_gb=0 in "
+            "a new --workdir."
         ) from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _everywhere(condition: bool) -> bool:
+    """Returns whether it holds on every process, so that all of them compute, or none."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
 
 
 def _digest(tree: Any) -> str:

@@ -1,5 +1,6 @@
 """`recovered.csv` and `probabilities.csv`: every image's labels, as a run left them."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -90,3 +91,6 @@ def _write(
         os.replace(partial, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}).") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from clsl_jax import evaluate, experiment, label_tables, npz, report, sharding, steps
-from clsl_jax.data import partial
+from clsl_jax.data import partial, sources
 from clsl_jax.experiment import Experiment
 from clsl_jax.score import score_convention
 from clsl_jax.train_state import TrainState
@@ -72,7 +72,8 @@ def write(
             "file": config.labels.file,
         },
         "seed": config.seed,
-        "images": f"squashed to {config.data.image_size} x {config.data.image_size}, no crop",
+        "images": ("turned upright, " if built.dataset.upright else "")
+        + f"squashed to {config.data.image_size} x {config.data.image_size}, no crop",
         "weights": source or f"{config.evaluation.weights} of the parameters and batch statistics",
         "selection": {
             "rule": f"highest {config.evaluation.selection} mAP "
@@ -119,7 +120,7 @@ def _label_tables(
     A training image has what was recovered while training; the others have what the last weights
     say, by the same thresholds.
     """
-    splits = [getattr(built.dataset, name) for name in SPLITS]
+    splits = _tabled(built)
     cells = sum(split.labels.size for split in splits)
     recovers = state is not None and built.options.recovery_mode == "epoch"
     if not recovers or cells > label_tables.MOST_CELLS:
@@ -144,12 +145,18 @@ def _label_tables(
     return np.concatenate(labels), np.concatenate(probabilities)
 
 
+def _tabled(built: Experiment) -> list[sources.Split]:
+    """Returns the splits, each image once: without a validation split of the training images."""
+    splits = [getattr(built.dataset, name) for name in SPLITS]
+    return [s for s in splits if s.name == "train" or s.ids != splits[0].ids]
+
+
 def _write_label_tables(
     workdir: Workdir, built: Experiment, tables: tuple[np.ndarray, np.ndarray] | None
 ) -> None:
     if tables is None:
         return
-    splits = [getattr(built.dataset, name) for name in SPLITS]
+    splits = _tabled(built)
     named = {
         "ids": [name for split in splits for name in split.ids],
         "splits": [split.name for split in splits for _ in split.ids],

@@ -15,7 +15,7 @@ from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment
 from clsl_jax.models import pretrained
 from clsl_jax.models.weights_file import read_weights
-from clsl_jax.workdir import Workdir
+from clsl_jax.workdir import CONFIG_NAME, Workdir
 from clsl_jax.writer import RunLog
 
 
@@ -43,6 +43,12 @@ def evaluate_checkpoint(
             "--weights: model.embeddings=random cannot be what these weights were trained with; "
             "make the embeddings by `python -m clsl_jax.embed` and name the file there."
         )
+    if os.path.exists(os.path.join(workdir, CONFIG_NAME)):
+        raise InputError(
+            f"--workdir={workdir} is of a run, whose results --weights would replace: name another."
+        )
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.model.update({"pretrained": "", "freeze": "none"})  # the file has the whole model
     state_dict = read_weights(path)
     sharding.divide_cpu(config.cpu_devices)
     with Workdir(workdir) as where:

@@ -19,7 +19,7 @@ from clsl_jax.preemption import Preempted, PreemptionGuard
 from clsl_jax.recovery import recovery_summary
 from clsl_jax.score import score_convention
 from clsl_jax.train_state import TrainState, evaluation_weights
-from clsl_jax.workdir import Workdir
+from clsl_jax.workdir import EMBEDDINGS_NAME, Workdir
 from clsl_jax.writer import RunLog
 
 
@@ -42,7 +42,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         where.adopt(config)
         log = RunLog(workdir)
         log.console.print(f"clsl_jax: {config.data.name}, workdir {workdir}")
-        run = _Run(config, experiment.build(config, report=log.console.print), where, log, guard)
+        kept = where.path(EMBEDDINGS_NAME)
+        built = experiment.build(config, embeddings_file=kept, report=log.console.print)
+        where.save_embeddings(built.label_embeddings, built.dataset.class_names)
+        run = _Run(config, built, where, log, guard)
         try:
             return run.train()
         except Preempted as stopped:
@@ -69,8 +72,10 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
     config = stored if config is None else config
     sharding.divide_cpu(config.cpu_devices)
     log = RunLog(workdir)
-    built = experiment.build(config, report=log.console.print)
-    run = _Run(config, built, Workdir(workdir), log, None, read_only=True)
+    where = Workdir(workdir)
+    kept = where.path(EMBEDDINGS_NAME)
+    built = experiment.build(config, embeddings_file=kept, report=log.console.print)
+    run = _Run(config, built, where, log, None, read_only=True)
     try:
         return run.evaluate()
     finally:
@@ -195,7 +200,10 @@ class _Run:
         return state, step
 
     def _readable(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns a batch for the device; names the images in whose place others stand."""
+        """Returns a batch for the device; names the images in whose place others stand.
+
+        Each process counts its own.
+        """
         batch = dict(batch)
         asked = batch.pop("asked", batch["row"])
         train = self.experiment.dataset.train

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from collections.abc import Sequence
 from typing import IO
 
 import jax
@@ -9,12 +10,14 @@ import ml_collections
 import numpy as np
 
 from clsl_jax import config as config_lib
+from clsl_jax import npz
 from clsl_jax.data import partial
 from clsl_jax.errors import InputError
 from clsl_jax.writer import write_atomically
 
 CONFIG_NAME = "config.json"
 MASK_NAME = "known_mask.npz"
+EMBEDDINGS_NAME = "label_embeddings.npz"
 
 
 class Workdir:
@@ -94,3 +97,10 @@ class Workdir:
             known_fraction=config.labels.known_fraction,
             seed=config.labels.seed,
         )
+
+    def save_embeddings(self, embeddings: np.ndarray, class_names: Sequence[str]) -> None:
+        """Keeps the label embeddings float32 [C, E] that the run starts with."""
+        path = self.path(EMBEDDINGS_NAME)
+        if jax.process_index() == 0 and not os.path.exists(path):
+            names = np.asarray(class_names, np.str_)
+            npz.write(path, {"embeddings": embeddings, "class_names": names})

@@ -1,4 +1,4 @@
-"""Scenes composed of garments and digits: the embedded default, 10 % of the labels known.
+"""Scenes composed of garments and digits: the embedded default, 20 % of the labels known.
 
     python -m clsl_jax.main --config=configs/scenes.py --workdir=DIR
 

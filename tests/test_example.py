@@ -84,7 +84,7 @@ def test_planted_errors_are_found(tmp_path):
     assert len(set(numbers)) == 5
     status, shown, errors = prepare("--dataset=table", f"--source={source}", f"--out={out}")
     assert status == 2
-    for number in numbers[:4]:
+    for number in numbers:
         assert f"\n  row {number}, column " in errors
     header, *rows = _rows(source)
     # With the cells put right, what is left is the image that is cut off.

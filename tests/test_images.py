@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clsl_jax.data import images
 from clsl_jax.errors import InputError
@@ -258,3 +258,35 @@ def test_where_nothing_can_be_read_it_is_an_error_of_the_whole_set():
     assert not isinstance(error.value, images.CorruptImage)
     with pytest.raises(IndexError):
         images.Tolerant(_Holes(3, set()))[3]
+
+
+@pytest.mark.parametrize("at_least", [None, 16])
+def test_a_jpeg_cut_in_half_is_no_image(at_least):
+    """Old decoders fill what is missing with whatever lies in memory."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    encoded = buffer.getvalue()
+    for _ in range(3):
+        with pytest.raises(images.CorruptImage):
+            images.decode_image(encoded[: len(encoded) // 2], at_least=at_least)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright_if_asked_for(orientation, file_format):
+    """Against Pillow; OpenCV reads the first format, and both read the second."""
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:8, :16] = (250, 30, 30)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, file_format, exif=exif)
+    with Image.open(io.BytesIO(buffer.getvalue())) as image:
+        stored, turned = np.asarray(image), np.asarray(ImageOps.exif_transpose(image))
+    found = images.decode_image(buffer.getvalue(), upright=True)
+    assert found.shape == turned.shape
+    assert np.abs(found.astype(int) - turned).mean() < 2
+    left = images.decode_image(buffer.getvalue())
+    assert left.shape == stored.shape
+    assert np.abs(left.astype(int) - stored).mean() < 2

@@ -98,9 +98,7 @@ SETS = {
         _table,
         [
             "--config=configs/table.py",
-            "--config.model.pretrained=",
-            "--config.model.freeze=none",
-            NO_ENCODER,
+            "--config.model.backbone=efficientnet_lite0",
         ],
     ),
 }

@@ -1,6 +1,7 @@
 """The whole command in real processes: what it leaves, how it resumes, how it evaluates again."""
 
 import ast
+import csv
 import dataclasses
 import json
 import os
@@ -82,6 +83,32 @@ def test_what_a_run_leaves(finished):
     assert all(0 <= row["validation/mAP_interpolated"] <= 1 for row in rows)
     assert rows[-1]["recovery/coverage"] > 0
     assert len(rows[-1]["recovery_per_class/positive_precision"]) == 20
+
+
+def test_the_tables_fill_the_unknown_cells_alone(finished):
+    workdir, _ = finished
+    rows = {}
+    for name in ("recovered", "probabilities"):
+        with open(workdir / f"{name}.csv", newline="", encoding="utf-8") as file:
+            rows[name] = [row[1:] for row in csv.reader(file)][1:]
+    splits = [row[0] for row in rows["recovered"]]
+    assert [splits.count(name) for name in ("train", "validation", "test")] == [96, 48, 48]
+    mask, _ = partial.load_mask(workdir / "known_mask.npz")
+    labels = np.load(workdir / "predictions.npz")["labels"]
+    probabilities = np.array([row[1:] for row in rows["probabilities"]], float)
+    filled = np.array([row[1:] for row in rows["recovered"]], int)  # TINY fills every cell
+    unknown = np.zeros(filled.shape, bool)
+    unknown[:96] = ~mask
+    sure = unknown & (np.abs(probabilities - 0.5) > 1e-4)
+    np.testing.assert_array_equal(filled[sure], probabilities[sure] >= 0.5)
+    np.testing.assert_array_equal(filled[-48:], labels)
+    # Where the last weights are the best ones, probabilities are those of the predictions, p,
+    # calibrated by hand: q / (1 - q) = p^3 / (1 - p) for gamma_neg = 2.
+    results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+    if results["selection"]["epochs"]["last"] == results["selection"]["epochs"]["best"]:
+        p = np.load(workdir / "predictions.npz")["scores"].astype(float)
+        odds = p**3 / (1 - p)
+        np.testing.assert_allclose(probabilities[-48:], odds / (1 + odds), atol=1e-4)
 
 
 def test_results_name_what_they_depend_on(finished):

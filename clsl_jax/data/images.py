@@ -13,7 +13,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 import PIL
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clsl_jax.errors import InputError
 
@@ -152,9 +152,9 @@ def jpeg_frame(encoded: bytes) -> tuple[int, int, int] | None:
 
 
 def decode_image(
-    encoded: bytes, *, where: str = "image", at_least: int | None = None
+    encoded: bytes, *, where: str = "image", at_least: int | None = None, upright: bool = False
 ) -> np.ndarray:
-    """Decodes an image file to RGB, upright or not as stored (an orientation tag is not applied).
+    """Decodes an image file to RGB.
 
     OpenCV decodes; Pillow decodes what OpenCV does not read, and four-component (CMYK) JPEG, whose
     colours the two convert differently.
@@ -164,6 +164,8 @@ def decode_image(
       where: names the image in the error.
       at_least: pixels that are needed along each side. A JPEG with 2, 4 or 8 times as many along
         both is decoded at 1/2, 1/4 or 1/8 of its size, by a smaller inverse DCT.
+      upright: turn the image as its EXIF orientation tag says (telephones write one); without, it
+        is left as it is stored, which is how the benchmark sets are read.
 
     Returns:
       uint8 [H, W, 3]; reduced, sides are rounded up.
@@ -174,7 +176,7 @@ def decode_image(
     frame = jpeg_frame(encoded)
     reduction = _reduction(frame, at_least)
     if frame is None or frame[2] != 4:
-        flags = _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+        flags = _REDUCED[reduction] | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
         try:
             decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
         except cv2.error:
@@ -185,7 +187,8 @@ def decode_image(
         with Image.open(io.BytesIO(encoded)) as image:
             if reduction > 1:
                 image.draft(None, (image.width // reduction, image.height // reduction))
-            return np.asarray(image.convert("RGB"))
+            turned = ImageOps.exif_transpose(image) if upright else image
+            return np.asarray(turned.convert("RGB"))
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise anything on broken files

@@ -31,7 +31,8 @@ class Split:
 
     Attributes:
       name: 'train', 'validation' or 'test'.
-      images: random access: `len(images)`, `images[i]` -> {"image": uint8 [S, S, 3], "row": i}.
+      images: random access: `len(images)`, `images[i]` -> {"image": uint8 [S, S, 3], "row": i}; in
+        place of pixels perhaps a backbone's features, float16 [h, w, D].
       labels: int8 [N, C]: 1 positive, 0 negative, -1 unknown to everybody.
       difficult: bool [N, C]: only present as a difficult object (the label is 0): left out of or
         counted as negative in evaluation, by convention.
@@ -55,6 +56,8 @@ class Dataset:
       fingerprint: SHA-256 over all images, labels and class names.
       train, validation, test: its splits.
       facts: what is worth reporting of it, as JSON values.
+      upright: whether images are turned as their EXIF tag says; the benchmark sets are read as they
+        are stored, people's own photographs are turned.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Dataset:
     validation: Split
     test: Split
     facts: dict[str, Any]
+    upright: bool = False
 
 
 def cache_directory() -> pathlib.Path:
@@ -191,7 +195,8 @@ def load_prepared(
     prepared = stored.open_prepared(directory)
     if missing := {"train", "test"} - prepared.labels.keys():
         raise InputError(f"{directory}: has no split {', '.join(sorted(missing))}.")
-    images = _images(prepared, image_size, cache, int(cache_gb * 2**30), report)
+    upright = name == "table"
+    images = _images(prepared, image_size, upright, cache, int(cache_gb * 2**30), report)
     kept = {split: _kept(prepared.labels[split], without_labels) for split in images}
     splits = {split: _split(prepared, split, images[split], kept[split]) for split in images}
     if "validation" not in splits:
@@ -214,6 +219,7 @@ def load_prepared(
             },
             "decoding": images_lib.decoding(),
         },
+        upright=upright,
     )
 
 
@@ -237,6 +243,7 @@ def _check_options(
 def _images(
     prepared: stored.Prepared,
     image_size: int,
+    upright: bool,
     cache: str,
     limit_bytes: int,
     report: Callable[[str], None],
@@ -248,8 +255,9 @@ def _images(
         fits = cache_lib.held_images(total, image_size, limit_bytes) == total
         cache = "memory" if fits else "none"
     images: dict[str, images_lib.Images] = {}
+    turned = "-upright" if upright else ""
     for split in splits:
-        images[split] = stored.StoredImages(prepared, split, image_size)
+        images[split] = stored.StoredImages(prepared, split, image_size, upright=upright)
         if cache == "none":
             continue
         held = cache_lib.held_images(len(images[split]), image_size, limit_bytes)
@@ -258,7 +266,7 @@ def _images(
             kind=cache,
             limit_bytes=limit_bytes,
             image_size=image_size,
-            path=cache_directory() / "decoded" / f"{prepared.fingerprint}-{split}",
+            path=cache_directory() / "decoded" / f"{prepared.fingerprint}-{split}{turned}",
             report=report,
         )
         limit_bytes -= held * image_size**2 * 3

@@ -286,7 +286,9 @@ def open_prepared(directory: str | os.PathLike) -> Prepared:
 class StoredImages:
     """The images of a split, read and decoded when asked for; opened anew in every process."""
 
-    def __init__(self, prepared: Prepared, split: str, image_size: int):
+    def __init__(self, prepared: Prepared, split: str, image_size: int, *, upright: bool = False):
+        """`upright` as in `images.decode_image`."""
+        self._upright = upright
         self._directory = prepared.directory
         self._split = split
         self._ids = prepared.ids[split]
@@ -313,6 +315,7 @@ class StoredImages:
             self._encoded(index),
             where=f"{self._directory}, {self._name(index)}",
             at_least=self._image_size,
+            upright=self._upright,
         )
         return {
             "image": images_lib.resize_image(image, self._image_size),
