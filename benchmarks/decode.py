@@ -184,13 +184,10 @@ def show(results: dict) -> None:
     console = rich.console.Console()
     for size, found in results["one_core"].items():
         kilobytes = results["mean_bytes"][size] / 1000
-        table = rich.table.Table(
-            title=f"JPEG {size} ({kilobytes:.0f} kB) to {IMAGE_SIZE}: images/s on one core",
-            title_justify="left",
+        table = _table(
+            f"JPEG {size} ({kilobytes:.0f} kB) to {IMAGE_SIZE}: images/s on one core",
+            ("decode and resize", "and augment"),
         )
-        table.add_column("way")
-        for title in ("decode and resize", "and augment"):
-            table.add_column(title, justify="right")
         for name in WAYS:
             plain, augmented = (
                 next(r for r in found if (r["way"], r["augmented"]) == (name, flag))
@@ -198,17 +195,22 @@ def show(results: dict) -> None:
             )
             table.add_row(name, _numbers(plain), _numbers(augmented))
         console.print(table)
-    table = rich.table.Table(
-        title=f"Pipeline on {results['cores']} cores, JPEG 500 x 375, augmented: images/s",
-        title_justify="left",
+    table = _table(
+        f"Pipeline on {results['cores']} cores, JPEG 500 x 375, augmented: images/s",
+        ("worker processes", "images/s"),
     )
-    table.add_column("way")
-    for title in ("worker processes", "images/s"):
-        table.add_column(title, justify="right")
     for row in results["pipeline"]:
         table.add_row(row["way"], str(row["workers"] or "0 (threads)"), _numbers(row))
     console.print(table)
     console.print(results["decoding"])
+
+
+def _table(title: str, columns: Sequence[str]) -> rich.table.Table:
+    table = rich.table.Table(title=title, title_justify="left")
+    table.add_column("way")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _numbers(row: dict) -> str:

@@ -20,7 +20,7 @@ from clsl_jax.data import label_file, partial, pipeline, scenes, sources, transf
 from clsl_jax.errors import InputError
 from clsl_jax.models import efficientnet
 from clsl_jax.models.backbone_weights import load_backbone
-from clsl_jax.models.clsl import CLSL, backbone_of, head_of
+from clsl_jax.models.clsl import CLSL, head_of
 from clsl_jax.models.resnet import BACKBONES
 from clsl_jax.train_state import TrainState
 
@@ -138,8 +138,10 @@ def build(
     _check_selection(config, dataset, annotations)
     model = build_model(config, len(dataset.class_names))
     pretrained = config.model.pretrained
-    backbone_shapes = _backbone_shapes(model, config.data.image_size) if pretrained else {}
-    caches_features = _caches_features(config, model, dataset)
+    features_shape, backbone_shapes = (), {}
+    if pretrained:
+        features_shape, backbone_shapes = train_state.backbone_shapes(model, config.data.image_size)
+    caches_features = _caches_features(config, features_shape, dataset)
     options = step_options(config, steps_per_epoch)
     schedule = optim.one_cycle(
         config.optim.learning_rate,
@@ -188,7 +190,7 @@ def build(
         model=model,
         step_model=head_of(model) if caches_features else model,
         input_shape=(
-            train_state.features_shape(model, config.data.image_size)[1:]
+            features_shape[1:]
             if caches_features
             else (config.data.image_size, config.data.image_size, 3)
         ),
@@ -223,21 +225,20 @@ def backbone_file(pretrained: str, backbone: str) -> str:
     return os.fspath(efficientnet.weights_path())
 
 
-def _backbone_shapes(model: CLSL, image_size: int) -> Mapping[str, Any]:
-    images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
-    return jax.eval_shape(lambda: backbone_of(model).init(jax.random.key(0), images, train=False))
+def _features_stay(config: ml_collections.ConfigDict) -> bool:
+    """Whether an image's features are the same all through a run."""
+    return config.model.freeze == "backbone" and augmentation(config).is_identity
 
 
 def _caches_features(
-    config: ml_collections.ConfigDict, model: CLSL, dataset: sources.Dataset
+    config: ml_collections.ConfigDict, shape: tuple[int, ...], dataset: sources.Dataset
 ) -> bool:
-    """Whether the frozen backbone's features are to be computed once."""
-    if config.model.freeze != "backbone" or not augmentation(config).is_identity:
+    """Whether features of `shape` [1, h, w, D] are computed once: they stay, and there is room."""
+    if not _features_stay(config):
         return False
     splits = (dataset.train, dataset.validation, dataset.test)
     count = sum(len(split.labels) for split in splits)
-    size = features.size_in_bytes(train_state.features_shape(model, config.data.image_size), count)
-    return size <= config.model.feature_cache_gb * 2**30
+    return features.size_in_bytes(shape, count) <= config.model.feature_cache_gb * 2**30
 
 
 def load_data(
@@ -245,7 +246,7 @@ def load_data(
 ) -> sources.Dataset:
     """Returns the data set that the configuration names."""
     cache = config.data.cache
-    if cache == "auto" and config.model.freeze == "backbone" and augmentation(config).is_identity:
+    if cache == "auto" and _features_stay(config):
         cache = "none"  # each image is read once, if at all
     sizes = dict(zip(("train", "validation", "test"), config.data.sizes, strict=False))
     return sources.load_dataset(

@@ -10,9 +10,7 @@ import json
 import math
 import os
 import pathlib
-import secrets
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import jax
@@ -21,14 +19,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clsl_jax import evaluate
+from clsl_jax import atomic, evaluate
 from clsl_jax.data import cache, images, sources
 from clsl_jax.errors import InputError
 from clsl_jax.models.clsl import CLSL, backbone_of
 from clsl_jax.steps import normalize
 
 DTYPE = np.float16
-SPLITS = ("train", "validation", "test")
 # To be raised whenever the same image comes out as other features.
 _VERSION = 1
 _LARGEST = float(np.finfo(DTYPE).max)
@@ -103,7 +100,7 @@ def cached_features(
         return dataclasses.replace(split, images=found)
 
     return dataclasses.replace(
-        dataset, **{name: features_of(getattr(dataset, name)) for name in SPLITS}
+        dataset, **{name: features_of(getattr(dataset, name)) for name in sources.SPLITS}
     )
 
 
@@ -157,37 +154,37 @@ def _write(
     batch_size: int,
 ) -> None:
     """Computes a split's features; the file appears in one step, when it is whole."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     rows: np.ndarray | None = None
     written = np.zeros(len(split.labels), bool)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for batch in evaluate.batches(split, mesh=mesh, batch_size=batch_size):
-            found, place, valid = evaluate.gather(
-                (compute(batch["image"]), batch["row"], batch["valid"])
-            )
-            if rows is None:
-                shape = (len(split.labels), *found.shape[1:])
-                rows = np.lib.format.open_memmap(partial, "w+", DTYPE, shape)
-                # On a full disk a store through the map would kill the process: take the room now.
-                with open(partial, "r+b") as file:
-                    cache.reserve(file.fileno(), os.fstat(file.fileno()).st_size)
-            rows[place[valid]] = found[valid]
-            written[place[valid]] = True
-        # A training image that cannot be read was replaced by another, whose row it has.
-        rows[~written] = np.nan
-        rows.flush()
-        del rows
-        os.replace(partial, path)
+        with atomic.replacing(path) as partial:
+            for batch in evaluate.batches(split, mesh=mesh, batch_size=batch_size):
+                found, place, valid = evaluate.gather(
+                    (compute(batch["image"]), batch["row"], batch["valid"])
+                )
+                if rows is None:
+                    shape = (len(split.labels), *found.shape[1:])
+                    rows = _new_file(partial, shape)
+                rows[place[valid]] = found[valid]
+                written[place[valid]] = True
+            # A training image that cannot be read was replaced by another, whose row it has.
+            rows[~written] = np.nan
+            rows.flush()
     except OSError as error:
         raise InputError(
             f"{path}: features cannot be written here ({error.strerror}); make room, name another "
             "place by the environment variable CLSL_CACHE_DIR, or set model.feature_cache_gb=0 in "
             "a new --workdir."
         ) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+
+
+def _new_file(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    rows = np.lib.format.open_memmap(path, "w+", DTYPE, shape)
+    # On a full disk a store through the map would kill the process: take the room now.
+    with open(path, "r+b") as file:
+        cache.reserve(file.fileno(), os.fstat(file.fileno()).st_size)
+    return rows
 
 
 def _everywhere(condition: bool) -> bool:

@@ -1,15 +1,16 @@
 """`recovered.csv` and `probabilities.csv`: every image's labels, as a run left them."""
 
-import contextlib
-import os
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
+from clsl_jax import atomic
 from clsl_jax.data.partial import UNKNOWN
 from clsl_jax.errors import InputError
+from clsl_jax.recovery import recover_labels
 
 RECOVERED_NAME = "recovered.csv"
 PROBABILITIES_NAME = "probabilities.csv"
@@ -22,20 +23,36 @@ def fill_labels(
     probabilities: np.ndarray,
     positive_threshold: np.ndarray,
     negative_threshold: np.ndarray,
+    *,
+    active: bool = True,
 ) -> np.ndarray:
     """Returns the labels with what thresholds say of the unknown ones.
 
     Args:
       annotations: int8 [N, C], 1 positive, 0 negative, -1 unknown.
       probabilities: float [N, C] in [0, 1].
-      positive_threshold, negative_threshold: [C] or scalar, as in `recovery.recover_labels`.
+      positive_threshold, negative_threshold, active: as in `recovery.recover_labels`.
 
     Returns:
       int8 [N, C]; -1 where a label stays unknown.
     """
-    above = probabilities >= positive_threshold
-    below = probabilities < negative_threshold
-    found = np.where(above ^ below, above, UNKNOWN)
+    recovered, weight = recover_labels(
+        jnp.asarray(probabilities),
+        jnp.ones(len(probabilities), jnp.int32),
+        jnp.asarray(annotations),
+        positive_threshold=positive_threshold,
+        negative_threshold=negative_threshold,
+        soft=False,
+        active=active,
+    )
+    return recovered_labels(annotations, recovered, weight)
+
+
+def recovered_labels(
+    annotations: np.ndarray, recovered: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    """Returns int8 [N, C], -1 where still unknown, of what `recovery.recover_labels` gives."""
+    found = np.where(np.asarray(weight) > 0, np.asarray(recovered) >= 0.5, UNKNOWN)
     return np.where(annotations == UNKNOWN, found, annotations).astype(np.int8)
 
 
@@ -85,12 +102,8 @@ def _write(
     class_names: Sequence[str],
 ) -> None:
     table = pa.table([pa.array(ids), pa.array(splits), *columns], ["image", "split", *class_names])
-    partial = f"{path}.partial-{os.getpid()}"
     try:
-        csv.write_csv(table, partial, csv.WriteOptions(quoting_style="needed"))
-        os.replace(partial, path)
+        with atomic.replacing(path) as partial:
+            csv.write_csv(table, partial, csv.WriteOptions(quoting_style="needed"))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}).") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from clsl_jax import atomic
 from clsl_jax.errors import InputError
 
 
@@ -20,13 +21,9 @@ def write(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     """
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    partial = f"{path}.partial-{os.getpid()}"
     try:
-        with open(partial, "wb") as file:
+        with atomic.replacing(path) as partial, open(partial, "wb") as file:
             file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror}): name another place."

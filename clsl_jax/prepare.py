@@ -27,7 +27,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import Progress
 
-from clsl_jax import command_line
+from clsl_jax import atomic, command_line
 from clsl_jax.data import inspection, stored, verification
 from clsl_jax.data.formats import coco, nuswide, table, vg500, voc
 from clsl_jax.data.formats.listing import ImageList, Listing
@@ -269,10 +269,8 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        atomic.write_text(path, text)
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror}); name another --out."

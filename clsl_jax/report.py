@@ -1,12 +1,13 @@
 """The picture sheet: test images with true and predicted labels and where each was seen."""
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
+
+from clsl_jax import atomic
 
 ROW_INCHES = 2.5
 RIGHT, WRONG, MISSED = "#1a7f37", "#cf222e", "#9a6700"
@@ -79,9 +80,8 @@ def picture_sheet(
         "brown: present but missed   right of each image: where its likeliest classes were seen",
         fontsize=7,
     )
-    partial = f"{path}.partial-{os.getpid()}"
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with atomic.replacing(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _caption(

@@ -9,17 +9,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import evaluate, experiment, label_tables, npz, report, sharding, steps
+from clsl_jax import atomic, evaluate, experiment, label_tables, npz, report, sharding, steps
 from clsl_jax.data import partial, sources
 from clsl_jax.experiment import Experiment
 from clsl_jax.score import score_convention
 from clsl_jax.train_state import TrainState
 from clsl_jax.workdir import Workdir
-from clsl_jax.writer import LOG_NAME, RunLog, read_log, write_atomically
+from clsl_jax.writer import LOG_NAME, RunLog, read_log
 
 PREDICTIONS_NAME = "predictions.npz"
 PICTURES_NAME = "pictures.png"
-SPLITS = ("train", "validation", "test")
 
 
 def write(
@@ -91,7 +90,7 @@ def write(
     pictured = min(config.evaluation.pictures, len(built.dataset.test.labels))
     explained = _explain(built, explain, pictured) if pictured else None
     if jax.process_index() == 0:
-        write_atomically(workdir.path(name), json.dumps(result, indent=2, sort_keys=True) + "\n")
+        atomic.write_text(workdir.path(name), json.dumps(result, indent=2, sort_keys=True) + "\n")
         _write_predictions(workdir.path(PREDICTIONS_NAME), built, scores["best", "test"])
         _write_label_tables(workdir, built, tables)
         if explained is not None:
@@ -131,23 +130,23 @@ def _label_tables(
     thresholds = evaluate.gather(
         jax.jit(steps.recovery_thresholds, static_argnums=1)(state, built.options)
     )
-    taken = np.where(weight > 0, recovered >= 0.5, partial.UNKNOWN)
-    labels = [np.where(built.annotations < 0, taken, built.annotations).astype(np.int8)]
+    labels = [label_tables.recovered_labels(built.annotations, recovered, weight)]
     probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
     active = int(state.step) >= built.options.warmup_steps
     for split in splits[1:]:
         sigmoid = scores["last", split.name].astype(np.float64)
         logits = np.log(np.maximum(sigmoid, 1e-30)) - np.log(np.maximum(1 - sigmoid, 1e-30))
         probability = np.asarray(steps.calibrated(logits.astype(np.float32), built.options))
-        filled = label_tables.fill_labels(split.labels, probability, *thresholds)
-        labels.append(filled if active else split.labels)
+        labels.append(
+            label_tables.fill_labels(split.labels, probability, *thresholds, active=active)
+        )
         probabilities.append(probability)
     return np.concatenate(labels), np.concatenate(probabilities)
 
 
 def _tabled(built: Experiment) -> list[sources.Split]:
     """Returns the splits, each image once: without a validation split of the training images."""
-    splits = [getattr(built.dataset, name) for name in SPLITS]
+    splits = [getattr(built.dataset, name) for name in sources.SPLITS]
     return [s for s in splits if s.name == "train" or s.ids != splits[0].ids]
 
 
@@ -175,7 +174,7 @@ def _dataset_facts(built: Experiment) -> dict[str, Any]:
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "classes": list(dataset.class_names),
-        "images": {name: len(getattr(dataset, name).labels) for name in SPLITS},
+        "images": {name: len(getattr(dataset, name).labels) for name in sources.SPLITS},
         "facts": dict(dataset.facts),
     }
 

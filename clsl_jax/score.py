@@ -19,7 +19,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from clsl_jax import command_line, metrics, npz
+from clsl_jax import atomic, command_line, metrics, npz
 from clsl_jax.errors import InputError
 
 AP_CONVENTIONS = ("interpolated", "uninterpolated")
@@ -248,11 +248,9 @@ def _work(arguments: Sequence[str]) -> None:
 
 
 def _write_json(path: str, scored: Mapping[str, Any]) -> None:
-    partial = f"{path}.partial-{os.getpid()}"
+    text = json.dumps(scored, indent=2, sort_keys=True, allow_nan=False) + "\n"
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(scored, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        os.replace(partial, path)
+        atomic.write_text(path, text)
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror}): name another place."

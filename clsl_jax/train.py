@@ -209,7 +209,7 @@ class _Run:
         train = self.experiment.dataset.train
         for row in sorted(set(asked[asked != batch["row"]].tolist()) - self.unreadable):
             self.unreadable.add(row)
-            reason = getattr(self.inputs.train.images, "reason", lambda row: "")(row)
+            reason = self.inputs.train.images.reason(row)
             self.log.console.print(
                 f"Training image {train.ids[row]} cannot be read; the next one stands in. {reason}"
             )

@@ -101,7 +101,8 @@ def init_state(
     if backbone:
         # The network that draws is the head alone: the same draws, and nothing of a large backbone
         # is compiled for the sake of values that are thrown away.
-        inputs = jnp.zeros(features_shape(model, image_size, batch_size=2), jnp.float32)
+        shape, _ = backbone_shapes(model, image_size, batch_size=2)
+        inputs = jnp.zeros(shape, jnp.float32)
     variables = (head_of(model) if backbone else model).init(
         init_key, inputs, label_embeddings, adjacency, train=False
     )
@@ -137,15 +138,19 @@ def init_state(
     )
 
 
-def features_shape(model: CLSL, image_size: int, *, batch_size: int = 1) -> tuple[int, ...]:
-    """Returns the shape [B, h, w, D] of what the backbone makes of square images."""
+def backbone_shapes(
+    model: CLSL, image_size: int, *, batch_size: int = 1
+) -> tuple[tuple[int, ...], Mapping[str, Any]]:
+    """Returns the shape [B, h, w, D] of what the backbone makes of square images, and the shapes of
+    its variables."""
     images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
     network = backbone_of(model)
 
-    def run(images: jax.Array) -> jax.Array:
-        return network.init_with_output(jax.random.key(0), images, train=False)[0]
+    def run(images: jax.Array) -> tuple[jax.Array, Any]:
+        return network.init_with_output(jax.random.key(0), images, train=False)
 
-    return jax.eval_shape(run, images).shape
+    features, variables = jax.eval_shape(run, images)
+    return features.shape, variables
 
 
 def with_backbone(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:

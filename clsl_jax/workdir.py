@@ -9,11 +9,10 @@ import jax
 import ml_collections
 import numpy as np
 
+from clsl_jax import atomic, npz
 from clsl_jax import config as config_lib
-from clsl_jax import npz
 from clsl_jax.data import partial
 from clsl_jax.errors import InputError
-from clsl_jax.writer import write_atomically
 
 CONFIG_NAME = "config.json"
 MASK_NAME = "known_mask.npz"
@@ -67,7 +66,7 @@ class Workdir:
             stored = self.stored_config(self._directory)
             config_lib.check_resume(stored, config, self._directory)
         if jax.process_index() == 0:
-            write_atomically(self.path(CONFIG_NAME), config_lib.to_json(config))
+            atomic.write_text(self.path(CONFIG_NAME), config_lib.to_json(config))
 
     @staticmethod
     def stored_config(directory: str) -> ml_collections.ConfigDict:

@@ -13,18 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
+from clsl_jax import atomic
+
 LOG_NAME = "log.jsonl"
 TIMING_NAME = "timing.jsonl"
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Writes a text file so that a reader sees the old one or the new one, never a part."""
-    partial = f"{path}.partial-{os.getpid()}"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class RunLog:
@@ -49,7 +41,7 @@ class RunLog:
             path = os.path.join(self._workdir, name)
             rows = read_log(path) if os.path.exists(path) else []
             kept = [json.dumps(row, sort_keys=True) for row in rows if row["step"] <= step]
-            write_atomically(path, "".join(line + "\n" for line in kept))
+            atomic.write_text(path, "".join(line + "\n" for line in kept))
         self._tensorboard = SummaryWriter(
             os.path.join(self._workdir, "tensorboard"), purge_step=step + 1
         )

@@ -8,6 +8,7 @@ Arguments, after a colon: `configs/scenes.py:strong` for labels that co-occur st
 import ml_collections
 
 from clsl_jax import config as config_lib
+from clsl_jax.recipes import adaptive_recovery
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -43,13 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.encoder_dropout = 0.0
     config.model.learn_embeddings = True
 
-    config.recovery.thresholds = "adaptive"
-    config.recovery.soft = False
-    config.recovery.positive_precision = 0.95
-    config.recovery.negative_precision = 0.99
-    config.recovery.weight = 1.0
-    config.recovery.warmup_epochs = 13
-    config.recovery.momentum = 0.5
+    adaptive_recovery(config, warmup_epochs=13)
 
     config.optim.learning_rate = 2e-3
     config.optim.ema_decay = 0.99

@@ -12,6 +12,7 @@ The run leaves the filled table in DIR/recovered.csv. Hardware: a laptop's CPU.
 import ml_collections
 
 from clsl_jax import config as config_lib
+from clsl_jax.recipes import adaptive_recovery
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -40,13 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.embedding_dim = 64
     config.model.learn_embeddings = True
 
-    config.recovery.thresholds = "adaptive"
-    config.recovery.soft = False
-    config.recovery.positive_precision = 0.95
-    config.recovery.negative_precision = 0.99
-    config.recovery.weight = 1.0
-    config.recovery.warmup_epochs = 15
-    config.recovery.momentum = 0.5
+    adaptive_recovery(config, warmup_epochs=15)
 
     config.optim.learning_rate = 3e-4
     config.optim.ema_decay = 0.99

@@ -8,30 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_steps
 from commands import run
 
 from clsl_jax import features, sharding, steps, train_state
 from clsl_jax.data import images, sources
 from clsl_jax.errors import InputError
 from clsl_jax.models import pretrained
-from clsl_jax.models.clsl import CLSL, backbone_of, head_of
+from clsl_jax.models.clsl import backbone_of, head_of
 
-N, C, SIZE = 24, 5, 16
+N, C, SIZE = 24, test_steps.C, 16
 EMBEDDINGS = np.random.default_rng(9).standard_normal((C, 6)).astype(np.float32)
 
 
 def make_model(**changes):
-    plain = {
-        "backbone": "small",
-        "backbone_widths": (4, 8),
-        "encoder_heads": 2,
-        "encoder_mlp": 8,
-        "rank": 4,
-        "head_dropout": 0.0,
-        "encoder_dropout": 0.0,
-        "freeze_backbone": True,
-    }
-    return CLSL(num_classes=C, **{**plain, **changes})
+    frozen = {"head_dropout": 0.0, "encoder_dropout": 0.0, "freeze_backbone": True}
+    return test_steps.make_model(**{**frozen, **changes})
 
 
 def backbone_variables(model, seed=1):
@@ -154,7 +146,7 @@ def test_features_are_computed_once(compute, tmp_path):
     made, lines = compute(dataset)
     assert len(lines) == 3
     model = make_model()
-    for name in features.SPLITS:
+    for name in sources.SPLITS:
         before, after = getattr(dataset, name), getattr(made, name)
         pixels = np.stack([before.images[i]["image"] for i in range(len(before.ids))])
         expected = backbone_of(model).apply(

@@ -2,7 +2,8 @@
 
 import json
 
-from clsl_jax.writer import RunLog, read_log, write_atomically
+from clsl_jax import atomic
+from clsl_jax.writer import RunLog, read_log
 
 
 def write_rows(workdir, steps, start=0):
@@ -32,7 +33,7 @@ def test_rows_are_json_with_the_step(tmp_path):
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
     for text in ("one", "two"):
-        write_atomically(str(tmp_path / "file"), text)
+        atomic.write_text(str(tmp_path / "file"), text)
     assert (tmp_path / "file").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -14,17 +14,11 @@ import numpy as np
 
 from clsl_jax import npz
 from clsl_jax.data import partial
+from clsl_jax.data.formats.table import CELLS, IMAGE_COLUMNS, SPLIT_COLUMNS
 from clsl_jax.data.formats.table_file import SUFFIXES, Table, read_table
 from clsl_jax.errors import InputError
 
-_ID_COLUMNS = (
-    *("image", "image_path", "path", "file", "filename", "file_name"),
-    *("id", "image_id", "name"),
-)
-# What the tables of a run have besides; here the training split is known already.
-_SPLIT_COLUMNS = ("split", "subset")
-# "1.0": pandas writes columns with gaps so.
-_MEANING = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": partial.UNKNOWN}
+_ID_COLUMNS = (*IMAGE_COLUMNS, "id", "image_id", "name")
 _EXPECTED = "expected 1, 0 or an empty cell"
 _FAULTS_SHOWN = 50
 
@@ -134,7 +128,7 @@ def _read_annotations(table: Table, ids: Sequence[str], class_names: Sequence[st
         first.setdefault(name, number)
         found = annotations[place[name]] if name in place else np.empty(len(class_names), np.int8)
         for column, label in columns.items():
-            meaning = _MEANING.get(cells[column])
+            meaning = CELLS.get(cells[column])
             if meaning is None:
                 cell = f"column {table.columns[column]!r}: {cells[column]!r}"
                 faults.append(f"row {number}, {cell}; {_EXPECTED}")
@@ -174,7 +168,7 @@ def _class_columns(
     for column, name in enumerate(table.columns):
         if name in place:
             found[column] = place[name]
-        elif column != id_column and name.lower() not in _SPLIT_COLUMNS:
+        elif column != id_column and name.lower() not in SPLIT_COLUMNS:
             near = difflib.get_close_matches(name, class_names, n=3)
             lowered = [known for known in class_names if known.lower() == name.lower()]
             near = list(dict.fromkeys([*lowered, *near]))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from clsl_jax import atomic
 from clsl_jax.errors import InputError
 
 UNKNOWN = -1
@@ -120,7 +121,6 @@ def save_mask(path: str | os.PathLike, mask: np.ndarray, **facts: str | int | fl
     Returns:
       The SHA-256 of the mask.
     """
-    path = os.fspath(path)
     sha256 = mask_sha256(mask)
     header = {
         **facts,
@@ -128,14 +128,10 @@ def save_mask(path: str | os.PathLike, mask: np.ndarray, **facts: str | int | fl
         "known_entries": int(np.sum(mask)),
         "sha256": sha256,
     }
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
+    with atomic.replacing(path) as partial, open(partial, "wb") as file:
         np.savez(
             file, bits=np.packbits(np.asarray(mask, bool)), facts=json.dumps(header, sort_keys=True)
         )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return sha256
 
 

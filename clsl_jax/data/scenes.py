@@ -20,12 +20,12 @@ import numpy as np
 
 from clsl_jax.data import stored
 from clsl_jax.data.images import encode_png
+from clsl_jax.data.splits import SPLITS
 from clsl_jax.errors import InputError
 
 SIZE = 64
 MIN_LABELS, MAX_LABELS = 2, 6
 MIN_VISIBLE = 0.6
-SPLITS = ("train", "validation", "test")
 DEFAULT_SIZES = {"train": 2000, "validation": 500, "test": 1000}
 # Whoever changes what a scene looks like raises this, and old caches are left alone.
 VERSION = "1.0.0"

@@ -13,7 +13,7 @@ from clsl_jax.data import cache as cache_lib
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import scenes, stored
 from clsl_jax.data.formats import listing
-from clsl_jax.data.splits import stratified_split
+from clsl_jax.data.splits import SPLITS, stratified_split
 from clsl_jax.errors import InputError
 
 # Sets that `load_dataset` reads from a directory somebody has prepared.
@@ -22,7 +22,6 @@ NAMES = ("scenes", *PREPARED_NAMES)
 CACHES = ("auto", "none", *cache_lib.KINDS)
 WITHOUT_LABELS = ("keep", "drop")
 # In the order in which they are given room in a cache: training reads its images most often.
-_SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +248,7 @@ def _images(
     report: Callable[[str], None],
 ) -> dict[str, images_lib.Images]:
     """Returns the images of every split, held decoded as far as the limit allows."""
-    splits = [split for split in _SPLITS if split in prepared.labels]
+    splits = [split for split in SPLITS if split in prepared.labels]
     if cache == "auto":
         total = sum(len(prepared.ids[split]) for split in splits)
         fits = cache_lib.held_images(total, image_size, limit_bytes) == total

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+# What every data set has in the end.
+SPLITS = ("train", "validation", "test")
+
 
 def stratified_split(
     labels: np.ndarray,

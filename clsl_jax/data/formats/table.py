@@ -18,7 +18,7 @@ from clsl_jax.data.formats.table_file import SUFFIXES, Table, read_table
 from clsl_jax.errors import InputError
 
 # What a cell may say; those of WORDS only if chosen. "1.0": pandas writes columns with gaps so.
-_ALWAYS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": -1}
+CELLS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": -1}
 WORDS = {
     "yes/no": {"yes": 1, "no": 0},
     "true/false": {"true": 1, "false": 0},
@@ -26,8 +26,8 @@ WORDS = {
     "-1": {"-1": -1, "-1.0": -1},
 }
 UNLISTED = ("negative", "unknown")
-_IMAGE_COLUMNS = ("image", "image_path", "path", "file", "filename", "file_name")
-_SPLIT_COLUMNS = ("split", "subset")
+IMAGE_COLUMNS = ("image", "image_path", "path", "file", "filename", "file_name")
+SPLIT_COLUMNS = ("split", "subset")
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -114,8 +114,8 @@ def read_own_table(
     if class_names is not None and not columns.labels:
         raise InputError("--class_names is for label lists: name their column by --labels_column.")
     table = read_table(find_table(source))
-    image = _column(table, columns.image, _IMAGE_COLUMNS, "--image_column")
-    split = _column(table, columns.split, _SPLIT_COLUMNS, "--split_column", optional=True)
+    image = _column(table, columns.image, IMAGE_COLUMNS, "--image_column")
+    split = _column(table, columns.split, SPLIT_COLUMNS, "--split_column", optional=True)
     faults = _Faults(table)
     if columns.labels:
         column = _column(table, columns.labels, (), "--labels_column")
@@ -201,7 +201,7 @@ def _column(
 def _read_cells(
     table: Table, of_class: Sequence[int], words: Sequence[str], faults: _Faults
 ) -> np.ndarray:
-    meaning = dict(_ALWAYS)
+    meaning = dict(CELLS)
     for word in words:
         meaning |= WORDS[word]
     allowed = [word for word in meaning if word and not word.endswith(".0")]

@@ -1,0 +1,37 @@
+"""Files that are there whole, or as they were."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """Yields the name of a file to write beside `path`, moved there when the block has ended.
+
+    A reader sees the old file or the new one, never a part. If the block raises, `path` stays as it
+    was and nothing is left beside it; a killed process may leave the file beside it.
+
+    Raises:
+      OSError: the file cannot be moved there.
+    """
+    partial = f"{os.fspath(path)}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file by `replacing`, UTF-8.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
