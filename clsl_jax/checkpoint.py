@@ -5,19 +5,35 @@ the seed and the step, so `state.step` is its state, on any number of processes.
 """
 
 import contextlib
+import functools
+import logging as stdlib_logging
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
+from clsl_jax import cluster, sharding
 from clsl_jax.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+
+class _OneMessage(stdlib_logging.Filter):
+    """Keeps Orbax from printing tracebacks of a failed save, which is told in a line anyway."""
+
+    def filter(self, record: stdlib_logging.LogRecord) -> bool:
+        return record.levelno < stdlib_logging.ERROR or "orbax" not in record.pathname
+
+
+_ONE_MESSAGE = _OneMessage()
 
 
 class CheckpointError(InputError):
@@ -52,7 +68,11 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str, *, keep: int = 2, read_only: bool = False) -> None:
-        self._directory = os.path.abspath(directory)
+        # A bucket (gs://...) is no path of this machine.
+        self._directory = directory if "://" in directory else os.path.abspath(directory)
+        self._pending: int | None = None
+        stdlib_logging.getLogger("absl").addFilter(_ONE_MESSAGE)
+        stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
         best = preservation_policy.BestN(
             get_metric_fn=_selection, n=1, keep_checkpoints_without_metrics=False
         )
@@ -68,7 +88,6 @@ class Checkpointer:
                 create=not read_only,
             ),
         )
-        self._checksums = jax.jit(checksums)
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, oldest first."""
@@ -77,20 +96,25 @@ class Checkpointer:
     def save(self, state: Any, *, step: int, meta: dict[str, Any], selection: float | None) -> None:
         """Starts saving in the background; a checkpoint of the same step is replaced.
 
+        The save before this one is finished first; call `wait` to know how it went.
+
         Args:
           state: tree of arrays.
           step: updates done.
           meta: anything JSON can hold.
           selection: the metric that picks the best checkpoint; None inside an epoch.
+
+        Raises:
+          CheckpointError: this one cannot be saved; those saved before are as they were.
         """
         self.wait()
         if step in self._manager.all_steps():
             self._manager.delete(step)
-        sums = [int(x) for x in jax.device_get(self._checksums(state))]
-        with _quiet():
-            self._save(
-                step, state, {**meta, "format": FORMAT_VERSION, "checksums": sums}, selection
-            )
+        sums = _checksums(state)
+        meta = {**meta, "format": FORMAT_VERSION, "checksums": sums}
+        self._pending = step
+        with _quiet(), self._failing():
+            self._save(step, state, meta, selection)
 
     def _save(self, step: int, state: Any, meta: dict[str, Any], selection: float | None) -> None:
         self._manager.save(
@@ -125,15 +149,12 @@ class Checkpointer:
             state = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             ).state
-            found = [int(x) for x in jax.device_get(self._checksums(state))]
+            found = _checksums(state)
             if found != meta["checksums"]:
                 wrong = sum(a != b for a, b in zip(found, meta["checksums"], strict=False))
                 raise CheckpointError(f"{wrong} arrays are not what was saved (checksum)")
         except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(
-                f"Checkpoint {where} cannot be used: {reason[0][:300]}"
-            ) from error
+            raise CheckpointError(f"Checkpoint {where} cannot be used: {_reason(error)}") from error
         return state, meta
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
@@ -175,12 +196,39 @@ class Checkpointer:
         return max(scored)[1] if scored else None
 
     def wait(self) -> None:
-        """Blocks until a save in the background is whole on disk; raises what it raised."""
-        self._manager.wait_until_finished()
+        """Blocks until a save in the background is whole on disk.
+
+        Raises:
+          CheckpointError: it cannot be saved; nothing of it is left, and those before it are as
+            they were.
+        """
+        with self._failing():
+            self._manager.wait_until_finished()
+        self._pending = None
 
     def close(self) -> None:
         """Waits for a save in the background and releases everything."""
-        self._manager.close()
+        with contextlib.suppress(CheckpointError), self._failing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Turns the many errors of a save into one, and takes away what it left behind."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            step, self._pending = self._pending, None
+            if step is None or jax.process_count() > 1:
+                raise
+            # What is half-written takes the room that the next one needs.
+            for left in os.scandir(self._directory):
+                if left.name.startswith(f"{step}.orbax-checkpoint-tmp"):
+                    shutil.rmtree(left.path, ignore_errors=True)
+            self._manager.reload()
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be saved in {self._directory}: "
+                f"{_reason(error)}."
+            ) from error
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -192,7 +240,34 @@ class Checkpointer:
                 target = os.path.join(self._directory, f"damaged-{step}-{suffix}")
             os.rename(source, target)
             logging.warning("Set the damaged checkpoint aside as %s", target)
+        cluster.barrier(f"set aside {step}")
         self._manager.reload()
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line: the system's own words where it said something."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        said = re.search(
+            r"(No space left on device|Disk quota exceeded|File too large)", str(found)
+        )
+        if said:
+            return said[1]
+        found = found.__cause__ or found.__context__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+@functools.cache
+def _compiled_checksums(mesh: Mesh) -> Callable[[Any], jax.Array]:
+    return jax.jit(checksums, out_shardings=sharding.replicated(mesh))
+
+
+def _checksums(state: Any) -> list[int]:
+    mesh = jax.tree.leaves(state)[0].sharding.mesh
+    return [int(x) for x in jax.device_get(_compiled_checksums(mesh)(state))]
 
 
 @contextlib.contextmanager

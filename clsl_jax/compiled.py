@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from clsl_jax import recovery, sharding, steps
+from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment, needs_clean_view
 from clsl_jax.train_state import evaluation_weights
 
@@ -51,37 +52,129 @@ def compile_steps(
       training: False leaves the train step and recovery out.
     """
     state = built.abstract_state
-    rows, alike = sharding.by_row(built.mesh), sharding.replicated(built.mesh)
+    alike, examples = sharding.replicated(built.mesh), sharding.by_example(built.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
     def images(batch_size: int) -> jax.ShapeDtypeStruct:
         shape, dtype = built.input_shape, built.input_dtype
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=examples)
 
     train = recover = None
     if training:
         batch = {
             "image": images(built.batch_size),
-            "row": jax.ShapeDtypeStruct((built.batch_size,), jnp.int32, sharding=rows),
+            "row": jax.ShapeDtypeStruct((built.batch_size,), jnp.int32, sharding=examples),
         }
         if needs_clean_view(built.options, config):
             batch["clean"] = images(built.batch_size)
-        step = steps.make_train_step(built.step_model, built.optimizer, built.options)
-        train = _compile(step, (state, batch), shardings, report, donate_argnums=0)
-        recover = _compile(
-            steps.make_recover(built.options), (state,), shardings, report, donate_argnums=0
+        step = steps.make_train_step(
+            built.step_model, built.optimizer, built.options, mesh=built.mesh
         )
-    weights = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alike),
-        evaluation_weights(state, ema=built.options.evaluate_ema),
-    )
-    predict_step = steps.make_predict_step(built.step_model)
-    predict = _compile(predict_step, (weights, images(built.eval_batch_size)), rows, report)
-    labels = jax.ShapeDtypeStruct(state.annotations.shape, jnp.int8, sharding=rows)
-    matrices = (state.recovered, state.recovered_weight, state.annotations, labels)
+        train = _compile(step, (state, batch), shardings, report, donate_argnums=0)
+        _check_memory(train, built, config, batch, report)
+        recover = _compile(
+            steps.make_recover(built.options, mesh=built.mesh),
+            (state,),
+            shardings,
+            report,
+            donate_argnums=0,
+        )
+    weights = evaluation_weights(state, ema=built.options.evaluate_ema)
+    predict_step = steps.make_predict_step(built.step_model, mesh=built.mesh)
+    predict = _compile(predict_step, (weights, images(built.eval_batch_size)), examples, report)
+    matrices = (state.recovered, state.recovered_weight, state.annotations, state.annotations)
     count = _compile(_count, matrices, alike, lambda line: None)
     explain = jax.jit(steps.make_predict_step(built.model, explain=True), out_shardings=alike)
     return CompiledSteps(train, recover, predict, count, explain)
+
+
+def _check_memory(
+    train: Any,
+    built: Experiment,
+    config: ml_collections.ConfigDict,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    report: Callable[[str], None],
+) -> None:
+    """Raises InputError, naming the largest batch that fits, where the train step does not.
+
+    XLA's figures are known before anything is run.
+    """
+    room = _room(built, config)
+    needed = _peak(train)
+    if not room or not needed or needed <= room:
+        return
+    report("The train step does not fit; looking for the largest batch that does ...")
+    multiple = built.mesh.size * config.optim.accumulate
+
+    def peak(batch_size: int) -> int:
+        smaller = {
+            name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=x.sharding)
+            for name, x in batch.items()
+        }
+        step = steps.make_train_step(
+            built.step_model, built.optimizer, built.options, mesh=built.mesh
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, built.abstract_state)
+        jitted = jax.jit(step, out_shardings=shardings, donate_argnums=0)
+        return _peak(jitted.lower(built.abstract_state, smaller).compile())
+
+    fits = largest_that_fits(peak, room, failed=(built.batch_size, needed), multiple=multiple)
+    remedy = f"The largest batch_size that fits is {fits}. " if fits else "No batch fits. "
+    raise InputError(
+        f"batch_size={built.batch_size} needs {needed / 2**30:.2f} GiB of a device's "
+        f"{room / 2**30:.2f} GiB. {remedy}Or keep the batch with optim.accumulate="
+        f"{2 * config.optim.accumulate} (or more), model.remat=blocks or model.dtype=bfloat16, or "
+        "use more devices."
+    )
+
+
+def largest_that_fits(
+    peak: Callable[[int], int], room: int, *, failed: tuple[int, int], multiple: int
+) -> int:
+    """Returns the largest batch size whose peak is within `room`, 0 if there is none.
+
+    What a step needs grows about linearly with the batch, so few sizes have to be compiled.
+
+    Args:
+      peak: bytes needed for a batch size, not falling with it.
+      room: bytes.
+      failed: a batch size that does not fit, and its peak.
+      multiple: batch sizes must be multiples of it.
+    """
+    low, low_peak = 0, 0  # fits; its peak, once known
+    high, high_peak = failed
+    while high - low > multiple:
+        # Along the line between the two, or half way while only one of them is known.
+        share = (room - low_peak) / (high_peak - low_peak) if low else 0.5
+        guess = low + int(share * (high - low))
+        guess = min(max(guess // multiple * multiple, low + multiple), high - multiple)
+        found = peak(guess)
+        if found <= room:
+            low, low_peak = guess, found
+        else:
+            high, high_peak = guess, found
+    return low
+
+
+def _room(built: Experiment, config: ml_collections.ConfigDict) -> int:
+    """Bytes that a device may use, 0 where that is not known."""
+    if config.memory_gb:
+        return int(config.memory_gb * 2**30)
+    device = next(d for d in built.mesh.devices.flat if d.process_index == jax.process_index())
+    return int((device.memory_stats() or {}).get("bytes_limit", 0))
+
+
+def _peak(compiled: Any) -> int:
+    """Bytes that a compiled function needs of one device, 0 where XLA does not tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 def _count(

@@ -6,8 +6,11 @@ stay at the edges: modules and pure functions take plain keyword arguments.
 
 import difflib
 import json
+import os
+import reprlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 
@@ -30,6 +33,13 @@ def base_config() -> ml_collections.ConfigDict:
     c.epochs = 60
     c.cpu_devices = 1  # devices into which a CPU is divided; XLA uses more cores that way
 
+    c.memory_gb = 0.0  # memory a device may use; 0: all that it has (a CPU: not checked)
+
+    c.mesh = ml_collections.ConfigDict()
+    # Devices over which wide layers and everything with a size of C are divided; the others divide
+    # the images among them.
+    c.mesh.model = 1
+
     c.data = ml_collections.ConfigDict()
     c.data.name = "scenes"
     c.data.dir = ""  # "": the cache for `scenes`; else where the prepared data lies
@@ -43,7 +53,9 @@ def base_config() -> ml_collections.ConfigDict:
     # Decoded images kept: auto (in memory if all of them fit) | none | memory | disk.
     c.data.cache = "auto"
     c.data.cache_gb = 0.5  # room for them; of a set that is larger, memory and disk keep a part
+    c.data.timeout = 600.0  # seconds without a batch after which reading is given up
     c.data.workers = 0  # processes that read and augment; 0: threads of the training process
+    c.data.augment_on = "host"  # host | device: in the compiled train step, where a GPU does it
     c.data.flip = True  # horizontal flip with probability 1/2
     c.data.randaugment_operations = 0  # operations an image; 0 turns RandAugment off
     c.data.randaugment_magnitude = 9  # 0 to 30
@@ -80,6 +92,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.model.embeddings = "random"  # random | scenes | an .npz made by `clsl_jax.embed`
     c.model.embedding_dim = 300  # width of random label embeddings
     c.model.learn_embeddings = False  # True: the embeddings are trained with the model
+    c.model.remat = "none"  # none | blocks: recompute each block's inside in the backward pass
     c.model.dtype = "float32"  # compute type: float32 | bfloat16; parameters stay float32
 
     c.graph = ml_collections.ConfigDict()
@@ -121,6 +134,10 @@ def base_config() -> ml_collections.ConfigDict:
     c.optim.weight_decay = 1e-4
     c.optim.ema_decay = 0.9983  # every step, all weights and batch statistics
     c.optim.clip_norm = 0.0  # global norm to which gradients are clipped; 0: off
+    c.optim.accumulate = 1  # parts in which a batch goes through the network, one after another
+    # Steps of a run whose loss or gradient may be NaN or infinite: they are named and change
+    # nothing. With one more, or with 0, the run ends.
+    c.optim.skip_nonfinite = 0
 
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.batch_size = 0  # 0: the training batch size
@@ -135,6 +152,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.evaluation.pictures = 12  # images on the picture sheet; 0: no sheet
 
     c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.dir = ""  # "": in the workdir; else a directory or a bucket (gs://...)
     c.checkpoint.every_epochs = 1
     c.checkpoint.every_steps = 0  # also inside an epoch; 0: only between epochs
     c.checkpoint.keep = 2  # latest ones, besides the best
@@ -143,10 +161,12 @@ def base_config() -> ml_collections.ConfigDict:
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.strength": ("moderate", "strong"),
+    "data.augment_on": ("host", "device"),
     "data.without_labels": ("keep", "drop"),
     "data.cache": ("auto", "none", "memory", "disk"),
     "labels.protocol": ("all", "file", "released", "sst", "uniform", "single_positive"),
     "model.freeze": ("none", "backbone"),
+    "model.remat": ("none", "blocks"),
     "model.dtype": ("float32", "bfloat16"),
     "loss.name": ("asl", "bce"),
     "loss.scale": ("balanced", "released"),
@@ -165,6 +185,7 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("batch_size", 1, None),
     ("epochs", 1, None),
     ("cpu_devices", 1, 256),
+    ("mesh.model", 1, None),
     ("seed", 0, 2**32 - 1),
     ("data.image_size", 8, 8192),
     ("data.validation_fraction", 0, 0.9),
@@ -203,6 +224,10 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("optim.weight_decay", 0, None),
     ("optim.ema_decay", 0, 1),
     ("optim.clip_norm", 0, None),
+    ("optim.accumulate", 1, None),
+    ("optim.skip_nonfinite", 0, None),
+    ("memory_gb", 0, None),
+    ("data.timeout", 0.001, None),
     ("evaluation.batch_size", 0, None),
     ("evaluation.pictures", 0, 100),
     ("checkpoint.every_epochs", 1, None),
@@ -217,6 +242,11 @@ SAFE_TO_CHANGE = (
     "data.max_unreadable",
     "data.cache",
     "data.cache_gb",
+    "data.timeout",
+    "memory_gb",
+    "mesh.model",
+    "model.remat",
+    "optim.skip_nonfinite",
     "evaluation.pictures",
     "checkpoint.every_epochs",
     "checkpoint.every_steps",
@@ -262,19 +292,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
       ConfigError: naming every key at fault with its value and what is allowed.
     """
     flat = flatten(config)
-    problems = []
+    misfits = _misfits(flat)
+    problems = list(misfits.values())
     for key, allowed in _CHOICES.items():
-        if flat[key] not in allowed:
+        if key not in misfits and flat[key] not in allowed:
             problems.append(f"{key}={flat[key]!r}: expected one of {', '.join(allowed)}")
     for key, low, high in _RANGES:
+        if key in misfits:
+            continue
         value = flat[key]
-        if (
-            value != value
-            or (low is not None and value < low)
-            or (high is not None and value > high)
-        ):
+        if (low is not None and value < low) or (high is not None and value > high):
             expected = f"at least {low}" if high is None else f"between {low} and {high}"
             problems.append(f"{key}={value!r}: expected {expected}")
+    if misfits:  # what follows compares values
+        _refuse(problems)
     if len(config.data.sizes) not in (0, 3):
         problems.append(f"data.sizes={config.data.sizes!r}: expected three numbers or ()")
     if (config.labels.protocol == "file") != bool(config.labels.file):
@@ -298,7 +329,48 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"recovery.negative_threshold={low} lies above recovery.positive_threshold={high}"
             )
     if problems:
-        raise ConfigError("The configuration cannot be used:\n  " + "\n  ".join(problems))
+        _refuse(problems)
+
+
+def _refuse(problems: Iterable[str]) -> NoReturn:
+    raise ConfigError("The configuration cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _misfits(flat: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {key: what is wrong} where a key is missing or its value is of another type."""
+    found = {}
+    for key, default in flatten(base_config()).items():
+        if key not in flat:
+            found[key] = f"{key} is missing: start from clsl_jax.config.base_config()"
+        elif what := _expected(flat[key], default):
+            found[key] = f"{key}={reprlib.repr(flat[key])}: expected {what}"
+    return found
+
+
+def _expected(value: Any, default: Any) -> str:
+    """Returns what a value should be if it cannot stand in a default's place, else nothing."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    whole = isinstance(value, int) and number and abs(value) < 2**63
+    fits, what = {
+        bool: (isinstance(value, bool), "True or False"),
+        int: (whole, "a whole number"),
+        float: (number and abs(value) <= sys.float_info.max, "a finite number"),
+        str: (_is_text(value), "text"),
+        tuple: (
+            isinstance(value, (tuple, list))
+            and all(type(entry) is int and 0 < entry < 2**63 for entry in value),
+            "whole numbers from 1 in brackets",
+        ),
+    }[type(default)]
+    return "" if fits else what
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that may also be a path."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -316,20 +388,28 @@ def from_json(text: str, where: str) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: if the text is not such a configuration.
     """
+    advice = "Restore it or use a new workdir."
     try:
         stored = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{where} is not JSON ({error}). Restore it or use a new workdir."
-        ) from None
+        found = flatten(stored) if isinstance(stored, dict) else {}
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits too
+        raise ConfigError(f"{where} is not JSON ({error}). {advice}") from None
     if not isinstance(stored, dict):
-        raise ConfigError(f"{where} holds no configuration. Restore it or use a new workdir.")
+        raise ConfigError(f"{where} holds no configuration. {advice}")
     config = base_config()
     known = flatten(config)
-    strange = [key for key in flatten(stored) if key not in known]
+    strange = [key for key in found if key not in known]
     if strange:
         raise ConfigError(f"{where}: " + unknown_key_message(strange[0], config))
-    config.update(stored)
+    try:
+        if misfits := _misfits(known | found):
+            _refuse(misfits.values())
+        for key, value in found.items():
+            section, _, name = key.rpartition(".")
+            (config[section] if section else config)[name] = value
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}\n{advice}") from None
     return config
 
 

@@ -107,7 +107,8 @@ def load_embeddings(
             f"{path}: embeddings are {embeddings.shape[1]} wide, expected {width}: make them with "
             "the encoder that the model was trained with."
         )
-    embeddings = embeddings.astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large is infinite, and named below
+        embeddings = embeddings.astype(np.float32)
     rows = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(rows):
         raise InputError(

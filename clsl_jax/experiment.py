@@ -92,9 +92,7 @@ class Experiment:
             )
         return self.init(
             sharding.put_replicated(self.mesh, self.label_embeddings),
-            sharding.put_global_rows(
-                self.mesh, sharding.pad_rows(self.annotations, partial.UNKNOWN)
-            ),
+            sharding.put_matrix(self.mesh, sharding.pad_rows(self.annotations, partial.UNKNOWN)),
             sharding.put_replicated(self.mesh, backbone),
         )
 
@@ -122,10 +120,10 @@ def build(
     Raises:
       InputError: if data and configuration do not fit each other, saying how.
     """
-    mesh = sharding.make_mesh(devices)
+    mesh = sharding.make_mesh(devices, model=config.mesh.model)
     eval_batch_size = config.evaluation.batch_size or config.batch_size
-    sharding.check_divides(config.batch_size, mesh)
-    sharding.check_divides(eval_batch_size, mesh)
+    sharding.check_divides("batch_size", config.batch_size, mesh, parts=config.optim.accumulate)
+    sharding.check_divides("evaluation.batch_size", eval_batch_size, mesh)
     dataset = load_data(config, report)
     labels = dataset.train.labels
     steps_per_epoch = pipeline.steps_per_epoch(len(labels), batch_size=config.batch_size)
@@ -176,9 +174,7 @@ def build(
         backbone_shapes,
     )
     abstract = jax.eval_shape(init, *shapes)
-    shardings = train_state.state_shardings(
-        abstract, sharding.by_row(mesh), sharding.replicated(mesh)
-    )
+    shardings = train_state.state_shardings(abstract, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
@@ -320,6 +316,11 @@ def augmentation(config: ml_collections.ConfigDict) -> transforms.Augment:
     )
 
 
+def augments_on_device(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether the train step augments, and not the host."""
+    return config.data.augment_on == "device" and not augmentation(config).is_identity
+
+
 def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
     """Returns the model that the configuration describes."""
     m = config.model
@@ -342,6 +343,7 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
         rank=m.rank,
         head_dropout=m.head_dropout,
         freeze_backbone=m.freeze == "backbone",
+        remat=m.remat == "blocks",
         dtype=jnp.dtype(m.dtype),
     )
 
@@ -400,6 +402,10 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         graph_smoothing=g.smoothing,
         graph_refresh=g.refresh,
         ema_decay=config.optim.ema_decay,
+        accumulate=config.optim.accumulate,
+        augment=augmentation(config) if augments_on_device(config) else None,
+        clean_view=r.view == "clean",
+        skip_nonfinite=config.optim.skip_nonfinite,
         evaluate_ema=config.evaluation.weights == "ema",
     )
 
@@ -411,6 +417,7 @@ def needs_clean_view(options: steps.StepOptions, config: ml_collections.ConfigDi
         and options.teacher == "ema"
         and config.recovery.view == "clean"
         and not augmentation(config).is_identity
+        and not augments_on_device(config)
     )
 
 

@@ -12,6 +12,7 @@ at one of two scales:
 Letters: B batch, C classes.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -161,7 +162,14 @@ def asymmetric_posterior(
     return jax.nn.sigmoid(negative - positive)
 
 
-def known_loss(losses: jax.Array, known: jax.Array, *, scale: str = "balanced") -> jax.Array:
+def known_loss(
+    losses: jax.Array,
+    known: jax.Array,
+    *,
+    scale: str = "balanced",
+    known_count: jax.Array | None = None,
+    entries: int | None = None,
+) -> jax.Array:
     """Reduces element-wise losses over the known entries.
 
     Args:
@@ -169,21 +177,31 @@ def known_loss(losses: jax.Array, known: jax.Array, *, scale: str = "balanced") 
         known: [B, C] bool, or 0 and 1.
         scale: ``balanced``: the mean over known entries, 0 when there are none. ``released``: their
             sum times 1000, or the mean times 1000 when every entry of the batch is known.
+        known_count, entries: known entries, and all entries, of the batch that `losses` is a part
+            of; results of its parts then add up to that of the batch. By default `losses` is all.
 
     Returns:
         Scalar.
     """
     _check_scale(scale)
     mask = known.astype(losses.dtype)
-    total, count = jnp.sum(losses * mask), jnp.sum(mask)
+    total = jnp.sum(losses * mask)
+    count = jnp.sum(mask) if known_count is None else known_count
+    entries = mask.size if entries is None else entries
     if scale == "balanced":
         return total / jnp.maximum(count, 1.0)
-    every_label_known = count == mask.size
-    return RELEASED_FACTOR * total / jnp.where(every_label_known, float(max(mask.size, 1)), 1.0)
+    every_label_known = count == entries
+    return RELEASED_FACTOR * total / jnp.where(every_label_known, float(max(entries, 1)), 1.0)
 
 
 def recovered_loss(
-    losses: jax.Array, weight: jax.Array, unknown: jax.Array, *, scale: str = "balanced"
+    losses: jax.Array,
+    weight: jax.Array,
+    unknown: jax.Array,
+    *,
+    scale: str = "balanced",
+    unknown_count: jax.Array | None = None,
+    entries: int | None = None,
 ) -> jax.Array:
     """Reduces element-wise losses against recovered labels.
 
@@ -194,15 +212,19 @@ def recovered_loss(
         scale: ``balanced``: sum of ``weight * losses`` over unknown entries, divided by the number
             of unknown entries (recovered or not), 0 when there are none. ``released``: the mean
             over all B * C entries, known ones included, times 1000.
+        unknown_count, entries: of the batch that `losses` is a part of, as in `known_loss`.
 
     Returns:
         Scalar, before the recovered term's own factor.
     """
     _check_scale(scale)
     if scale == "released":
-        return RELEASED_FACTOR * jnp.mean(losses)
+        if entries is None:
+            return RELEASED_FACTOR * jnp.mean(losses)
+        return RELEASED_FACTOR * jnp.sum(losses) / entries
     mask = unknown.astype(losses.dtype)
-    return jnp.sum(losses * weight * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+    count = jnp.sum(mask) if unknown_count is None else unknown_count
+    return jnp.sum(losses * weight * mask) / jnp.maximum(count, 1.0)
 
 
 def clsl_loss(
@@ -216,6 +238,8 @@ def clsl_loss(
     scale: str = "balanced",
     recovered_scale: jax.Array | float = 0.8,
     global_scale: jax.Array | float = 1.0,
+    known_count: jax.Array | None = None,
+    entries: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Total training loss of both branches, ``known + recovered_scale * recovered``.
 
@@ -237,6 +261,9 @@ def clsl_loss(
         scale: ``balanced`` or ``released``.
         recovered_scale: factor of the recovered term (lambda); may be traced, for a ramp.
         global_scale: factor of the global branch under ``balanced``; may be traced.
+        known_count, entries: known entries, float [], and all entries of the batch that the arrays
+            are a part of; losses and gradients of its parts then add up to those of the batch. By
+            default the arrays are all of it.
 
     Returns:
         The total (scalar) and its terms ``known`` and ``recovered``, the latter before
@@ -252,19 +279,31 @@ def clsl_loss(
     targets = jax.lax.stop_gradient(jnp.where(known, annotations, recovered))
     weight = jax.lax.stop_gradient(recovered_weight)
 
+    known_mean = functools.partial(
+        known_loss, known=known, scale=scale, known_count=known_count, entries=entries
+    )
+    recovered_mean = functools.partial(
+        recovered_loss,
+        weight=weight,
+        unknown=~known,
+        scale=scale,
+        unknown_count=None if known_count is None else entries - known_count,
+        entries=entries,
+    )
+
     semantic = elementwise(semantic_logits, targets)
-    known_term = known_loss(semantic, known, scale=scale)
+    known_term = known_mean(semantic)
     if scale == "released":
         recovered_term = jnp.zeros_like(known_term)
         if global_logits is not None:
             losses = elementwise(global_logits, targets)
-            recovered_term = recovered_loss(losses, weight, ~known, scale=scale)
+            recovered_term = recovered_mean(losses)
     else:
-        recovered_term = recovered_loss(semantic, weight, ~known, scale=scale)
+        recovered_term = recovered_mean(semantic)
         if global_logits is not None:
             losses = elementwise(global_logits, targets)
-            known_term += global_scale * known_loss(losses, known, scale=scale)
-            recovered_term += global_scale * recovered_loss(losses, weight, ~known, scale=scale)
+            known_term += global_scale * known_mean(losses)
+            recovered_term += global_scale * recovered_mean(losses)
     total = known_term + recovered_scale * recovered_term
     return total, {"known": known_term, "recovered": recovered_term}
 

@@ -15,12 +15,13 @@ class PreemptionGuard:
     """Turns SIGTERM into a flag that the loop polls.
 
     With one process the handler is this class's own. With several, `jax.distributed` catches the
-    signal on whichever process gets it and makes all of them stop at the same step.
+    signal on whichever process gets it and makes all of them stop at the same poll.
     """
 
     def __init__(self) -> None:
         self._received = False
         self._previous: object = None
+        self._polls = 0
 
     def __enter__(self) -> "PreemptionGuard":
         if jax.process_count() == 1:
@@ -35,8 +36,10 @@ class PreemptionGuard:
         del signum, frame
         self._received = True
 
-    def reached(self, step: int) -> bool:
-        """Returns whether to stop; every process asks with the same, ever growing `step`."""
+    def reached(self) -> bool:
+        """Returns whether to stop; every process asks equally often, and gets the same answer."""
         if jax.process_count() == 1:
             return self._received
-        return multihost_utils.reached_preemption_sync_point(step)
+        # The place at which all stop is agreed on as a number of polls that none has reached yet.
+        self._polls += 1
+        return multihost_utils.reached_preemption_sync_point(self._polls)

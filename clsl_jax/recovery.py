@@ -107,6 +107,7 @@ def adaptive_thresholds(
     negative_precision: jax.Array | float,
     min_count: jax.Array | int = 1,
     bins: int = 1024,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Thresholds per class, calibrated on the known entries of visited rows.
 
@@ -129,6 +130,7 @@ def adaptive_thresholds(
         negative_precision: target, scalar or [C], may be traced.
         min_count: known entries that a threshold must rest on, >= 1, may be traced.
         bins: resolution, a power of two, so that the edges are exact in float32.
+        axis_name: inside `jax.shard_map`: the mesh axis over which the rows are spread.
 
     Returns:
         positive [C] and negative [C] float32: thresholds for `recover_labels`; above every score
@@ -140,6 +142,8 @@ def adaptive_thresholds(
     if bins < 1 or bins & (bins - 1):
         raise ValueError(f"adaptive_thresholds: bins must be a power of two, found {bins}")
     counts = _histogram(scores, annotations, visits, bins)  # [C, 2, bins + 1]
+    if axis_name is not None:
+        counts = jax.lax.psum(counts, axis_name)
     negatives, positives = counts[:, 0], counts[:, 1]
     positives_above = jnp.cumsum(positives[:, ::-1], axis=1)[:, ::-1]
     negatives_above = jnp.cumsum(negatives[:, ::-1], axis=1)[:, ::-1]

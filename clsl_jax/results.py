@@ -1,5 +1,6 @@
 """`results.json`, `predictions.npz`, the picture sheet and the closing table."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -127,9 +128,9 @@ def _label_tables(
     count = len(built.annotations)
     found = evaluate.gather((state.scores, state.visits, state.recovered, state.recovered_weight))
     kept, visits, recovered, weight = (np.asarray(x)[:count] for x in found)
-    thresholds = evaluate.gather(
-        jax.jit(steps.recovery_thresholds, static_argnums=1)(state, built.options)
-    )
+    find = functools.partial(steps.recovery_thresholds, options=built.options, mesh=built.mesh)
+    replicated = sharding.replicated(built.mesh)
+    thresholds = jax.device_get(jax.jit(find, out_shardings=replicated)(state))
     labels = [label_tables.recovered_labels(built.annotations, recovered, weight)]
     probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
     active = int(state.step) >= built.options.warmup_steps

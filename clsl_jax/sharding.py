@@ -26,16 +26,27 @@ def divide_cpu(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with axes `data` (all devices) and `model` (1).
+def make_mesh(devices: Sequence[jax.Device] | None = None, *, model: int = 1) -> Mesh:
+    """Returns a mesh with axes `data` and `model`.
 
     Axes are `Auto`: under `Explicit` ones, indexing a row-sharded matrix by sharded rows raises.
 
     Args:
       devices: the devices to use; all by default.
+      model: devices along `model`; the others lie along `data`.
+
+    Raises:
+      InputError: if a process cannot hold whole groups of `model` devices.
     """
     devices = jax.devices() if devices is None else devices
-    grid = np.asarray(devices).reshape(len(devices), 1)
+    # A process reads its own rows of each batch, so no group of devices that share rows may have
+    # members elsewhere.
+    here = max(1, sum(d.process_index == devices[0].process_index for d in devices))
+    if here % model:
+        raise InputError(
+            f"mesh.model={model} does not divide the {here} devices of a process: choose a divisor."
+        )
+    grid = np.asarray(devices).reshape(-1, model)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -47,6 +58,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_row(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array whose first axis is spread over `data`."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def by_example(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: its first axis is spread over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "model")))
+
+
+def by_row_and_class(mesh: Mesh, num_classes: int) -> NamedSharding:
+    """Returns the sharding of a matrix [N, C]: rows over `data`, classes over `model`.
+
+    Classes stay together where `model` does not divide them.
+    """
+    divides = num_classes % mesh.shape["model"] == 0
+    return NamedSharding(mesh, PartitionSpec("data", "model" if divides else None))
 
 
 def padded_rows(count: int) -> int:
@@ -62,14 +87,14 @@ def pad_rows(matrix: np.ndarray, fill: float) -> np.ndarray:
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
-    """Places process-local rows [b, ...] as global arrays [b * processes, ...] sharded by row."""
-    sharding = by_row(mesh)
+    """Places process-local rows [b, ...] as a global batch [b * processes, ...] on all devices."""
+    sharding = by_example(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
-def put_global_rows(mesh: Mesh, matrix: np.ndarray) -> jax.Array:
-    """Places a matrix that every process holds whole so that each device keeps its rows only."""
-    sharding = by_row(mesh)
+def put_matrix(mesh: Mesh, matrix: np.ndarray) -> jax.Array:
+    """Places [N, C] that every process holds whole so that each device keeps its part only."""
+    sharding = by_row_and_class(mesh, matrix.shape[1])
     return jax.make_array_from_callback(matrix.shape, sharding, lambda index: matrix[index])
 
 
@@ -82,11 +107,18 @@ def put_replicated(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def check_divides(batch_size: int, mesh: Mesh) -> None:
-    """Raises InputError unless the global batch spreads evenly over the devices."""
-    devices = mesh.shape["data"]
-    if batch_size % devices:
+def check_divides(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> None:
+    """Raises InputError unless a global batch spreads evenly over the devices.
+
+    Args:
+      name: the configuration key of the size.
+      batch_size: over all devices.
+      mesh: of devices.
+      parts: into which each device divides its examples (`optim.accumulate`).
+    """
+    least = mesh.size * parts
+    if batch_size % least:
+        what = f"{mesh.size} devices" + (f" x optim.accumulate={parts} parts" if parts > 1 else "")
         raise InputError(
-            f"batch_size={batch_size} does not spread over {devices} devices: "
-            f"choose a multiple of {devices}."
+            f"{name}={batch_size} does not spread over {what}: choose a multiple of {least}."
         )

@@ -1,6 +1,7 @@
 """The compiled steps: pure functions of the state and a batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,14 +9,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
-from clsl_jax import losses, optim, recovery
+from clsl_jax import device_transforms, losses, optim, recovery, sharding
+from clsl_jax.data import transforms
 from clsl_jax.models.graph import label_adjacency
 from clsl_jax.train_state import SUM_NAMES, TrainState, with_backbone
 
 Batch = Mapping[str, jax.Array]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_AUGMENTATION = 2**31 - 1  # folded into a step's key; dropout has the key itself or its parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,8 @@ class StepOptions:
     """What the train step and the end of an epoch do, as plain values.
 
     Attributes mean what the configuration keys of the same names mean (`config.py`); lengths are in
-    steps.
+    steps. `augment` is what the step itself does to the images, on the device; the teacher then
+    sees them as they came if `clean_view`.
     """
 
     steps_per_epoch: int
@@ -55,6 +60,10 @@ class StepOptions:
     graph_refresh: bool = True
     ema_decay: float = 0.9983
     evaluate_ema: bool = True
+    accumulate: int = 1
+    augment: transforms.Augment | None = None
+    clean_view: bool = True
+    skip_nonfinite: int = 0
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -72,33 +81,51 @@ def normalize(images: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, options: StepOptions
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    options: StepOptions,
+    *,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Returns `train_step(state, batch) -> state`, pure and ready for `jax.jit`.
 
     The batch holds `image` uint8 [B, S, S, 3], `row` int32 [B] (the image's row in the matrices)
     and, where the teacher sees it, `clean`: the image before augmentation. With a `CLSLHead` as the
     model, images are the backbone's features, float [B, h, w, D].
+
+    On a `mesh` with more than one device along `model`, the backbone has each of its images on one
+    device, and the head those of its neighbours along `model` too, as its layers are divided there.
     """
+    model = _placed(model, mesh)
     elementwise = _elementwise_loss(options)
+    parts = options.accumulate
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         rows = batch["row"]
-        annotations = state.annotations[rows]
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        if options.augment is not None:
+            batch = _augmented(batch, jax.random.fold_in(key, _AUGMENTATION), options)
+        known_count = entries = None
+        if parts > 1:
+            annotations = state.annotations[rows]
+            known_count = jnp.sum(annotations >= 0, dtype=jnp.float32)
+            entries = annotations.size
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-            variables = {"params": params["model"], "batch_stats": state.batch_stats}
+        def loss_fn(
+            params: Any, batch_stats: Any, part: Batch, key: jax.Array
+        ) -> tuple[jax.Array, tuple[Any, ...]]:
+            variables = {"params": params["model"], "batch_stats": batch_stats}
+            annotations = state.annotations[part["row"]]
             (logits, out), updated = model.apply(
                 with_backbone(variables, state.frozen),
-                normalize(batch["image"]),
+                normalize(part["image"]),
                 params.get("label_embeddings", state.label_embeddings),
                 state.adjacency,
                 train=True,
                 rngs={"dropout": key},
                 mutable=["batch_stats"],
             )
-            targets, weights = _targets(state, rows, logits, annotations, options)
+            targets, weights = _targets(state, part["row"], logits, annotations, options)
             loss, terms = losses.clsl_loss(
                 logits,
                 out["global_logits"],
@@ -109,46 +136,130 @@ def make_train_step(
                 scale=options.scale,
                 recovered_scale=_recovered_scale(state.step, options),
                 global_scale=options.global_weight,
+                known_count=known_count,
+                entries=entries,
             )
             batch_stats = dict(updated.get("batch_stats", {}))
             if state.frozen:
                 batch_stats.pop("backbone", None)
-            return loss, (terms, logits, batch_stats)
+            sound = jnp.isfinite(logits).all(axis=1)
+            if out["global_logits"] is not None:
+                sound &= jnp.isfinite(out["global_logits"]).all(axis=1)
+            return loss, ({"loss": loss, **terms}, batch_stats, (logits, sound))
 
-        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (terms, logits, batch_stats)), gradients = gradient_fn(state.params)
+        def one_part(batch_stats: Any, part: Batch, key: jax.Array) -> tuple[Any, Any, Any, Any]:
+            """(gradients, terms of the loss, batch_stats, ([b, C] taught scores, [b] sound))."""
+            gradients, (terms, batch_stats, (logits, sound)) = jax.grad(loss_fn, has_aux=True)(
+                state.params, batch_stats, part, key
+            )
+            taught = None
+            if options.recovery_mode == "epoch":
+                taught = _teach(model, state, part, logits, options)
+            return gradients, terms, batch_stats, (taught, sound)
+
+        if parts == 1:
+            gradients, terms, batch_stats, found = one_part(state.batch_stats, batch, key)
+        else:
+            gradients, terms, batch_stats, found = _in_parts(
+                one_part, parts, state.batch_stats, batch, key
+            )
+        taught, sound = found
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        gradient_norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(gradient_norm)
+        # Where no image stands out, the gradient alone overflowed: every image had a part in it.
+        faulty = ~finite & (~sound | sound.all())
 
         scores, visits = state.scores, state.visits
         if options.recovery_mode == "epoch":
-            taught = _teach(model, state, batch, logits, options)
-            scores, visits = recovery.scatter_scores(scores, visits, rows, taught, options.momentum)
+            kept = jnp.where(finite, rows, -1) if options.skip_nonfinite else rows
+            scores, visits = recovery.scatter_scores(scores, visits, kept, taught, options.momentum)
 
         step_sums = {
             "steps": jnp.ones(()),
-            "loss": loss,
+            "loss": terms["loss"],
             "loss_known": terms["known"],
             "loss_recovered": terms["recovered"],
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": gradient_norm,
         }
         # The first step of an epoch starts the sums anew, so that no separate reset is needed and
         # the end of an epoch can be done again after an interruption.
         keep = (state.step % options.steps_per_epoch != 0).astype(jnp.float32)
-        sums = {name: state.sums[name] * keep + step_sums[name] for name in SUM_NAMES}
+        carried = {name: state.sums[name] * keep for name in SUM_NAMES}
+        learned = {
+            "params": params,
+            "batch_stats": batch_stats,
+            "opt_state": opt_state,
+            "ema_params": optim.ema_update(state.ema_params, params, options.ema_decay),
+            "ema_batch_stats": optim.ema_update(
+                state.ema_batch_stats, batch_stats, options.ema_decay
+            ),
+            "sums": {name: carried[name] + step_sums[name] for name in SUM_NAMES},
+        }
+        if options.skip_nonfinite:
+            before = {name: getattr(state, name) for name in learned} | {"sums": carried}
+            learned = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, before)
         return state.replace(
             step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            ema_params=optim.ema_update(state.ema_params, params, options.ema_decay),
-            ema_batch_stats=optim.ema_update(state.ema_batch_stats, batch_stats, options.ema_decay),
             scores=scores,
             visits=visits,
-            sums=sums,
+            faults=state.faults.at[rows].add(faulty.astype(jnp.int32), mode="drop"),
+            fault_step=jnp.where(finite | (state.fault_step >= 0), state.fault_step, state.step),
+            faulty_steps=state.faulty_steps + (~finite).astype(jnp.int32),
+            **learned,
         )
 
     return train_step
+
+
+def _augmented(batch: Batch, key: jax.Array, options: StepOptions) -> Batch:
+    image = device_transforms.augment_images(key, batch["image"], options.augment)
+    clean = {"clean": batch["image"]} if options.clean_view else {}
+    return {**batch, **clean, "image": image}
+
+
+def _in_parts(
+    one_part: Callable[[Any, Batch, jax.Array], tuple[Any, Any, Any, Any]],
+    parts: int,
+    batch_stats: Any,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[Any, Any, Any, Any]:
+    """Runs `one_part` on every `parts`-th example in turn; gradients and terms are summed.
+
+    Batch statistics are of a part, and are recorded part after part.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        # Every device has examples that follow one another: each part takes some from all devices.
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def joined(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    def body(carry: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
+        sums, batch_stats = carry
+        number, part = inputs
+        *found, batch_stats, kept = one_part(batch_stats, part, jax.random.fold_in(key, number))
+        return (jax.tree.map(jnp.add, sums, found), batch_stats), kept
+
+    pieces = jax.tree.map(split, dict(batch))
+    shapes = jax.eval_shape(
+        lambda: one_part(batch_stats, jax.tree.map(lambda x: x[0], pieces), key)[:2]
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), list(shapes))
+    (sums, batch_stats), kept = jax.lax.scan(
+        body, (zeros, batch_stats), (jnp.arange(parts), pieces)
+    )
+    return sums[0], sums[1], batch_stats, jax.tree.map(joined, kept)
+
+
+def _placed(model: nn.Module, mesh: Mesh | None) -> nn.Module:
+    if mesh is None or mesh.shape["model"] == 1:
+        return model
+    where = sharding.by_row(mesh)
+    return model.clone(place=lambda x: jax.lax.with_sharding_constraint(x, where))
 
 
 def _elementwise_loss(options: StepOptions) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -215,29 +326,41 @@ def calibrated(logits: jax.Array, options: StepOptions) -> jax.Array:
     )
 
 
-def recovery_thresholds(state: TrainState, options: StepOptions) -> tuple[jax.Array, jax.Array]:
+def recovery_thresholds(
+    state: TrainState, options: StepOptions, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Returns the thresholds of positives and negatives, [C] or scalar, as `recover` uses them."""
     if options.thresholds == "adaptive":
-        return recovery.adaptive_thresholds(
-            state.scores,
-            state.annotations,
-            state.visits,
+        thresholds = functools.partial(
+            recovery.adaptive_thresholds,
             positive_precision=options.positive_precision,
             negative_precision=options.negative_precision,
             min_count=options.min_count,
         )
+        if mesh is not None:
+            # Each device counts its own cells; one sum of the counts is all that is exchanged.
+            matrix = sharding.by_row_and_class(mesh, state.scores.shape[1]).spec
+            thresholds = jax.shard_map(
+                functools.partial(thresholds, axis_name="data"),
+                mesh=mesh,
+                in_specs=(matrix, matrix, PartitionSpec("data")),
+                out_specs=PartitionSpec(matrix[1]),
+            )
+        return thresholds(state.scores, state.annotations, state.visits)
     return jnp.float32(options.positive_threshold), jnp.float32(options.negative_threshold)
 
 
-def make_recover(options: StepOptions) -> Callable[[TrainState], TrainState]:
+def make_recover(
+    options: StepOptions, *, mesh: Mesh | None = None
+) -> Callable[[TrainState], TrainState]:
     """Returns `recover(state) -> state`, the end of an epoch: one call over the whole matrices.
 
-    Done twice, it gives what it gives once.
+    Done twice, it gives what it gives once. Without a `mesh`, the state lies on one device.
     """
 
     def recover(state: TrainState) -> TrainState:
         if options.recovery_mode == "epoch":
-            positive, negative = recovery_thresholds(state, options)
+            positive, negative = recovery_thresholds(state, options, mesh)
             recovered, weight = recovery.recover_labels(
                 state.scores,
                 state.visits,
@@ -264,7 +387,7 @@ def make_recover(options: StepOptions) -> Callable[[TrainState], TrainState]:
 
 
 def make_predict_step(
-    model: nn.Module, *, explain: bool = False
+    model: nn.Module, *, explain: bool = False, mesh: Mesh | None = None
 ) -> Callable[[Mapping[str, Any], jax.Array], Any]:
     """Returns `predict_step(weights, images)`, pure and ready for `jax.jit`.
 
@@ -272,6 +395,7 @@ def make_predict_step(
     with `explain` also where each class was seen, [B, P, C], summing to 1 over positions, and the
     attention over classes at each position, [B, P, C] (None without SGFE).
     """
+    model = _placed(model, mesh)
 
     def predict_step(weights: Mapping[str, Any], images: jax.Array) -> Any:
         logits, out = model.apply(

@@ -1,5 +1,7 @@
 """The training loop, from top to bottom: epochs of steps, recovery, evaluation, checkpoints."""
 
+import contextlib
+import errno
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,11 +10,12 @@ import jax
 import ml_collections
 import numpy as np
 
+from clsl_jax import cluster, evaluate, experiment, features, results, sharding
 from clsl_jax import config as config_lib
-from clsl_jax import evaluate, experiment, features, results, sharding
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.compiled import CompiledSteps, compile_steps
 from clsl_jax.data import partial, pipeline, sources
+from clsl_jax.data.watched import Watched
 from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment
 from clsl_jax.preemption import Preempted, PreemptionGuard
@@ -39,15 +42,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     config_lib.validate(config)
     sharding.divide_cpu(config.cpu_devices)
     with Workdir(workdir) as where, PreemptionGuard() as guard:
-        where.adopt(config)
+        cluster.agree(lambda: where.adopt(config))
         log = RunLog(workdir)
-        log.console.print(f"clsl_jax: {config.data.name}, workdir {workdir}")
-        kept = where.path(EMBEDDINGS_NAME)
-        built = experiment.build(config, embeddings_file=kept, report=log.console.print)
+        log.console.print(f"clsl_jax: {config.data.name}, workdir {workdir}{_processes()}")
+        built = _build(config, where, log)
         where.save_embeddings(built.label_embeddings, built.dataset.class_names)
         run = _Run(config, built, where, log, guard)
         try:
-            return run.train()
+            with _full_disk(workdir):
+                return run.train()
         except Preempted as stopped:
             log.console.print(f"{stopped} Run the same command to go on.")
             return None
@@ -73,13 +76,47 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
     sharding.divide_cpu(config.cpu_devices)
     log = RunLog(workdir)
     where = Workdir(workdir)
-    kept = where.path(EMBEDDINGS_NAME)
-    built = experiment.build(config, embeddings_file=kept, report=log.console.print)
+    built = _build(config, where, log)
     run = _Run(config, built, where, log, None, read_only=True)
     try:
-        return run.evaluate()
+        with _full_disk(workdir):
+            return run.evaluate()
     finally:
         run.close()
+
+
+def _build(config: ml_collections.ConfigDict, where: Workdir, log: RunLog) -> Experiment:
+    kept = where.path(EMBEDDINGS_NAME)
+    built = cluster.agree(
+        lambda: experiment.build(config, embeddings_file=kept, report=log.console.print)
+    )
+    cluster.check_alike(
+        {
+            "images": built.dataset.fingerprint,
+            "known labels": partial.mask_sha256(built.annotations),
+            "label embeddings": built.label_embeddings.tobytes().hex(),
+        }
+    )
+    return built
+
+
+@contextlib.contextmanager
+def _full_disk(workdir: str) -> Iterator[None]:
+    """Says in a line that something cannot be written: older checkpoints are still there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise InputError(
+            f"{error.filename or workdir} cannot be written ({error.strerror}). Make room and run "
+            "the same command again: it goes on from the last checkpoint."
+        ) from error
+
+
+def _processes() -> str:
+    count = jax.process_count()
+    return f", {count} processes with {jax.device_count()} devices" if count > 1 else ""
 
 
 class _Run:
@@ -100,15 +137,21 @@ class _Run:
             built, config, report=log.console.print, training=not read_only
         )
         # The full labels, for the diagnostic of recovery alone: only `steps.count` sees them.
-        self.hidden = sharding.put_global_rows(
+        self.hidden = sharding.put_matrix(
             built.mesh, sharding.pad_rows(built.dataset.train.labels, partial.UNKNOWN)
         )
         self.unreadable: set[int] = set()  # rows of training images that could not be read
+        self.faulty_steps = 0  # left out, and said so
+        self.data: Watched | None = None
         self.checkpointer = Checkpointer(
-            workdir.path("checkpoints"), keep=config.checkpoint.keep, read_only=read_only
+            config.checkpoint.dir or workdir.path("checkpoints"),
+            keep=config.checkpoint.keep,
+            read_only=read_only,
         )
 
     def close(self) -> None:
+        if self.data is not None:
+            self.data.close()
         self.checkpointer.close()
         self.log.close()
 
@@ -125,6 +168,7 @@ class _Run:
             state, meta, step = restored
             epoch_done = meta["epoch_done"]
             self.unreadable = set(meta["unreadable"])
+            self.faulty_steps = int(jax.device_get(state.faulty_steps))
             self._check_labels(meta["annotations_sha256"], annotations_sha256)
             self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
         self.inputs = self._inputs(state)
@@ -135,7 +179,7 @@ class _Run:
             "fingerprint": built.dataset.fingerprint,
         }
         self.log.start(step if epoch_done else step - 1)
-        data = self._train_batches(step)
+        data = self.data = self._train_batches(step)
         while step < built.total_steps or not epoch_done:
             start = time.perf_counter()
             begun = step
@@ -143,7 +187,7 @@ class _Run:
                 state, step = self._train_epoch(state, step, data)
             state = self._finish_epoch(state, step, step - begun, start)
             epoch_done = True
-        self.checkpointer.wait()
+        self._all_saved()
         return self._report(state, step, "results.json")
 
     def _inputs(self, state: TrainState) -> sources.Dataset:
@@ -162,19 +206,26 @@ class _Run:
             report=self.log.console.print,
         )
 
-    def _train_batches(self, start: int) -> Iterator[Mapping[str, np.ndarray]]:
+    def _train_batches(self, start: int) -> Watched:
         config, built = self.config, self.experiment
         augment = experiment.augmentation(config)
-        return pipeline.train_iterator(
-            self.inputs.train.images,
-            batch_size=built.batch_size // jax.process_count(),
-            seed=config.seed,
-            augment=None if augment.is_identity else augment,
-            clean_view=experiment.needs_clean_view(built.options, config),
-            workers=config.data.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            start=start,
+        on_host = not (augment.is_identity or experiment.augments_on_device(config))
+
+        def batches_from(position: int) -> Iterator[Mapping[str, np.ndarray]]:
+            return pipeline.train_iterator(
+                self.inputs.train.images,
+                batch_size=built.batch_size // jax.process_count(),
+                seed=config.seed,
+                augment=augment if on_host else None,
+                clean_view=experiment.needs_clean_view(built.options, config),
+                workers=config.data.workers,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                start=position,
+            )
+
+        return Watched(
+            batches_from, start=start, timeout=config.data.timeout, report=self.log.console.print
         )
 
     def _train_epoch(
@@ -187,7 +238,7 @@ class _Run:
         title = f"epoch {epoch + 1}/{self.config.epochs}"
         with self.log.progress(title, end - step, built.batch_size) as bar:
             while step < end:
-                if self._stop_requested(step):
+                if self._stop_requested():
                     self._save(state, step, epoch_done=step % built.steps_per_epoch == 0)
                     self._stop(step)
                 batch = sharding.put_rows(built.mesh, self._readable(next(data)))
@@ -200,10 +251,7 @@ class _Run:
         return state, step
 
     def _readable(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns a batch for the device; names the images in whose place others stand.
-
-        Each process counts its own.
-        """
+        """Returns a batch for the device; names the images in whose place others stand."""
         batch = dict(batch)
         asked = batch.pop("asked", batch["row"])
         train = self.experiment.dataset.train
@@ -213,6 +261,13 @@ class _Run:
             self.log.console.print(
                 f"Training image {train.ids[row]} cannot be read; the next one stands in. {reason}"
             )
+        if jax.process_count() == 1:  # with several, all of them count before anything is saved
+            self._check_unreadable()
+        return batch
+
+    def _check_unreadable(self) -> None:
+        train = self.experiment.dataset.train
+        self.unreadable = cluster.union(self.unreadable, len(train.ids))
         share, most = len(self.unreadable) / len(train.ids), self.config.data.max_unreadable
         if share > most:
             names = ", ".join(train.ids[row] for row in sorted(self.unreadable)[:5])
@@ -221,7 +276,6 @@ class _Run:
                 f"({names}{', …' if len(self.unreadable) > 5 else ''}): more than "
                 f"data.max_unreadable={most}. Prepare the data again, or raise that share."
             )
-        return batch
 
     def _finish_epoch(
         self, state: TrainState, step: int, steps_done: int, start: float
@@ -231,16 +285,16 @@ class _Run:
         sums = {k: float(v) for k, v in jax.device_get(state.sums).items()}
         trained = time.perf_counter()
         epoch = step // built.steps_per_epoch
-        self._check_finite(sums, epoch, step)
+        self._check_finite(state)
         state = self.steps.recover(state)
         values: dict[str, Any] = {"epoch": epoch}
         for name in ("loss", "loss_known", "loss_recovered", "gradient_norm"):
-            values[f"train/{name}"] = sums[name] / sums["steps"]
+            values[f"train/{name}"] = _finite(sums[name] / max(sums["steps"], 1.0))
         found = self._recovery_values(state)
         values.update(found)
 
         def poll() -> None:
-            if self._stop_requested(step):
+            if self._stop_requested():
                 self._save(state, step, epoch_done=False)
                 self._stop(step)
 
@@ -335,11 +389,26 @@ class _Run:
 
     # Stopping, saving, checking ---------------------------------------------------------------
 
-    def _stop_requested(self, step: int) -> bool:
-        return self.guard is not None and self.guard.reached(step)
+    def _stop_requested(self) -> bool:
+        return self.guard is not None and self.guard.reached()
+
+    def _all_saved(self) -> None:
+        """Makes sure that the last checkpoint is whole on disk; else ends the run."""
+        error = None
+        try:
+            self.checkpointer.wait()
+        except CheckpointError as found:
+            error = found
+        if error is not None or self.saved is None:
+            steps = self.checkpointer.steps()
+            last = f"from step {steps[-1]}" if steps else "from its start"
+            raise InputError(
+                f"{error or 'The last checkpoint could not be saved.'} Make room there and run the "
+                f"same command again: it goes on {last}."
+            )
 
     def _stop(self, step: int) -> None:
-        self.checkpointer.wait()
+        self._all_saved()
         raise Preempted(f"Stopped by SIGTERM after step {step}; everything is saved.")
 
     def _save(
@@ -352,10 +421,20 @@ class _Run:
     ) -> None:
         if self.saved == (step, epoch_done):
             return
+        self._check_finite(state)
+        self._check_unreadable()
         unreadable = sorted(self.unreadable)
         meta = {**self.meta, "epoch_done": epoch_done, "unreadable": unreadable}
-        self.checkpointer.save(state, step=step, meta=meta, selection=selection)
+        try:
+            self.checkpointer.wait()
+        except CheckpointError as error:  # of the one before
+            self.log.console.print(f"{error} The run goes on.")
         self.saved = (step, epoch_done)
+        try:
+            self.checkpointer.save(state, step=step, meta=meta, selection=selection)
+        except CheckpointError as error:
+            self.log.console.print(f"{error} The run goes on.")
+            self.saved = None
 
     def _check_labels(self, stored: str, found: str) -> None:
         if stored != found:
@@ -365,13 +444,34 @@ class _Run:
                 "changed? Restore it, or start anew in another --workdir."
             )
 
-    def _check_finite(self, sums: Mapping[str, float], epoch: int, step: int) -> None:
-        if not np.isfinite(list(sums.values())).all():
+    def _check_finite(self, state: TrainState) -> None:
+        """Ends the run, or says what was skipped, where a loss or gradient was not finite.
+
+        Called before anything is saved: every checkpoint is of finite weights.
+        """
+        first, count = (int(x) for x in jax.device_get((state.fault_step, state.faulty_steps)))
+        if count <= self.faulty_steps:
+            return
+        ids = self.experiment.dataset.train.ids
+        rows = np.flatnonzero(evaluate.gather(state.faults)[: len(ids)])
+        names = ", ".join(f"{ids[row]} (row {row})" for row in rows[:5])
+        where = (
+            f"The loss or a gradient was NaN or infinite, first in step {first + 1} of "
+            f"{self.experiment.total_steps}, with the training images {names}"
+            + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+        )
+        allowed = self.config.optim.skip_nonfinite
+        if count > allowed:
+            saved = self.checkpointer.steps()
             raise InputError(
-                f"The loss or a gradient became NaN or infinite in epoch {epoch} (steps "
-                f"{step - int(sums['steps']) + 1} to {step}). Checkpoints up to epoch {epoch - 1} "
-                "are sound. Lower optim.learning_rate or set optim.clip_norm, in a new --workdir."
+                f"{where}. "
+                + (f"{count} steps were, {allowed} are allowed. " if allowed else "")
+                + (f"The checkpoint of step {saved[-1]} is sound. " if saved else "")
+                + "Look at these images, lower optim.learning_rate or set optim.clip_norm in a new "
+                "--workdir; or go on with optim.skip_nonfinite=N, which leaves out up to N steps."
             )
+        self.faulty_steps = count
+        self.log.console.print(f"{where}. Steps left out so far: {count}, allowed: {allowed}.")
 
     # Results ----------------------------------------------------------------------------------
 

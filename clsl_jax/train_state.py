@@ -7,7 +7,9 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from clsl_jax import sharding
 from clsl_jax.models.clsl import CLSL, backbone_of, head_of
 from clsl_jax.models.graph import label_adjacency
 
@@ -16,8 +18,8 @@ from clsl_jax.models.graph import label_adjacency
 class TrainState:
     """All that a training run carries from step to step.
 
-    N is the number of training images padded to a multiple of 256, C the number of classes. The
-    matrices [N, ...] are sharded by row over the mesh axis `data`; the rest is replicated.
+    N is the number of training images padded to a multiple of 256, C the number of classes. How
+    each array lies on the devices: `state_shardings`.
 
     Attributes:
       step: int32 [], updates done.
@@ -37,6 +39,9 @@ class TrainState:
       recovered: float32 [N, C] in [0, 1], recovered labels; known entries hold the label.
       recovered_weight: float32 [N, C] in [0, 1], their weights in the loss; 0 where still unknown.
       sums: float32 [] each, sums over the steps of the epoch so far; `steps` counts them.
+      faults: int32 [N], steps with a row's image whose loss or gradient was not finite.
+      fault_step: int32 [], the first of these steps, counted from 0; -1 if there was none.
+      faulty_steps: int32 [], how many there were.
     """
 
     step: jax.Array
@@ -55,9 +60,12 @@ class TrainState:
     recovered: jax.Array
     recovered_weight: jax.Array
     sums: Mapping[str, jax.Array]
+    faults: jax.Array
+    fault_step: jax.Array
+    faulty_steps: jax.Array
 
 
-ROW_SHARDED = ("annotations", "scores", "visits", "recovered", "recovered_weight")
+MATRICES = ("annotations", "scores", "recovered", "recovered_weight")
 SUM_NAMES = ("steps", "loss", "loss_known", "loss_recovered", "gradient_norm")
 
 
@@ -135,6 +143,9 @@ def init_state(
         recovered=(annotations == 1).astype(jnp.float32),
         recovered_weight=jnp.zeros(shape, jnp.float32),
         sums={name: jnp.zeros((), jnp.float32) for name in SUM_NAMES},
+        faults=jnp.zeros(shape[:1], jnp.int32),
+        fault_step=jnp.full((), -1, jnp.int32),
+        faulty_steps=jnp.zeros((), jnp.int32),
     )
 
 
@@ -166,10 +177,46 @@ def with_backbone(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> 
     }
 
 
-def state_shardings(state: TrainState, by_row: Any, replicated: Any) -> TrainState:
-    """Returns a tree like `state` (arrays or their shapes) that holds each array's sharding."""
-    shardings = jax.tree.map(lambda _: replicated, state)
-    return shardings.replace(**dict.fromkeys(ROW_SHARDED, by_row))
+# Parameters spread over the mesh axis `model`, by the last names of their path, and the axis that
+# is: columns of a layer that widens, rows of the one after it; classes wherever there are any.
+MODEL_SHARDED = {
+    ("linear1", "kernel"): 1,
+    ("linear2", "kernel"): 0,
+    ("semantic", "hidden", "kernel"): 1,
+    ("semantic", "out", "kernel"): 0,
+    ("attention", "visual", "kernel"): 1,
+    ("attention", "semantic", "kernel"): 1,
+    ("mlp_hidden", "kernel"): 1,
+    ("mlp_out", "kernel"): 1,
+    ("global_branch", "kernel"): 1,
+    ("pooled", "kernel"): 1,
+    ("classifier", "kernel"): 0,
+    ("label_embeddings",): 0,
+}
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns a tree like `state` (arrays or their shapes) that holds each array's sharding.
+
+    Matrices with a row for each image are spread by row over `data` and by class over `model`; the
+    wide layers of the head, whatever has a size of C, and their moments and averages over `model`;
+    all else, the backbone above all, is held whole by every device.
+    """
+    size = mesh.shape["model"]
+
+    def of_weight(path: Any, x: Any) -> NamedSharding:
+        names = tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
+        spec: list[str | None] = [None] * len(x.shape)
+        for suffix, axis in MODEL_SHARDED.items():
+            is_it = names[-len(suffix) :] == suffix and "backbone" not in names
+            if is_it and x.shape[axis] % size == 0:
+                spec[axis] = "model"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    matrix = sharding.by_row_and_class(mesh, state.annotations.shape[1])
+    shardings = jax.tree_util.tree_map_with_path(of_weight, state)
+    rows = sharding.by_row(mesh)
+    return shardings.replace(**dict.fromkeys(MATRICES, matrix), visits=rows, faults=rows)
 
 
 def evaluation_weights(state: TrainState, *, ema: bool) -> dict[str, Any]:

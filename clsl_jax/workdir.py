@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import atomic, npz
+from clsl_jax import atomic, cluster, npz
 from clsl_jax import config as config_lib
 from clsl_jax.data import partial
 from clsl_jax.errors import InputError
@@ -31,10 +31,14 @@ class Workdir:
         return os.path.join(self._directory, *names)
 
     def __enter__(self) -> "Workdir":
+        cluster.agree(self._take)
+        return self
+
+    def _take(self) -> None:
         try:
             os.makedirs(self._directory, exist_ok=True)
             if jax.process_index() == 0:
-                self._lock = open(self.path(".lock"), "a", encoding="utf-8")
+                self._lock = open(self.path(".lock"), "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise InputError(
                 f"--workdir={self._directory} cannot be written to ({error.strerror}): "
@@ -50,7 +54,6 @@ class Workdir:
                     f"Another process is running in --workdir={self._directory}: wait for it, "
                     "stop it, or name another directory."
                 ) from None
-        return self
 
     def __exit__(self, *unused: object) -> None:
         if self._lock is not None:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes (once) and activates the virtual environment.
 # Usage: source launch/environment.sh [PIP-TARGET ...]     such as '.[cuda12]'
 # CLSL_VENV names the environment (default .venv in the repository), CLSL_PYTHON the interpreter.

@@ -3,13 +3,69 @@
 #
 #   bash launch/local.sh                                   the embedded default, into runs/scenes
 #   bash launch/local.sh --workdir=DIR --config=configs/voc.py --config.data.dir=PREPARED
+#   bash launch/local.sh --processes 2                     as two processes, as on two hosts
 #
 # CLSL_EXTRA names the accelerator: cuda12, cuda13 or tpu (default: the CPU).
+# If one of several processes ends with an error, the others are stopped; what process K says beside
+# the first one goes to WORKDIR.process-K.log. SIGTERM and Ctrl-C reach all of them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh ".${CLSL_EXTRA:+[$CLSL_EXTRA]}"
 
+processes=1
+if [[ ${1:-} == --processes ]]; then
+  processes=${2:-}
+  shift $(($# < 2 ? $# : 2))
+elif [[ ${1:-} == --processes=* ]]; then
+  processes=${1#*=}
+  shift
+fi
+if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: --processes needs a number from 1 on, found '$processes'." >&2
+  exit 2
+fi
 arguments=" $* "
-[[ $arguments == *" --config="* ]] || set -- --config=configs/scenes.py "$@"
+[[ $arguments == *" --config="* || $arguments == *" --mode=evaluate "* ]] ||
+  set -- --config=configs/scenes.py "$@"
 [[ $arguments == *" --workdir="* ]] || set -- --workdir=runs/scenes "$@"
-exec python -m clsl_jax.main "$@"
+if ((processes == 1)); then
+  exec python -m clsl_jax.main "$@"
+fi
+
+for argument in "$@"; do
+  [[ $argument == --workdir=* ]] && workdir=${argument#*=}
+done
+mkdir -p "$(dirname "$workdir")"
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes
+pids=()
+for ((k = 0; k < processes; k++)); do
+  if ((k == 0)); then
+    JAX_PROCESS_ID=0 python -m clsl_jax.main --distributed "$@" &
+  else
+    JAX_PROCESS_ID=$k python -m clsl_jax.main --distributed "$@" >"${workdir%/}.process-$k.log" 2>&1 &
+  fi
+  pids+=($!)
+done
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+status=0
+remaining=$processes
+while ((remaining > 0)); do
+  code=0
+  wait -n "${pids[@]}" || code=$?
+  # A signal wakes `wait` too, before anybody has ended.
+  running=0
+  for pid in "${pids[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then running=$((running + 1)); fi
+  done
+  if ((running == remaining)); then continue; fi
+  remaining=$running
+  if ((code != 0 && status == 0)); then
+    status=$code
+    # The others wait for the one that has ended; ten seconds are for their own last words.
+    (sleep 10 && kill -KILL "${pids[@]}") 2>/dev/null &
+    watchdog=$!
+  fi
+done
+if [[ -n ${watchdog:-} ]]; then kill "$watchdog" 2>/dev/null || true; fi
+exit "$status"

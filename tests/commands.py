@@ -1,6 +1,7 @@
 """Runs the command line in processes of its own, as a user would, on a run of a few seconds."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -26,14 +27,15 @@ TINY = (
 )
 
 
-def environment(shared, devices=1):
+def environment(shared, devices=1, processes=1):
     """Environment with the caches of `shared` (a directory) and so many virtual devices."""
     settings = {
         **os.environ,
         "CLSL_CACHE_DIR": os.path.join(shared, "data"),
-        "JAX_COMPILATION_CACHE_DIR": os.path.join(shared, f"compiled-{devices}"),
+        "JAX_COMPILATION_CACHE_DIR": os.path.join(shared, f"compiled-{processes}x{devices}"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.path.join(REPOSITORY, "tests", "without_torch"),
         "PYTHONUNBUFFERED": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
     }
@@ -54,6 +56,48 @@ def start(shared, workdir, *arguments, devices=1, tiny=True, program=None):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_several(shared, workdir, *arguments, processes, devices):
+    """Starts so many processes of one run, each with so many devices, as on as many hosts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "clsl_jax.main", f"--workdir={workdir}", *arguments]
+    started = []
+    for k in range(processes):
+        settings = environment(shared, devices, processes)
+        settings["JAX_COORDINATOR_ADDRESS"] = address
+        settings["JAX_NUM_PROCESSES"], settings["JAX_PROCESS_ID"] = str(processes), str(k)
+        with open(f"{workdir}.{k}.log", "w", encoding="utf-8") as log:
+            started.append(
+                subprocess.Popen(
+                    [*command, "--distributed"],
+                    cwd=REPOSITORY,
+                    env=settings,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return started
+
+
+def run_several(shared, workdir, *arguments, processes, devices):
+    """Runs them to the end; returns (exit statuses, what each printed)."""
+    started = start_several(shared, workdir, *arguments, processes=processes, devices=devices)
+    try:
+        statuses = [process.wait(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return statuses, [read(f"{workdir}.{k}.log") for k in range(processes)]
+
+
+def read(path):
+    """Returns a file's text."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def run(shared, workdir, *arguments, **how):

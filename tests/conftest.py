@@ -1,6 +1,11 @@
-"""Eight virtual CPU devices for every test, compiled quickly; set before JAX starts."""
+"""Eight virtual CPU devices for every test, compiled quickly and once; set before JAX starts."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+import hypothesis
 
 # Most of the suite's time would be LLVM's.
 os.environ["XLA_FLAGS"] = (
@@ -8,9 +13,19 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit it
+    compiled = tempfile.mkdtemp(prefix="clsl-compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_collection_modifyitems(items):
     """Files with slow tests first, so that two workers end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+# The same examples on every run: a failure is there again tomorrow.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")

@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal on any number of devices, damage found and named."""
 
+import json
 import os
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clsl_jax import sharding
+from clsl_jax import checkpoint, sharding
 from clsl_jax.checkpoint import Checkpointer, CheckpointError, checksums
 
 
@@ -15,8 +16,8 @@ def make_state(seed=0, devices=8):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     rng = np.random.default_rng(seed)
     return {
-        "matrix": sharding.put_global_rows(mesh, rng.random((512, 5), np.float32)),
-        "labels": sharding.put_global_rows(mesh, rng.integers(-1, 2, (512, 5)).astype(np.int8)),
+        "matrix": sharding.put_matrix(mesh, rng.random((512, 5), np.float32)),
+        "labels": sharding.put_matrix(mesh, rng.integers(-1, 2, (512, 5)).astype(np.int8)),
         "weights": sharding.put_replicated(mesh, rng.standard_normal((64, 48)).astype(np.float32)),
         "half": sharding.put_replicated(mesh, jnp.asarray(rng.random(7), jnp.bfloat16)),
         "step": sharding.put_replicated(mesh, np.int32(seed)),
@@ -158,4 +159,17 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     other = {**make_state(), "weights": sharding.put_replicated(mesh, np.zeros((3, 3), np.float32))}
     with pytest.raises(CheckpointError, match="cannot be used"):
         checkpointer.restore(abstract(other), 1)
+    checkpointer.close()
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(tmp_path):
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 1)
+    checkpointer.close()
+    (path,) = (tmp_path / "1" / "meta").iterdir()
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "format": checkpoint.FORMAT_VERSION - 1}))
+    checkpointer = Checkpointer(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"1 cannot be used: format 2, this program reads 3"):
+        checkpointer.restore_latest(abstract(make_state()))
     checkpointer.close()

@@ -248,3 +248,44 @@ def test_softmax_pool_by_hand():
     pooled, weights = softmax_pool(logits)
     np.testing.assert_allclose(weights[0, :, 0], [0.25, 0.75], rtol=1e-6)
     np.testing.assert_allclose(pooled[0, 0], 0.75 * np.log(3.0), rtol=1e-6)
+
+
+def loss_and_parameters(**changes):
+    """A loss of the parameters alone, and their shapes."""
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.standard_normal((2, 32, 32, 3)), jnp.float32)
+    embeddings = jnp.asarray(rng.standard_normal((3, 4)), jnp.float32)
+    no_dropout = {"encoder_dropout": 0.0, "head_dropout": 0.0}
+    model = CLSL(num_classes=3, encoder_mlp=8, rank=4, **no_dropout, **changes)
+    init = partial(model.init, jax.random.key(0), images, embeddings, train=False)
+
+    def loss(variables):
+        (logits, _), _ = model.apply(
+            variables, images, embeddings, train=True, mutable=["batch_stats"]
+        )
+        return jnp.sum(logits**2)
+
+    return loss, init
+
+
+@pytest.mark.parametrize("backbone", ["small", "resnet18", "efficientnet_lite0"])
+def test_recomputing_blocks_keeps_less_for_the_backward_pass(backbone):
+    kept = []
+    for remat in (False, True):
+        loss, init = loss_and_parameters(backbone=backbone, remat=remat)
+        shapes = jax.eval_shape(init)
+        backward = jax.eval_shape(lambda x, loss=loss: jax.vjp(loss, x)[1], shapes)
+        kept.append(sum(x.size for x in jax.tree.leaves(backward)))
+        weights = sum(x.size for x in jax.tree.leaves(shapes))
+    assert kept[1] - weights < 0.8 * (kept[0] - weights)
+
+
+def test_recomputing_blocks_changes_no_number():
+    results = []
+    for remat in (False, True):
+        loss, init = loss_and_parameters(backbone="small", backbone_widths=(4, 8), remat=remat)
+        results.append(jax.jit(jax.value_and_grad(loss))(jax.jit(init)()))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (1 + abs(a).max())),
+        *results,
+    )

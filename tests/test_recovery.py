@@ -73,7 +73,8 @@ def test_no_momentum_keeps_the_last_value():
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
-    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12), st.floats(0, 0.9375, width=32)
+    st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=1, max_size=12),
+    st.floats(0, 0.9375, width=32),
 )
 def test_scores_are_the_normalised_exponential_average(values, momentum):
     scores, visits = jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32)
@@ -227,8 +228,8 @@ wild_matrix = hnp.arrays(np.float32, (N, C), elements=st.floats(width=32))
     matrix,
     annotation_matrix,
     visit_vector,
-    st.floats(0, 1, width=32),
-    st.floats(0, 1, width=32),
+    st.floats(0, 1, width=32, allow_subnormal=False),
+    st.floats(0, 1, width=32, allow_subnormal=False),
     st.integers(0, 6),
 )
 def test_adaptive_thresholds_equal_brute_force(

@@ -191,7 +191,7 @@ def test_affine_operations_are_pillows_away_from_the_border(name, sign):
     small = Image.fromarray(_image(6))
     image = small.resize((60, 44), Image.Resampling.BICUBIC)
     found = np.asarray(transforms.apply_operation(image, name, 12, sign)).astype(int)
-    a, b, c, d, e, f = transforms._affine_matrix(name, 0.4 * sign, image.size)
+    a, b, c, d, e, f = transforms.affine_matrix(name, 0.4 * sign, image.size)
     x, y = image.width / 2, image.height / 2
     matrix = (a, b, c + x - a * x - b * y, d, e, f + y - d * x - e * y)
     expected = image.transform(

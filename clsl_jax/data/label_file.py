@@ -85,14 +85,12 @@ def _read_npz(path: pathlib.Path) -> np.ndarray:
 def _read_npy(path: pathlib.Path) -> np.ndarray:
     """Reads bool [N, C] from an array of booleans, or of integers 0 and 1."""
     try:
-        with open(path, "rb") as file:
-            mask = np.lib.format.read_array(file, allow_pickle=False)
+        mask = npz.parse(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
-    except Exception as error:  # a foreign or cut-off file fails in many ways in NumPy's parser
-        reason = str(error).strip().partition("\n")[0]
+    except npz.ArrayError as error:
         raise InputError(
-            f"{path} is no .npy file of numbers, or is damaged ({reason}); write it by "
+            f"{path} is no .npy file of numbers, or is damaged ({error}); write it by "
             "numpy.save(path, mask), mask a bool array."
         ) from None
     if mask.dtype != np.bool_ and mask.dtype.kind not in "iu":
@@ -169,7 +167,9 @@ def _class_columns(
         if name in place:
             found[column] = place[name]
         elif column != id_column and name.lower() not in SPLIT_COLUMNS:
-            near = difflib.get_close_matches(name, class_names, n=3)
+            # A file of something else may have any number of columns, and this takes its time.
+            shown = len(faults) < _FAULTS_SHOWN
+            near = difflib.get_close_matches(name, class_names, n=3) if shown else []
             lowered = [known for known in class_names if known.lower() == name.lower()]
             near = list(dict.fromkeys([*lowered, *near]))
             hint = f"near ones: {', '.join(map(repr, near))}" if near else "and none is like it"

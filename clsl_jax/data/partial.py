@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clsl_jax import atomic
+from clsl_jax import atomic, npz
 from clsl_jax.errors import InputError
 
 UNKNOWN = -1
@@ -145,18 +145,22 @@ def load_mask(path: str | os.PathLike) -> tuple[np.ndarray, dict]:
       FileNotFoundError: no such file.
       InputError: the file is cut off, is something else, or does not match its own SHA-256.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(path)
+    stored = npz.read(os.fspath(path), ("bits", "facts"), made_by="a run")
     try:
-        with np.load(path) as stored:
-            facts = json.loads(str(stored["facts"]))
-            count = int(np.prod(facts["shape"]))
-            mask = np.unpackbits(stored["bits"], count=count).astype(bool).reshape(facts["shape"])
-    except FileNotFoundError:
-        raise
-    except Exception as error:
+        facts = json.loads(str(stored["facts"]))
+        n, c = facts["shape"]
+        sha256 = facts["sha256"]
+        # Before room is made for them: `unpackbits` adds as many zeros as it is asked for.
+        if min(n, c) < 0 or stored["bits"].shape != (-(-n * c // 8),):
+            raise ValueError(f"{stored['bits'].size} bytes for a mask of shape {[n, c]}")
+        mask = np.unpackbits(stored["bits"], count=n * c).astype(bool).reshape(n, c)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{path}: not a readable mask file ({error}); delete it to draw it anew"
         ) from error
-    if mask_sha256(mask) != facts["sha256"]:
+    if mask_sha256(mask) != sha256:
         raise InputError(
             f"{path}: the mask's SHA-256 is not the one stored with it; delete it to draw it anew"
         )

@@ -13,7 +13,7 @@ MAX_MAGNITUDE = 30
 # ITU-R 601, as in Pillow's conversion to grey.
 _LUMINANCE = (0.299, 0.587, 0.114)
 
-_AFFINE = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+AFFINE = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 _ENHANCE = {
     "brightness": ImageEnhance.Brightness,
     "color": ImageEnhance.Color,
@@ -21,7 +21,7 @@ _ENHANCE = {
     "sharpness": ImageEnhance.Sharpness,
 }
 RANDAUGMENT_OPERATIONS = (
-    *("identity", *_AFFINE, *_ENHANCE),
+    *("identity", *AFFINE, *_ENHANCE),
     *("posterize", "solarize", "autocontrast", "equalize"),
 )
 
@@ -101,7 +101,7 @@ class Augment:
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     """Maps output pixel centres, measured from the image's centre, to the input by a 2x3 matrix.
 
-    By OpenCV, which takes a fifth of Pillow's time; its positions are rounded to 1/32 pixel.
+    By OpenCV, which takes a fifth of Pillow's time.
     """
     a, b, c, d, e, f = matrix
     # From pixel centres to OpenCV's integer positions: the centre lies at (side - 1) / 2.
@@ -183,8 +183,8 @@ def apply_operation(image: Image.Image, name: str, magnitude: float, sign: float
       RGB image of the same size.
     """
     level = magnitude / MAX_MAGNITUDE
-    if name in _AFFINE:
-        return _affine(image, _affine_matrix(name, level * sign, image.size))
+    if name in AFFINE:
+        return _affine(image, affine_matrix(name, level * sign, image.size))
     if name in _ENHANCE:
         return _ENHANCE[name](image).enhance(1 + 0.9 * level * sign)
     match name:
@@ -202,7 +202,7 @@ def apply_operation(image: Image.Image, name: str, magnitude: float, sign: float
     raise ValueError(f"{name!r} is no operation; choose one of {', '.join(RANDAUGMENT_OPERATIONS)}")
 
 
-def _affine_matrix(name: str, level: float, size: tuple[int, int]) -> tuple[float, ...]:
+def affine_matrix(name: str, level: float, size: tuple[int, int]) -> tuple[float, ...]:
     """The 2x3 matrix from output to input of an affine operation; `level` is in [-1, 1]."""
     width, height = size
     match name:

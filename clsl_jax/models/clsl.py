@@ -4,7 +4,7 @@ Source: CLSL, arXiv 2510.10055.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -65,6 +65,9 @@ class CLSLHead(nn.Module):
       rank: of SGFE's attention.
       head_dropout: rate in SGFE's MLP.
       dtype: compute type; parameters, softmaxes, norms and logits are float32.
+      remat: the backward pass computes the inside of each residual and encoder block again instead
+        of keeping it.
+      place: applied to the features; says where they lie on the devices. None leaves that open.
     """
 
     num_classes: int
@@ -82,6 +85,8 @@ class CLSLHead(nn.Module):
     rank: int = 1024
     head_dropout: float = 0.5
     dtype: Any = jnp.float32
+    remat: bool = False
+    place: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(
@@ -115,6 +120,8 @@ class CLSLHead(nn.Module):
           ValueError: the embeddings are not [C, E], or an adjacency is missing.
         """
         b, h, w, d = features.shape
+        if self.place is not None:
+            features = self.place(features)
         x = Encoder(
             layers=self.encoder_layers,
             heads=self.encoder_heads,
@@ -123,6 +130,7 @@ class CLSLHead(nn.Module):
             norm_first=self.encoder_norm_first,
             final_norm=self.encoder_final_norm,
             positions=self.positions,
+            remat=self.remat,
             dtype=self.dtype,
             name="encoder",
         )(features, train=train)
@@ -220,6 +228,7 @@ def backbone_of(model: CLSL, *, name: str | None = None) -> nn.Module:
         stage_sizes=model.backbone_stage_sizes,
         widths=model.backbone_widths,
         dtype=model.dtype,
+        remat=model.remat,
         name=name,
     )
 

@@ -1,8 +1,15 @@
-"""Convolution that stays fast on a CPU where the map has shrunk to almost nothing.
+"""Convolution that is fast on a CPU as well, forward and backward.
 
-XLA's CPU backend computes a 3x3 convolution on a 2x2 map, forward and backward, a hundred times
-slower than the same number of products elsewhere (512 channels, 16 images, 2 cores: 550 ms instead
-of 5). There, and only there, it is a matrix product over patches.
+XLA's CPU backend is as fast as any at most convolutions, but not at all; other backends keep the
+plain form. Measured by `benchmarks/convolutions.py` (2 cores, float32):
+
+* 1x1: the gradient of the kernel is 2 to 15 times slower than the matrix product it is. In that
+  product in turn, XLA transposes its first operand in memory, which had better be the smaller one.
+* The gradient of the input at stride 1 is 1.2 times slower than the same convolution, that of the
+  output's gradient with the turned kernel, asked for outright.
+* A 3x3 convolution on a 2x2 map, forward and backward, is a hundred times slower than the same
+  number of products elsewhere (512 channels, 16 images: 550 ms instead of 5). There, and only
+  there, it is a matrix product over patches.
 """
 
 from collections.abc import Sequence
@@ -42,10 +49,13 @@ def conv_general_dilated(
     direct = partial(
         jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
     )
-    if kh * kw == 1 or h * w > SMALL_MAP:
+    if kh * kw == 1 or h * w <= SMALL_MAP:
+        on_cpu = partial(_by_patches, strides=window_strides, padding=padding, size=(h, w))
+    elif tuple(window_strides) == (1, 1):
+        on_cpu = partial(_with_turned_kernel, tuple(map(tuple, padding)), tuple(options.items()))
+    else:
         return direct(lhs, rhs)
-    patches = partial(_by_patches, strides=window_strides, padding=padding, size=(h, w))
-    return jax.lax.platform_dependent(lhs, rhs, cpu=patches, default=direct)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=direct)
 
 
 def _by_patches(
@@ -60,4 +70,58 @@ def _by_patches(
         for i in range(kh)
         for j in range(kw)
     ]
-    return jnp.concatenate(taps, -1) @ kernel.reshape(-1, o)
+    return _product(jnp.concatenate(taps, -1), kernel.reshape(-1, o))
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, h, w, I] times kernel [I, O]."""
+    return x @ kernel
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array) -> Any:
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(saved: Any, grad: jax.Array) -> Any:
+    x, kernel = saved
+    rows, grad_rows = (y.reshape(-1, y.shape[-1]) for y in (x, grad))
+    if x.shape[-1] <= grad.shape[-1]:
+        return grad @ kernel.T, rows.T @ grad_rows
+    return grad @ kernel.T, (grad_rows.T @ rows).T
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_turned_kernel(
+    padding: tuple[tuple[int, int], ...],
+    options: tuple[tuple[str, Any], ...],
+    x: jax.Array,
+    kernel: jax.Array,
+) -> jax.Array:
+    """A convolution of stride 1 whose gradient of `x` is a plain convolution itself."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, **dict(options))
+
+
+def _turned_forward(padding: Any, options: Any, x: jax.Array, kernel: jax.Array) -> Any:
+    return _with_turned_kernel(padding, options, x, kernel), (x, kernel)
+
+
+def _turned_backward(padding: Any, options: Any, saved: Any, grad: jax.Array) -> Any:
+    x, kernel = saved
+    turned = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+    # So many zeros that the result has the size of x, however uneven those of the forward pass.
+    zeros = [
+        (size - 1 - before, size - 1 - after)
+        for size, (before, after) in zip(kernel.shape[:2], padding, strict=True)
+    ]
+    x_grad = jax.lax.conv_general_dilated(grad, turned, (1, 1), zeros, **dict(options))
+    (kernel_grad,) = jax.vjp(
+        lambda k: jax.lax.conv_general_dilated(x, k, (1, 1), padding, **dict(options)), kernel
+    )[1](grad)
+    return x_grad, kernel_grad
+
+
+_with_turned_kernel.defvjp(_turned_forward, _turned_backward)

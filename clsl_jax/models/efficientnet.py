@@ -182,7 +182,7 @@ class MBConvBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """x [B, H, W, D] -> [B, ceil(H / stride), ceil(W / stride), width]."""
         y = x
         if self.expansion != 1:
@@ -208,10 +208,12 @@ class EfficientNetLite0(nn.Module):
 
     Attributes:
       head: with the last 1x1 convolution, D = 1280; otherwise D = 320.
+      remat: the backward pass computes the inside of each block again instead of keeping it.
       dtype: compute type; parameters and norms are float32.
     """
 
     head: bool = False
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -221,17 +223,18 @@ class EfficientNetLite0(nn.Module):
         x = (x + (255 * _IMAGENET_MEAN - 127) / 128).astype(self.dtype)
         x = _convolution(STEM_WIDTH, 3, 2, self.dtype, "conv_stem")(x)
         x = nn.relu6(_norm(self.dtype, "bn0")(x, train=train))
+        block = nn.remat(MBConvBlock, static_argnums=2) if self.remat else MBConvBlock
         index = 0
         for blocks, size, stride, expansion, width in STAGES:
             for i in range(blocks):
-                x = MBConvBlock(
+                x = block(
                     width,
                     size=size,
                     stride=stride if i == 0 else 1,
                     expansion=expansion,
                     dtype=self.dtype,
                     name=f"blocks_{index}",
-                )(x, train=train)
+                )(x, train)
                 index += 1
         if self.head:
             x = _convolution(HEAD_WIDTH, 1, 1, self.dtype, "conv_head")(x)

@@ -101,7 +101,7 @@ class EncoderLayer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array | None, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array | None, train: bool) -> jax.Array:
         """x [B, P, D], positions [P, D] or None -> [B, P, D]."""
         d = x.shape[-1]
 
@@ -143,6 +143,7 @@ class Encoder(nn.Module):
       heads, mlp, dropout, norm_first, dtype: as in `EncoderLayer`.
       final_norm: one more LayerNorm at the end (usual with norm_first).
       positions: add 2-D sine positions to queries and keys.
+      remat: the backward pass computes the inside of each layer again.
     """
 
     layers: int = 1
@@ -152,6 +153,7 @@ class Encoder(nn.Module):
     norm_first: bool = False
     final_norm: bool = False
     positions: bool = True
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -162,13 +164,14 @@ class Encoder(nn.Module):
         if not self.layers:
             return x
         positions = sine_positions(h, w, d).reshape(h * w, d) if self.positions else None
+        layer = nn.remat(EncoderLayer, static_argnums=3) if self.remat else EncoderLayer
         for i in range(self.layers):
-            x = EncoderLayer(
+            x = layer(
                 self.heads,
                 self.mlp,
                 self.dropout,
                 self.norm_first,
                 self.dtype,
                 name=f"layers_{i}",
-            )(x, positions, train=train)
+            )(x, positions, train)
         return layer_norm(self.dtype, "norm")(x) if self.final_norm else x

@@ -60,7 +60,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """x [B, H, W, D] -> [B, ceil(H / stride), ceil(W / stride), width or 4 width]."""
         if self.bottleneck:
             plan = ((self.width, 1, 1), (self.width, 3, self.stride), (4 * self.width, 1, 1))
@@ -88,6 +88,7 @@ class ResNet(nn.Module):
       stem_size: side of the stem's convolution, which has stride 2 and is followed by a
         3x3 maximum with stride 2.
       stem_width: channels of the stem; 0 takes `widths[0]`.
+      remat: the backward pass computes the inside of each block again instead of keeping it.
       dtype: compute type; parameters and norms are float32.
     """
 
@@ -96,6 +97,7 @@ class ResNet(nn.Module):
     bottleneck: bool = False
     stem_size: int = 7
     stem_width: int = 0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -111,15 +113,16 @@ class ResNet(nn.Module):
         x = _convolution(stem_width, self.stem_size, 2, self.dtype, "conv1")(x)
         x = nn.relu(BatchNorm(dtype=self.dtype, name="bn1")(x, train=train))
         x = max_pool_3x3_stride_2(x)
+        block = nn.remat(Block, static_argnums=2) if self.remat else Block
         for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True)):
             for i in range(size):
-                x = Block(
+                x = block(
                     width,
                     stride=2 if stage > 0 and i == 0 else 1,
                     bottleneck=self.bottleneck,
                     dtype=self.dtype,
                     name=f"layer{stage + 1}_{i}",
-                )(x, train=train)
+                )(x, train)
         return x
 
 
@@ -129,6 +132,7 @@ def build_backbone(
     stage_sizes: Sequence[int] | None = None,
     widths: Sequence[int] | None = None,
     dtype: Any = jnp.float32,
+    remat: bool = False,
     name: str | None = None,
 ) -> nn.Module:
     """The network of that name: 'resnet18', '34', '50', '101', '152' or 'small'.
@@ -141,13 +145,14 @@ def build_backbone(
       stage_sizes: blocks in each stage, instead of the named ones; one each for 'small'.
       widths: inner channels of each stage, instead of the named ones.
       dtype: compute type.
+      remat: see `ResNet`.
       name: the module's name inside its parent.
 
     Raises:
       ValueError: the name is none of these.
     """
     if backbone == "efficientnet_lite0":
-        return EfficientNetLite0(dtype=dtype, name=name)
+        return EfficientNetLite0(dtype=dtype, remat=remat, name=name)
     if backbone not in STAGE_SIZES:
         raise ValueError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
     if backbone == "small":
@@ -162,6 +167,7 @@ def build_backbone(
         widths=widths,
         bottleneck=backbone in BOTTLENECK,
         dtype=dtype,
+        remat=remat,
         name=name,
         **stem,
     )

@@ -8,6 +8,7 @@ Source: CPython's `pickletools` (the opcodes), `torch/_utils.py` (arguments of t
 """
 
 import pickletools
+import reprlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
@@ -56,6 +57,18 @@ class RefusedError(Exception):
 
 class DamagedError(Exception):
     """The pickle is no valid one, or says impossible things."""
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+
+
+def shown(value: Any) -> str:
+    """A value in a few words; a pickle can build one that takes years to write out."""
+    try:
+        return f"{_REPR.repr(value):.80}"
+    except ValueError:
+        return "a number of many digits"
 
 
 class Name(NamedTuple):
@@ -119,7 +132,10 @@ class Tensor(NamedTuple):
         if count * size > max(length, _MAX_EXPANDED):
             raise DamagedError(f"a tensor of shape {self.shape} repeats {length} bytes")
         if not count:
-            return np.zeros(self.shape, self.dtype)
+            try:
+                return np.zeros(self.shape, self.dtype)
+            except ValueError as error:  # the other axes may be of any length
+                raise DamagedError(f"a tensor of shape {self.shape}: {error}") from error
         flat = np.frombuffer(block, self.dtype, last + 1, start)[self.offset :]
         steps = zip(self.shape, self.strides, strict=True)
         strides = tuple(step * size if n > 1 else 0 for n, step in steps)
@@ -134,7 +150,8 @@ def _check_view(storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.d
     numbers = (offset, *shape, *strides)
     plain = all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers)
     if not (isinstance(storage, Storage) and plain and len(shape) == len(strides) <= 32):
-        raise DamagedError(f"no tensor: shape {shape}, strides {strides}, offset {offset}")
+        what = f"shape {shown(shape)}, strides {shown(strides)}, offset {shown(offset)}"
+        raise DamagedError(f"no tensor: {what}")
     return Tensor(storage, offset, tuple(shape), tuple(strides), dtype)
 
 
@@ -144,6 +161,8 @@ def _refuse_metadata(metadata: Any) -> None:
 
 
 def _rebuild_tensor(storage: Storage, offset: int, shape: tuple, strides: tuple) -> Tensor:
+    if not isinstance(storage, Storage):
+        raise DamagedError(f"a tensor of {shown(storage)}, which is no storage")
     return _check_view(storage, offset, shape, strides, storage.dtype)
 
 
@@ -171,8 +190,8 @@ def _rebuild_tensor_v3(
     metadata: Any = None,
 ) -> Tensor:
     _refuse_metadata(metadata)
-    if dtype.kind != "dtype":
-        raise DamagedError(f"{dtype} is no element type")
+    if not (isinstance(dtype, Name) and dtype.kind == "dtype"):
+        raise DamagedError(f"{shown(dtype)} is no element type")
     return _check_view(storage, offset, shape, strides, dtype.value)
 
 
@@ -261,6 +280,9 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        # Opcodes run, and values that calls were given: a call may copy all of a list, and many
+        # calls may name the same one.
+        self.steps = self.given = 0
 
     def pop_mark(self) -> list[Any]:
         """The items since the last mark."""
@@ -269,6 +291,7 @@ class _Machine:
 
     def step(self, op: str, arg: Any) -> None:
         """Runs one opcode (all but STOP)."""
+        self.steps += 1
         stack = self.stack
         if op in _LITERALS:
             stack.append(arg)
@@ -314,7 +337,11 @@ class _Machine:
         elif op in ("REDUCE", "NEWOBJ"):
             arguments, name = self.stack.pop(), self.stack.pop()
             if not (isinstance(name, Name) and name.kind == "call"):
-                raise RefusedError(f"a call of {name!r:.80}")
+                raise RefusedError(f"a call of {shown(name)}")
+            containers = (a for a in arguments if isinstance(a, (list, tuple, dict)))
+            self.given += len(arguments) + sum(map(len, containers))
+            if self.given > 10_000 + 100 * self.steps:
+                raise DamagedError("calls that repeat the same values")
             self.stack.append(name.value(*arguments))
         elif op == "BUILD":
             # Attributes: hooks, metadata, options. None of them is a weight.
@@ -377,7 +404,18 @@ def load(file: BinaryIO, persistent: Callable[[Any], Any] | None = None) -> Any:
 
 
 def _no_persistent(reference: Any) -> Any:
-    raise DamagedError(f"an unexpected reference {reference!r:.80}")
+    raise DamagedError(f"an unexpected reference {shown(reference)}")
+
+
+def storage_key(key: Any) -> str:
+    """The key of a storage as text; torch writes them as text and as numbers.
+
+    Raises:
+      DamagedError: it is neither.
+    """
+    if not (isinstance(key, str) or (isinstance(key, int) and abs(key) < 1 << 64)):
+        raise DamagedError(f"a storage of the name {shown(key)}")
+    return str(key)
 
 
 def storage_reference(reference: Any) -> Any:
@@ -387,17 +425,18 @@ def storage_reference(reference: Any) -> Any:
       RefusedError: the id is another kind of thing: a module's class.
       DamagedError: it is none.
     """
-    if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
+    if not (isinstance(reference, tuple) and 5 <= len(reference) <= 6) or reference[0] != "storage":
         kind = reference[0] if isinstance(reference, tuple) and reference else reference
         if kind == "module":
             raise RefusedError("a module's class")
-        raise DamagedError(f"reference {kind!r:.80}")
+        raise DamagedError(f"reference {shown(kind)}")
     _, name, key, _, length, *view = reference
     if not (isinstance(name, Name) and name.kind == "storage" and isinstance(length, int)):
-        raise DamagedError(f"storage {key!r:.80}")
+        raise DamagedError(f"storage {shown(key)}")
     start = 0
     if view and view[0] is not None:
         _, start, length = view[0]
     if not (isinstance(start, int) and 0 <= start < 1 << 62 and 0 <= length < 1 << 62):
-        raise DamagedError(f"storage {key!r:.80} of {length} elements from {start}")
-    return Storage(str(key), name.value, length, start)
+        numbers = f"{shown(length)} elements from {shown(start)}"
+        raise DamagedError(f"storage {shown(key)} of {numbers}")
+    return Storage(storage_key(key), name.value, length, start)

@@ -13,7 +13,6 @@ import os
 import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from clsl_jax import npz
 from clsl_jax.errors import InputError
 from clsl_jax.models import torch_pickle
 from clsl_jax.models.torch_pickle import DamagedError, RefusedError, Storage, Tensor
@@ -44,6 +44,10 @@ ENVELOPES = (
 _PREFIXES = ("module.", "_orig_mod.")
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+# What the tensors of a file may take: so many times its storages, or so many bytes. Each tensor is
+# an array of its own, and a small file could name the same numbers any number of times.
+_SHARED = 16
+_EXPANDED = 1 << 27
 _SAVE_AGAIN = "Download or copy the file again, and compare its size and checksum."
 _CONVERT = (
     "Where the file was made, save model.state_dict() alone, or convert that to .safetensors."
@@ -125,28 +129,29 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise DamagedError(f"{name} has the element type {entry['dtype']}, which is not read")
         dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
-        arrays[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+        try:
+            arrays[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+        except (ValueError, OverflowError) as error:  # more axes, or longer ones, than NumPy's
+            raise DamagedError(f"{name}: {error}") from error
     return arrays
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     arrays = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with npz.opened(path) as archive:
             for name in archive.namelist():
-                # All of it first: only that checks its checksum before it is parsed.
-                data = io.BytesIO(archive.read(name))
                 if not name.endswith(".npy"):
                     raise DamagedError(f"{name} is none of NumPy's arrays")
-                array = np.lib.format.read_array(data, allow_pickle=False)
-                arrays[name.removesuffix(".npy")] = array
-    except ValueError as error:
-        if "allow_pickle" in str(error):
-            raise RefusedError(f"a pickle, in {name}") from error
+                array = npz.member(archive, name)
+                if array.dtype.kind not in "fiubc":
+                    raise DamagedError(f"{name} holds {array.dtype}, which is no kind of number")
+                arrays[name.removesuffix(".npy")] = np.asarray(array, order="C")
+    except npz.PickleError as error:
+        raise RefusedError(f"a pickle, in {error}") from error
+    except npz.ArrayError as error:
         raise DamagedError(str(error)) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, MemoryError) as error:
-        raise DamagedError(str(error)) from error
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return arrays
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -187,12 +192,26 @@ def _views(tensors: Mapping[str, Tensor], block: Callable[[str], Any]) -> dict[s
     """Arrays of tensors; `block` gives the little-endian bytes of a storage's key."""
     blocks: dict[str, Any] = {}
     arrays = {}
+    size = room = 0
     for name, tensor in tensors.items():
         key = tensor.storage.key
         if key not in blocks:
             blocks[key] = block(key)
+            room += _SHARED * len(blocks[key])
         arrays[name] = tensor.view(blocks[key])
+        size += arrays[name].nbytes
+        if size > max(room, _EXPANDED):
+            raise DamagedError(
+                f"up to {name}, its tensors take {size:,} bytes, many times those in the file"
+            )
     return arrays
+
+
+# What zipfile raises on archives that were tampered with.
+_ZIP_ERRORS = (
+    *(zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError, OverflowError),
+    *(IndexError, struct.error),
+)
 
 
 def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
@@ -208,13 +227,15 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
             if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
                 # PyTorch never compresses, and a small file could otherwise fill the memory.
                 raise DamagedError("a compressed archive")
+            if sum(i.file_size for i in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                raise DamagedError("members that take more than the file")
             order = f"{root}byteorder"
             if order in names and archive.read(order) != b"little":
                 raise DamagedError("written on a big-endian machine, which is not read")
             data = io.BytesIO(archive.read(pickles[0]))
             content = torch_pickle.load(data, torch_pickle.storage_reference)
             return _views(_select(content), lambda key: archive.read(f"{root}data/{key}"))
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError) as error:
+    except _ZIP_ERRORS as error:
         raise DamagedError(str(error)) from error
 
 
@@ -236,7 +257,7 @@ def _read_stream(content: mmap.mmap) -> dict[str, np.ndarray]:
     if not isinstance(keys, list):
         raise DamagedError("no list of storages")
     blocks = {}
-    for key in map(str, keys):
+    for key in map(torch_pickle.storage_key, keys):
         if key not in itemsize:
             raise DamagedError(f"storage {key:.80} is used by no tensor")
         blocks[key] = _read_block(content, itemsize[key])
@@ -257,9 +278,10 @@ def _read_exactly(content: Any, count: int) -> bytes:
 
 
 def _lookup(table: Mapping[str, Any], key: Any) -> Any:
-    if str(key) not in table:
-        raise DamagedError(f"the reference {key!r:.80} leads nowhere")
-    return table[str(key)]
+    name = torch_pickle.storage_key(key)
+    if name not in table:
+        raise DamagedError(f"the reference {name:.80} leads nowhere")
+    return table[name]
 
 
 def _read_tar(file: BinaryIO) -> dict[str, np.ndarray]:
@@ -267,10 +289,11 @@ def _read_tar(file: BinaryIO) -> dict[str, np.ndarray]:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             members = {}
             for name in ("storages", "tensors", "pickle"):
-                member = archive.extractfile(name)
-                if member is None:
-                    raise DamagedError(f"{name} is no file")
-                members[name] = io.BytesIO(member.read())
+                member = archive.getmember(name)
+                # Links may lead in a circle, and a sparse file is as large as it says.
+                if not member.isreg() or member.issparse():
+                    raise DamagedError(f"{name} is no plain file")
+                members[name] = io.BytesIO(archive.extractfile(member).read())
     except (tarfile.TarError, KeyError, ValueError, OverflowError) as error:
         raise DamagedError(f"no complete tar archive of PyTorch's: {error}") from error
 
@@ -286,7 +309,7 @@ def _read_tar(file: BinaryIO) -> dict[str, np.ndarray]:
         if min(numbers) < 0:
             raise DamagedError(f"a tensor with the shape and strides {numbers}")
         owner = _lookup(storages, storage)
-        tensors[str(key)] = Tensor(
+        tensors[torch_pickle.storage_key(key)] = Tensor(
             owner, numbers[-1], numbers[:dims], numbers[dims:-1], owner.dtype
         )
 
@@ -307,34 +330,37 @@ def _read_tar_storages(file: BinaryIO) -> tuple[dict[str, bytes], dict[str, Stor
     for _ in range(_read_count(file)):
         key, _, name = _read_tuple(file, 3)
         if not (isinstance(name, torch_pickle.Name) and name.kind == "storage"):
-            raise DamagedError(f"storage {key!r:.80} has no type")
-        block = _read_block(file, name.value.itemsize)
-        blocks[str(key)] = block
-        length = len(block) // name.value.itemsize
-        storages[str(key)] = Storage(str(key), name.value, length)
+            raise DamagedError(f"storage {torch_pickle.shown(key)} has no type")
+        key = torch_pickle.storage_key(key)
+        blocks[key] = _read_block(file, name.value.itemsize)
+        length = len(blocks[key]) // name.value.itemsize
+        storages[key] = Storage(key, name.value, length)
     views = torch_pickle.load(file)
     for view in views if isinstance(views, list) else ():
         if not isinstance(view, tuple) or len(view) != 4:
             raise DamagedError("a storage view of another form")
         key, root, offset, length = view
         if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in (offset, length)):
-            raise DamagedError(f"a storage view of {length!r:.20} from {offset!r:.20}")
+            numbers = f"{torch_pickle.shown(length)} from {torch_pickle.shown(offset)}"
+            raise DamagedError(f"a storage view of {numbers}")
         owner = _lookup(storages, root)
-        storages[str(key)] = owner._replace(start=owner.start + offset, length=length)
+        storages[torch_pickle.storage_key(key)] = owner._replace(
+            start=owner.start + offset, length=length
+        )
     return blocks, storages
 
 
 def _read_count(file: BinaryIO) -> int:
     count = torch_pickle.load(file)
     if not isinstance(count, int) or count < 0:
-        raise DamagedError(f"a count of {count!r:.20}")
+        raise DamagedError(f"a count of {torch_pickle.shown(count)}")
     return count
 
 
 def _read_tuple(file: BinaryIO, length: int) -> tuple:
     found = torch_pickle.load(file)
     if not isinstance(found, tuple) or len(found) != length:
-        raise DamagedError(f"{length} values expected, found {found!r:.80}")
+        raise DamagedError(f"{length} values expected, found {torch_pickle.shown(found)}")
     return found
 
 

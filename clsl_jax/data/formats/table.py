@@ -268,22 +268,29 @@ def _read_images(
     paths = [folder / name for name in ids]
     first: dict[str, int] = {}
     for row, name in enumerate(ids):
-        if not name:
+        if not name or "\0" in name:
             faults.add(row, column, "expected the path of an image")
         elif name in first:
             number = table.first_row + first[name]
             faults.add(
                 row, column, f"row {number} has the same image; expected one row for each image"
             )
-        elif not may_miss and not paths[row].is_file():
+        elif not may_miss and not _is_file(paths[row]):
             expected = f"no such file; expected the path of an image below {folder}"
             faults.add(row, column, expected, " (to go on without them: --leave_out=missing)")
         first.setdefault(name, row)
     return paths, ids
 
 
+def _is_file(path: pathlib.Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for the file system
+        return False
+
+
 def _find_unreadable(paths: Sequence[pathlib.Path], column: int, faults: _Faults) -> None:
-    there = [row for row, path in enumerate(paths) if path.is_file()]
+    there = [row for row, path in enumerate(paths) if _is_file(path)]
     found = inspection.inspect_images([paths[row] for row in there], workers=os.cpu_count() or 1)
     for row, facts in zip(there, found, strict=True):
         if facts.state == inspection.UNREADABLE:

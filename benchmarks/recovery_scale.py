@@ -1,0 +1,264 @@
+"""How label recovery grows with images, classes and devices: time, memory and collectives.
+
+    python benchmarks/recovery_scale.py [--json=FILE] [--quick]
+
+Measured: what one of D devices does, N / D rows of which B / D are scattered into, for real on the
+default device; sizes above --limit_gb are left out. Compiled ahead of time from shapes alone: the
+functions over N x C sharded by row over D simulated devices, of which XLA's analysis gives
+arguments and temporaries of one device, and the compiled program the collectives and how many bytes
+each device puts into them. Nothing of N x C is ever allocated for that.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rounds
+
+from clsl_jax import recovery, sharding
+
+SIMULATED = 256
+MIB = 2**20
+IMAGES = (5_011, 82_081, 1_000_000, 9_000_000)
+CLASSES = (20, 80, 600)
+DEVICES = (1, 8, 64, 256)
+QUICK_IMAGES, QUICK_CLASSES, QUICK_DEVICES = (5_011, 82_081), (20, 80), (1, 8)
+BATCH_A_DEVICE = 32
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "s64": 8, "f64": 8}
+
+
+def scatter(scores: Any, visits: Any, rows: Any, new: Any) -> Any:
+    """A step's scores into their rows."""
+    return recovery.scatter_scores(scores, visits, rows, new, 0.8)
+
+
+def thresholds(scores: Any, annotations: Any, visits: Any) -> Any:
+    """Thresholds per class at the end of an epoch."""
+    return recovery.adaptive_thresholds(
+        scores,
+        annotations,
+        visits,
+        positive_precision=0.9,
+        negative_precision=0.985,
+        min_count=5,
+    )
+
+
+def recover(scores: Any, visits: Any, annotations: Any, positive: Any, negative: Any) -> Any:
+    """Labels and weights of the whole matrix."""
+    return recovery.recover_labels(
+        scores,
+        visits,
+        annotations,
+        positive_threshold=positive,
+        negative_threshold=negative,
+        confidence_power=1.0,
+    )
+
+
+def programs(n: int, c: int, batch: int, shape: Callable[..., Any]) -> dict[str, tuple]:
+    """Each function with its arguments and those it may overwrite.
+
+    Args:
+      n: rows.
+      c: classes.
+      batch: rows that a step scatters.
+      shape: makes an argument of (shape, type, whether it is sharded by row).
+    """
+    scores, annotations = shape((n, c), jnp.float32, True), shape((n, c), jnp.int8, True)
+    visits, rows = shape((n,), jnp.int32, True), shape((batch,), jnp.int32, True)
+    new = shape((batch, c), jnp.float32, True)
+    limits = (shape((c,), jnp.float32, False),) * 2
+    return {
+        "scatter": (scatter, (scores, visits, rows, new), (0, 1)),
+        "thresholds": (thresholds, (scores, annotations, visits), ()),
+        "recover": (recover, (scores, visits, annotations, *limits), ()),
+    }
+
+
+def rows_of_device(n: int, devices: int) -> int:
+    """Rows of the padded matrix that one device keeps."""
+    return sharding.padded_rows(n) // devices
+
+
+def measured(n: int, c: int, devices: int, count: int) -> dict[str, Any]:
+    """Milliseconds of one device's part."""
+    rows = rows_of_device(n, devices)
+    key = jax.random.key(0)
+    scores = jax.random.uniform(key, (rows, c))
+    annotations = jnp.where(
+        jax.random.uniform(jax.random.key(1), (rows, c)) < 0.7, -1, scores > 0.8
+    ).astype(jnp.int8)
+    visits = jnp.ones(rows, jnp.int32)
+    batch = min(BATCH_A_DEVICE, rows)
+    picked = jax.random.permutation(key, rows)[:batch].astype(jnp.int32)
+    new = jax.random.uniform(key, (batch, c))
+    scattering = jax.jit(scatter, donate_argnums=(0, 1))
+    state = [jnp.copy(scores), jnp.copy(visits)]
+
+    def scatter_once() -> None:
+        state[:] = jax.block_until_ready(scattering(*state, picked, new))
+
+    find, label = jax.jit(thresholds), jax.jit(recover)
+    positive, negative = find(scores, annotations, visits)
+    calls = {
+        "scatter": scatter_once,
+        "thresholds": lambda: jax.block_until_ready(find(scores, annotations, visits)),
+        "recover": lambda: jax.block_until_ready(
+            label(scores, visits, annotations, positive, negative)
+        ),
+    }
+    return rounds.alternate(calls, count)
+
+
+def needed_bytes(n: int, c: int, devices: int) -> int:
+    """What `measured` holds at once: three float matrices more than the state's two, and int8."""
+    return rows_of_device(n, devices) * (21 * c + 8)
+
+
+def compiled(n: int, c: int, devices: int) -> dict[str, dict[str, Any]]:
+    """Memory of one device and its collectives, of each function over the whole matrices."""
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    by_row, alike = sharding.by_row(mesh), sharding.replicated(mesh)
+
+    def shape(size: Sequence[int], dtype: Any, sharded: bool) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=by_row if sharded else alike)
+
+    found = {}
+    batch = BATCH_A_DEVICE * devices
+    parts = programs(sharding.padded_rows(n), c, batch, shape)
+    for name, (function, arguments, donated) in parts.items():
+        out = alike if name == "thresholds" else by_row
+        lowered = jax.jit(function, out_shardings=out, donate_argnums=donated).lower(*arguments)
+        program = lowered.compile()
+        memory = program.memory_analysis()
+        found[name] = {
+            "arguments_mib": memory.argument_size_in_bytes / MIB,
+            "temporaries_mib": memory.temp_size_in_bytes / MIB,
+            "outputs_mib": (memory.output_size_in_bytes - memory.alias_size_in_bytes) / MIB,
+            "collectives": collectives(program.as_text()),
+        }
+    return found
+
+
+def collectives(text: str) -> dict[str, dict[str, float]]:
+    """Number of each kind of collective in a compiled program and the MiB that they give a device.
+
+    One inside a loop counts once: that of the thresholds, whose loop runs over the classes.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for kind in COLLECTIVES:
+        for line in re.findall(rf"= (.+?) {kind}(?:-start)?\(", text):
+            size = 0
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", line):
+                count = 1
+                for dim in filter(None, dims.split(",")):
+                    count *= int(dim)
+                size += BYTES.get(dtype, 4) * count
+            entry = found.setdefault(kind, {"count": 0, "mib": 0.0})
+            entry["count"] += 1
+            entry["mib"] += size / MIB
+    return found
+
+
+def show_measured(found: list[dict]) -> None:
+    """Prints the table of times."""
+    lines = [
+        [
+            f"{r['images']:,} x {r['classes']}, {r['devices']}",
+            f"{r['rows']:,}",
+            *(rounds.milliseconds(r["milliseconds"][k], 2) for k in r["milliseconds"]),
+        ]
+        for r in found
+    ]
+    header = ["images x classes, devices", "rows of one", "scatter ms (a step)"]
+    header += ["thresholds ms (an epoch)", "recover ms (an epoch)"]
+    print(rounds.markdown("Label recovery: what one of D devices does", header, lines), flush=True)
+
+
+def show_compiled(found: list[dict]) -> None:
+    """Prints the table of memory and collectives."""
+    lines = []
+    for r in found:
+        line = [f"{r['images']:,} x {r['classes']}, {r['devices']}"]
+        for part in r["functions"].values():
+            sent = [
+                f"{entry['count']:.0f} {kind} ({entry['mib']:.2g} MiB)"
+                for kind, entry in part["collectives"].items()
+            ]
+            line.append(
+                f"{part['arguments_mib']:,.1f} + {part['temporaries_mib']:,.1f} + "
+                f"{part['outputs_mib']:,.1f}"
+            )
+            line.append(", ".join(sent) or "none")
+        lines.append(line)
+    header = ["images x classes, devices"]
+    for name in ("scatter", "thresholds", "recover"):
+        each = " (a class)" if name == "thresholds" else ""
+        header += [f"{name}: MiB of arguments + temporaries + results", f"collectives{each}"]
+    title = "Label recovery over simulated devices: memory of one, and collectives"
+    print(rounds.markdown(title, header, lines), flush=True)
+
+
+def simulate(cases: Sequence[tuple[int, int, int]], path: pathlib.Path) -> None:
+    """Compiles every case over simulated devices of the CPU and writes what was found."""
+    found = []
+    for n, c, d in cases:
+        found.append({"images": n, "classes": c, "devices": d, "functions": compiled(n, c, d)})
+    rounds.write(path, {"rows": found})
+
+
+def simulated(arguments: Sequence[str]) -> list[dict]:
+    """Runs this program again as one of `SIMULATED` devices: times are of a whole CPU."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory) / "found.json"
+        devices = f"--xla_force_host_platform_device_count={SIMULATED}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip()
+        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, __file__, f"--simulate={path}", *arguments]
+        subprocess.run(command, check=True, env=environment)
+        return json.loads(path.read_text())["rows"]
+
+
+def main() -> None:
+    """Measures, prints tables and perhaps writes JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="write all numbers here")
+    parser.add_argument("--quick", action="store_true", help="two numbers of images, 1 and 8")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit_gb", type=float, default=4.0, help="largest part that is run")
+    parser.add_argument("--simulate", type=pathlib.Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    images, classes, devices = IMAGES, CLASSES, DEVICES
+    if options.quick:
+        images, classes, devices = QUICK_IMAGES, QUICK_CLASSES, QUICK_DEVICES
+    cases = [(n, c, d) for n in images for c in classes for d in devices]
+    if options.simulate:
+        simulate(cases, options.simulate)
+        return
+    timed = []
+    for n, c, d in cases:
+        row = {"images": n, "classes": c, "devices": d, "rows": rows_of_device(n, d)}
+        if needed_bytes(n, c, d) <= options.limit_gb * 2**30:
+            timed.append({**row, "milliseconds": measured(n, c, d, options.rounds)})
+    show_measured(timed)
+    analysed = simulated(["--quick"] if options.quick else [])
+    show_compiled(analysed)
+    results = {"machine": rounds.machine(), "batch_of_a_device": BATCH_A_DEVICE}
+    rounds.write(options.json, {**results, "measured": timed, "compiled": analysed})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What the benchmark programs share: rounds in which the ways take turns, and Markdown tables."""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+
+def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Times every way once a round, in turn, after a call of each that is not counted.
+
+    Args:
+      ways: functions by name; each returns only when its work is done.
+      rounds: how often each is timed.
+
+    Returns:
+      For each way `median`, `fastest` and `slowest` by the clock and `cpu`, the median of the
+      process's time on all cores (spent waiting in a loop as well); milliseconds.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start, start_cpu = time.perf_counter(), time.process_time()
+            way()
+            spent = time.perf_counter() - start, time.process_time() - start_cpu
+            found[name].append((1e3 * spent[0], 1e3 * spent[1]))
+    result = {}
+    for name, pairs in found.items():
+        clock, cpu = zip(*pairs, strict=True)
+        result[name] = {
+            "median": statistics.median(clock),
+            "fastest": min(clock),
+            "slowest": max(clock),
+            "cpu": statistics.median(cpu),
+        }
+    return result
+
+
+def milliseconds(row: Mapping[str, float], digits: int = 1) -> str:
+    """Returns `median (fastest..slowest)`."""
+    return f"{row['median']:.{digits}f} ({row['fastest']:.{digits}f}..{row['slowest']:.{digits}f})"
+
+
+def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table under its title, the first column left and the others right."""
+    lines = [f"### {title}", "", "| " + " | ".join(header) + " |"]
+    lines.append("|---|" + "---:|" * (len(header) - 1))
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, Any]:
+    """Returns the device, its software and the environment that may change its speed."""
+    device = jax.devices()[0]
+    return {
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write(path: pathlib.Path | None, results: Mapping[str, Any]) -> None:
+    """Writes JSON where a file is named."""
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")

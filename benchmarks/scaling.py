@@ -1,0 +1,180 @@
+"""What the train step and recovery need on many devices: bytes a device, collectives a step.
+
+    PYTHONPATH=. python benchmarks/scaling.py [--json=FILE] [--quick]
+
+Nothing is run: the whole step (ResNet-101 at 448 pixels, 32 images a device, recovery by an EMA
+teacher) is compiled ahead of time for so many simulated CPU devices; the program is read. Memory
+is XLA's own analysis, of its CPU backend: arguments (the state and a batch) are the same on any
+backend, temporaries are not. Collectives are those of the partitioned program; GPU and TPU backends
+combine neighbouring ones, the bytes are the same. Bytes are those of a collective's result on one
+device.
+"""
+
+import argparse
+import collections
+import json
+import os
+import re
+import time
+
+SETTINGS = (
+    # name, images, classes
+    ("COCO", 82_081, 80),
+    ("OpenImages", 9_011_219, 600),
+)
+LAYOUTS = ((8, 1), (64, 1), (256, 1), (256, 8))  # devices, those along `model`
+QUICK = (("small", 2_000, 24),), ((8, 1), (8, 2))
+TYPES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "s64": 8}
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+HEADER = (
+    "| set | images x classes | devices (data x model) | matrices | state and batch "
+    "| collectives a step | of a step | of a recovery |"
+)
+GIB, MIB = 2**30, 2**20
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """{kind: (how many, bytes of their results on one device)} of a compiled program."""
+    found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for match in re.finditer(rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\(", text):
+        size = 0
+        for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
+            count = 1
+            for dim in filter(None, dims.split(",")):
+                count *= int(dim)
+            size += count * TYPES.get(kind, 4)
+        found[match[2]][0] += 1
+        found[match[2]][1] += size
+    return {kind: (count, size) for kind, (count, size) in found.items()}
+
+
+def measure(images: int, classes: int, devices: int, along_model: int, options: argparse.Namespace):
+    """One row: the compiled train step and recovery on a mesh."""
+    import jax
+    import jax.numpy as jnp
+
+    from clsl_jax import optim, sharding, steps, train_state
+    from clsl_jax.models.clsl import CLSL
+
+    mesh = sharding.make_mesh(jax.devices()[:devices], model=along_model)
+    model = CLSL(
+        num_classes=classes, backbone=options.backbone, dtype=jnp.dtype(options.dtype), rank=1024
+    )
+    schedule = optim.one_cycle(1e-4, 1000)
+    optimizer = optim.adamw_cycled(schedule.learning_rate, schedule.beta1)
+    step_options = steps.StepOptions(steps_per_epoch=100, thresholds="adaptive", soft=False)
+    size = options.image_size
+
+    def init(embeddings: jax.Array, annotations: jax.Array) -> train_state.TrainState:
+        return train_state.init_state(
+            model,
+            optimizer,
+            seed=0,
+            image_size=size,
+            label_embeddings=embeddings,
+            annotations=annotations,
+            learn_embeddings=False,
+            graph_threshold=0.4,
+            graph_smoothing=0.25,
+        )
+
+    rows = sharding.padded_rows(images)
+    state = jax.eval_shape(
+        init,
+        jax.ShapeDtypeStruct((classes, 300), jnp.float32),
+        jax.ShapeDtypeStruct((rows, classes), jnp.int8),
+    )
+    shardings = train_state.state_shardings(state, mesh)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
+    batch_size = options.batch * devices
+    examples = sharding.by_example(mesh)
+    image = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=examples)
+    row = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=examples)
+    batch = {"image": image, "clean": image, "row": row}
+    found = {"devices": devices, "model": along_model, "images": images, "classes": classes}
+    for name, function, arguments in (
+        (
+            "train_step",
+            steps.make_train_step(model, optimizer, step_options, mesh=mesh),
+            (state, batch),
+        ),
+        ("recover", steps.make_recover(step_options, mesh=mesh), (state,)),
+    ):
+        start = time.perf_counter()
+        jitted = jax.jit(function, out_shardings=shardings, donate_argnums=0)
+        compiled = jitted.lower(*arguments).compile()
+        memory = compiled.memory_analysis()
+        found[name] = {
+            "seconds_to_compile": time.perf_counter() - start,
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "collectives": collectives(compiled.as_text()),
+        }
+    matrices = [getattr(state, name) for name in (*train_state.MATRICES, "visits", "faults")]
+    found["matrices"] = sum(
+        x.sharding.shard_shape(x.shape)[0]
+        * (x.sharding.shard_shape(x.shape)[1] if x.ndim > 1 else 1)
+        * x.dtype.itemsize
+        for x in matrices
+    )
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        HEADER,
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        step, recover = row["train_step"]["collectives"], row["recover"]["collectives"]
+
+        def total(kinds: dict) -> str:
+            return f"{sum(size for _, size in kinds.values()) / MIB:,.1f} MiB"
+
+        each = ", ".join(f"{count} {kind}" for kind, (count, _) in sorted(step.items()))
+        lines.append(
+            f"| {row['name']} | {row['images']:,} x {row['classes']} "
+            f"| {row['devices']} ({row['devices'] // row['model']} x {row['model']}) "
+            f"| {row['matrices'] / MIB:,.1f} MiB | {row['train_step']['arguments'] / GIB:.2f} GiB "
+            f"| {each} | {total(step)} | {total(recover)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parses the command line and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="resnet101")
+    parser.add_argument("--image_size", type=int, default=448)
+    parser.add_argument("--batch", type=int, default=32, help="images a device")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--quick", action="store_true", help="a small network on 8 devices")
+    parser.add_argument("--json", help="also write the rows to this file")
+    options = parser.parse_args()
+    settings, layouts = QUICK if options.quick else (SETTINGS, LAYOUTS)
+    if options.quick:
+        options.backbone, options.image_size, options.batch = "resnet18", 64, 4
+    # Before JAX starts; what LLVM makes of it does not matter here.
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={max(d for d, _ in layouts)} "
+        "--xla_backend_optimization_level=0"
+    )
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    rows = []
+    for name, images, classes in settings:
+        for devices, along_model in layouts:
+            row = {"name": name, **measure(images, classes, devices, along_model, options)}
+            rows.append(row)
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print()
+    print(table(rows))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"settings": vars(options), "rows": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""The whole training step against PyTorch's: images a second, memory, use of the device.
+
+    python benchmarks/step.py [--json=FILE] [--quick]
+    python benchmarks/step.py --classes 20 80 500 --dtype float32 bfloat16 --batch 32 \\
+        --peak_tflops 989      (on an accelerator; --batch sweep: doubled until memory ends)
+
+A step is forward and backward pass, asymmetric loss of both branches at the balanced scale, AdamW,
+moving average of all weights and statistics, and scores scattered into their rows. PyTorch's is in
+`benchmarks/torch_step.py`; bfloat16 is its autocast. The ways take turns, except in a sweep, where
+each has the device to itself. FLOPs are XLA's count of our step before optimisation and stand for
+every way, so that what one saves by a better form shows as a higher utilisation.
+"""
+
+import argparse
+import gc
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share a device
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rounds
+import torch
+import torch_step
+
+from clsl_jax import optim, steps, train_state
+from clsl_jax.models.clsl import CLSL
+
+ROWS, EMBEDDING_DIM, MIB = 1024, 768, 2**20
+OURS = "ours (JAX)"
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
+
+
+def inputs(batch: int, image_size: int, classes: int) -> dict[str, np.ndarray]:
+    """Images, rows, embeddings and annotations (30 % known), drawn from a fixed seed."""
+    rng = np.random.default_rng(0)
+    annotations = (rng.random((ROWS, classes)) < 0.1).astype(np.int8)
+    annotations[rng.random(annotations.shape) > 0.3] = -1
+    return {
+        "images": rng.integers(0, 256, (batch, image_size, image_size, 3), np.uint8),
+        "rows": rng.permutation(ROWS)[:batch].astype(np.int32),
+        "embeddings": rng.standard_normal((classes, EMBEDDING_DIM)).astype(np.float32),
+        "annotations": annotations,
+    }
+
+
+class OurStep:
+    """The project's train step, compiled; call it with nothing."""
+
+    def __init__(self, options: argparse.Namespace, dtype: str, drawn: dict[str, np.ndarray]):
+        model = CLSL(
+            num_classes=len(drawn["embeddings"]),
+            backbone=options.backbone,
+            rank=options.rank,
+            dtype=jnp.dtype(dtype),
+        )
+        optimizer = optim.adamw_cycled(1e-5)
+
+        def init(embeddings: jax.Array, annotations: jax.Array) -> Any:
+            state = train_state.init_state(
+                model,
+                optimizer,
+                seed=0,
+                image_size=64,  # no parameter depends on it
+                label_embeddings=embeddings,
+                annotations=annotations,
+                learn_embeddings=False,
+                graph_threshold=0.4,
+                graph_smoothing=0.25,
+            )
+            shape = annotations.shape
+            return state.replace(
+                recovered=jnp.full(shape, 0.25), recovered_weight=jnp.full(shape, 0.5)
+            )
+
+        self.state = jax.jit(init)(drawn["embeddings"], drawn["annotations"])
+        self.batch = {"image": jnp.asarray(drawn["images"]), "row": jnp.asarray(drawn["rows"])}
+        teacher = "ema" if options.ema_teacher else "student"
+        step = steps.make_train_step(
+            model, optimizer, steps.StepOptions(steps_per_epoch=100, teacher=teacher)
+        )
+        start = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.batch)
+        self.compiled = lowered.compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.flops = float((lowered.cost_analysis() or {}).get("flops", float("nan")))
+        self.parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
+
+    def __call__(self) -> None:
+        """One step, to its end."""
+        self.state = jax.block_until_ready(self.compiled(self.state, self.batch))
+
+    def memory_mib(self) -> float:
+        """Arguments, temporaries and results that reuse no argument, by XLA's analysis."""
+        found = self.compiled.memory_analysis()
+        size = found.argument_size_in_bytes + found.temp_size_in_bytes
+        return (size + found.output_size_in_bytes - found.alias_size_in_bytes) / MIB
+
+
+def make_torch(
+    options: argparse.Namespace, dtype: str, drawn: dict[str, np.ndarray], form: str, mode: str
+) -> torch_step.TorchStep:
+    """PyTorch's step in one of its modes."""
+    device = torch_device()
+    return torch_step.TorchStep(
+        options.backbone,
+        device=device,
+        form=form,
+        amp=dtype == "bfloat16",
+        ema_teacher=options.ema_teacher,
+        images=torch.from_numpy(drawn["images"]),
+        rows=torch.from_numpy(drawn["rows"]).long(),
+        embeddings=torch.from_numpy(drawn["embeddings"]),
+        annotations=torch.from_numpy(drawn["annotations"]),
+        rank=options.rank,
+        **torch_step.ways(device)[mode],
+    )
+
+
+def torch_device() -> str:
+    """The kind of device that JAX uses."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def makers(
+    options: argparse.Namespace, dtype: str, drawn: dict[str, np.ndarray]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Names of the ways and what makes each."""
+    yield OURS, lambda: OurStep(options, dtype, drawn)
+    for mode in options.torch:
+        for form in options.forms:
+            yield (
+                f"PyTorch {mode}, {form}",
+                lambda mode=mode, form=form: make_torch(options, dtype, drawn, form, mode),
+            )
+
+
+def prepare(make: Callable[[], Any]) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Makes a way and runs it once: (call, what is known of it before it is timed)."""
+    on_cuda = torch_device() == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    step = make()
+    start = time.perf_counter()
+    if isinstance(step, OurStep):
+        step()
+        facts = {
+            "compile_seconds": step.compile_seconds,
+            "flops": step.flops,
+            "memory_mib": step.memory_mib(),
+            # Of the whole process since its start: of use where this is the only JAX program.
+            "peak_of_process_mib": (jax.devices()[0].memory_stats() or {}).get(
+                "peak_bytes_in_use", float("nan")
+            )
+            / MIB,
+        }
+        call: Callable[[], Any] = step
+    else:
+        call = torch_step.timed(step)
+        call()
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        call()
+        facts = {
+            # What the first call takes longer than the second.
+            "compile_seconds": max(0.0, first - (time.perf_counter() - start)),
+            "memory_mib": torch.cuda.max_memory_allocated() / MIB if on_cuda else None,
+        }
+    return call, {"parameters": step.parameters, **facts}
+
+
+def compare(options: argparse.Namespace, dtype: str, classes: int, batch: int) -> list[dict]:
+    """All ways at one size, in alternating rounds."""
+    drawn = inputs(batch, options.image_size, classes)
+    calls, facts = {}, {}
+    for name, make in makers(options, dtype, drawn):
+        calls[name], facts[name] = prepare(make)
+    times = rounds.alternate(calls, options.rounds)
+    return rows(options, dtype, classes, batch, facts, times)
+
+
+def sweep(options: argparse.Namespace, dtype: str, classes: int) -> list[dict]:
+    """Every way by itself, the batch doubled until memory ends."""
+    found = []
+    for name in [name for name, _ in makers(options, dtype, inputs(1, 32, classes))]:
+        batch, flops = 4, None
+        while True:
+            drawn = inputs(batch, options.image_size, classes)
+            make = dict(makers(options, dtype, drawn))[name]
+            try:
+                call, facts = prepare(make)
+                times = rounds.alternate({name: call}, options.rounds)
+            except Exception as error:  # each framework has its own type, or several
+                if not any(text in str(error) for text in OUT_OF_MEMORY):
+                    raise
+                found.append(
+                    {"way": name, "dtype": dtype, "classes": classes, "batch": batch, "fits": False}
+                )
+                call = make = None
+                release()
+                break
+            found += rows(options, dtype, classes, batch, {name: facts}, times)
+            flops = facts.get("flops", flops)
+            call = make = None
+            release()
+            batch *= 2
+            if batch > ROWS:
+                break
+    return found
+
+
+def release() -> None:
+    """Gives memory of what is no longer used back to the device."""
+    gc.collect()
+    jax.clear_caches()
+    if torch_device() == "cuda":
+        torch.cuda.empty_cache()
+
+
+def rows(
+    options: argparse.Namespace,
+    dtype: str,
+    classes: int,
+    batch: int,
+    facts: dict[str, dict],
+    times: dict[str, dict],
+) -> list[dict]:
+    """What was found, a row a way."""
+    flops = facts.get(OURS, {}).get("flops")
+    found = []
+    for name, time_of in times.items():
+        row = {"way": name, "dtype": dtype, "classes": classes, "batch": batch, "fits": True}
+        row |= {**facts[name], "milliseconds": time_of}
+        row["images_per_second"] = 1e3 * batch / time_of["median"]
+        if flops and options.peak_tflops:
+            row["utilisation"] = flops / (time_of["median"] * 1e9 * options.peak_tflops)
+        found.append(row)
+    return found
+
+
+def show(found: list[dict], title: str) -> None:
+    """Prints a table."""
+    best: dict[tuple, float] = {}
+    for row in found:
+        if row["fits"] and row["way"] != OURS:
+            key = (row["dtype"], row["classes"], row["batch"])
+            best[key] = max(best.get(key, 0.0), row["images_per_second"])
+    lines = []
+    for row in found:
+        start = [row["way"], row["dtype"], str(row["classes"]), str(row["batch"])]
+        if not row["fits"]:
+            lines.append([*start, "out of memory", *[""] * 6])
+            continue
+        memory, use = row["memory_mib"], row.get("utilisation")
+        rival = best.get((row["dtype"], row["classes"], row["batch"]))
+        lines.append(
+            [
+                *start,
+                f"{row['images_per_second']:.2f}",
+                f"{row['images_per_second'] / rival:.2f}" if rival else "",
+                rounds.milliseconds(row["milliseconds"], 0),
+                f"{row['compile_seconds']:.0f}",
+                "not measured" if memory is None else f"{memory:,.0f}",
+                f"{use:.1%}" if use else "",
+                f"{row['parameters']:,}",
+            ]
+        )
+    header = ["way", "type", "classes", "batch", "images/s", "of best PyTorch"]
+    header += ["ms a step", "compile s", "memory MiB", "FLOP use", "parameters"]
+    print(rounds.markdown(title, header, lines), flush=True)
+
+
+def main() -> None:
+    """Measures, prints a table and perhaps writes JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    modes = list(torch_step.ways("cuda"))
+    parser.add_argument("--json", type=pathlib.Path, help="write all numbers here")
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 at 64 pixels")
+    parser.add_argument("--backbone", default="resnet101", choices=list(torch_step.STAGE_SIZES))
+    parser.add_argument("--image_size", type=int, default=448)
+    parser.add_argument("--classes", type=int, nargs="+", help="20 80, and 500 off the CPU")
+    parser.add_argument("--dtype", nargs="+", help="float32, and bfloat16 off the CPU")
+    parser.add_argument("--batch", default="4", help="a number, or sweep (accelerators only)")
+    parser.add_argument("--rank", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ema_teacher", action="store_true", help="scores by the moving average")
+    parser.add_argument("--torch", nargs="*", choices=modes, help="all, and the first two on a CPU")
+    parser.add_argument(
+        "--forms", nargs="+", choices=torch_step.FORMS, default=list(torch_step.FORMS)
+    )
+    parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the device at the type")
+    options = parser.parse_args()
+    on_cpu = jax.default_backend() == "cpu"
+    if options.quick:
+        options.backbone, options.image_size, options.rank, options.rounds = "resnet18", 64, 64, 3
+        options.classes, options.dtype = options.classes or [20], options.dtype or ["float32"]
+    options.classes = options.classes or ([20, 80] if on_cpu else [20, 80, 500])
+    options.dtype = options.dtype or (["float32"] if on_cpu else ["float32", "bfloat16"])
+    if options.torch is None:
+        options.torch = list(torch_step.ways(torch_device()))
+    if options.batch == "sweep" and on_cpu:
+        parser.error("--batch sweep fills a device's memory; on a CPU give a number.")
+    found = []
+    for dtype in options.dtype:
+        for classes in options.classes:
+            if options.batch == "sweep":
+                part = sweep(options, dtype, classes)
+            else:
+                part = compare(options, dtype, classes, int(options.batch))
+            release()
+            title = f"Training step, {options.backbone} at {options.image_size}"
+            show(part, f"{title}, {rounds.machine()['device']}")
+            found += part
+    settings = {k: v for k, v in vars(options).items() if k != "json"}
+    about = {**rounds.machine(), "torch": torch.__version__}
+    rounds.write(options.json, {"machine": about, "settings": settings, "rows": found})
+
+
+if __name__ == "__main__":
+    main()

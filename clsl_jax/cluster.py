@@ -1,0 +1,120 @@
+"""Several processes that train one model: joining them, agreeing, failing together.
+
+A process is one program on one host; it may have several devices. With one process every function
+here is free.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from clsl_jax.errors import InputError
+
+Result = TypeVar("Result")
+_COUNT, _INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def join() -> None:
+    """Joins the other processes of this run; call it before JAX has started.
+
+    Where the environment has JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID, these say who takes part. Otherwise JAX finds it out by itself: on TPU pods,
+    under Slurm (a task a GPU) and under Open MPI.
+
+    Raises:
+      InputError: if they are incomplete, or the others cannot be reached.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    given: dict[str, Any] = {}
+    if address:
+        given["coordinator_address"] = address
+        for name, argument in ((_COUNT, "num_processes"), (_INDEX, "process_id")):
+            value = os.environ.get(name, "")
+            if not value.isdigit():
+                raise InputError(
+                    f"--distributed with JAX_COORDINATOR_ADDRESS={address}: {name} must be a "
+                    f"number, found {value!r}."
+                )
+            given[argument] = int(value)
+        if given["process_id"] >= given["num_processes"]:
+            raise InputError(
+                f"{_INDEX}={given['process_id']}: expected 0 to {given['num_processes'] - 1}."
+            )
+    try:
+        jax.distributed.initialize(**given)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise InputError(
+            f"--distributed: the other processes of this run cannot be joined ({reason}). Start "
+            "it under Slurm, Open MPI or on a TPU pod, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
+            f"{_COUNT} and {_INDEX} for each process."
+        ) from None
+
+
+def agree(work: Callable[[], Result]) -> Result:
+    """Returns `work()`; if it cannot be done on one process, it fails on all of them.
+
+    Args:
+      work: without collectives; every process must call this.
+
+    Raises:
+      InputError: what `work` raised here, or that another process failed.
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except InputError as raised:
+        error = raised
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+    if error is not None:
+        raise error
+    if failed.size:
+        raise InputError(f"Process {failed[0]} cannot go on: see what it says.")
+    return result
+
+
+def check_alike(facts: Mapping[str, str]) -> None:
+    """Makes sure that every process works on the same thing.
+
+    Args:
+      facts: {what it is: its digest or value}, the same names on every process.
+
+    Raises:
+      InputError: naming the facts that differ and the first process that has another one.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = np.stack(
+        [np.frombuffer(hashlib.sha256(v.encode()).digest(), np.uint8) for v in facts.values()]
+    )
+    found = multihost_utils.process_allgather(digests)  # [processes, facts, 32]
+    differs = (found != found[:1]).any(axis=2)
+    for place, name in enumerate(facts):
+        others = np.flatnonzero(differs[:, place])
+        if others.size:
+            raise InputError(
+                f"Process {others[0]} has other {name} than process 0: every process must read the "
+                "same files. Compare what lies at data.dir, labels.file and model.embeddings there."
+            )
+
+
+def union(rows: set[int], count: int) -> set[int]:
+    """Returns the row numbers below `count` that any process has."""
+    if jax.process_count() == 1:
+        return rows
+    has = np.zeros(count, bool)
+    has[list(rows)] = True
+    return set(np.flatnonzero(multihost_utils.process_allgather(has).any(axis=0)).tolist())
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here; `name` is the same on all of them."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

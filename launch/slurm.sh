@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Trains under Slurm, one task a GPU; stopped or preempted, the job queues itself again and goes on.
+#
+#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh \
+#       --config=configs/coco.py --workdir=/shared/runs/coco --config.data.dir=/shared/coco
+#   sbatch --nodes=1 --ntasks=2 launch/slurm.sh --workdir=/shared/runs/cpu     two CPU processes
+#
+# The repository, its environment and --workdir must lie where every node sees them. Make the
+# environment once beforehand, on a node with network: CLSL_EXTRA=cuda12 bash launch/local.sh
+# CLSL_VENV names it (default .venv). What the tasks share by environment:
+#   JAX_COMPILATION_CACHE_DIR   compiled steps (default WORKDIR/../compiled), so that a restart takes
+#                               seconds; CLSL_CACHE_DIR: decoded images and features of frozen backbones
+# Checkpoints lie in the workdir; --config.checkpoint.dir=gs://BUCKET/RUN keeps them in a bucket.
+#SBATCH --job-name=clsl_jax
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=clsl_jax-%j.log
+# Two minutes before the time is over every task gets SIGTERM: it saves and ends with status 0.
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+export PATH="${CLSL_VENV:-$PWD/.venv}/bin:$PATH"
+command -v python >/dev/null || { echo "error: no environment in ${CLSL_VENV:-$PWD/.venv}" >&2; exit 2; }
+
+config=configs/scenes.py
+workdir=
+for argument in "$@"; do
+  case $argument in
+    --config=*) config= ;;
+    --workdir=*) workdir=${argument#*=} ;;
+  esac
+done
+if [[ -z $workdir ]]; then
+  echo "error: --workdir=DIR is missing: a directory that every node sees." >&2
+  exit 2
+fi
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdir")/compiled}
+export PYTHONUNBUFFERED=1
+
+# --kill-on-bad-exit: if one task fails, the others, which wait for it, are ended too.
+srun --kill-on-bad-exit=1 python -m clsl_jax.main --distributed \
+  ${config:+--config="$config"} "$@" &
+tasks=$!
+
+again=false
+# shellcheck disable=SC2329  # by the trap below
+stop() {
+  again=true
+  echo "Slurm ends this job soon: saving, then queueing it again."
+  # To the tasks of the one job step; srun itself would take SIGTERM as an order to kill them.
+  scancel --signal=TERM "$SLURM_JOB_ID.0" || true
+}
+trap stop USR1 TERM
+
+code=0
+wait "$tasks" || code=$?
+# A trapped signal wakes `wait`; the tasks may still be saving.
+while kill -0 "$tasks" 2>/dev/null; do
+  code=0
+  wait "$tasks" || code=$?
+done
+if $again; then
+  scontrol requeue "$SLURM_JOB_ID"
+elif ((code != 0 && code != 2)) && ((${SLURM_RESTART_COUNT:-0} < ${CLSL_MOST_RESTARTS:-20})); then
+  # Not refused (2) but broken: a node or a process was lost. The last checkpoint is still there.
+  echo "The tasks ended with status $code: queueing the job again."
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Trains on a TPU VM or a slice of many hosts; a host that is taken away and comes back goes on.
+#
+#   bash launch/tpu_vm.sh --tpu=NAME --zone=ZONE --bucket=gs://BUCKET/RUN -- \
+#       --config=configs/coco.py --config.data.dir=/mnt/data/coco
+#
+# Copies this repository to every host, sets the environment up there (once), and starts one process
+# a host; JAX finds the others by itself. Needs `gcloud`, logged in. --dry-run prints the commands.
+#   --bucket   checkpoints (checkpoint.dir) and compiled steps; the workdir itself, with log and
+#              results, is ~/runs/RUN on host 0
+#   --project  of the TPU, if not gcloud's own
+# What follows `--` goes to clsl_jax.main. If a host is lost, all processes end; this script waits
+# until the TPU is READY again and starts them anew, from the last checkpoint, up to 20 times.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tpu='' zone='' bucket='' project='' dry=false
+while (($#)); do
+  case $1 in
+    --tpu=*) tpu=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --bucket=*) bucket=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --dry-run) dry=true ;;
+    --) shift; break ;;
+    *) echo "error: unknown argument '$1': write what goes to clsl_jax.main after --." >&2; exit 2 ;;
+  esac
+  shift
+done
+for name in tpu zone bucket; do
+  if [[ -z ${!name} ]]; then echo "error: --$name=... is missing." >&2; exit 2; fi
+done
+if [[ $bucket != gs://* ]]; then echo "error: --bucket=$bucket: expected gs://BUCKET/RUN." >&2; exit 2; fi
+
+where=(--zone="$zone")
+if [[ -n $project ]]; then where+=(--project="$project"); fi
+
+run() {
+  if $dry; then printf '%q ' "$@"; echo; else "$@"; fi
+}
+on_all() {
+  run gcloud compute tpus tpu-vm ssh "$tpu" "${where[@]}" --worker=all --command="$1"
+}
+
+archive=$(mktemp --suffix=.tgz)
+trap 'rm -f "$archive"' EXIT
+git archive --format=tgz -o "$archive" HEAD
+set_up="mkdir -p clsl_jax runs && tar xzf clsl_jax.tgz -C clsl_jax && cd clsl_jax \
+&& source launch/environment.sh '.[tpu]' && pip install --quiet gcsfs"
+arguments=$(printf '%q ' --workdir="runs/$(basename "$bucket")" \
+  --config.checkpoint.dir="$bucket/checkpoints" "$@")
+train="cd clsl_jax && source launch/environment.sh && cd .. && ln -sfn clsl_jax/configs configs \
+&& JAX_COMPILATION_CACHE_DIR=$bucket/compiled PYTHONUNBUFFERED=1 \
+python -m clsl_jax.main --distributed $arguments"
+
+for ((attempt = 0; attempt <= 20; attempt++)); do
+  run gcloud compute tpus tpu-vm scp "$archive" "$tpu:clsl_jax.tgz" "${where[@]}" --worker=all
+  on_all "$set_up"
+  code=0
+  on_all "$train" || code=$?
+  # 0: done, or stopped by SIGTERM with everything saved; 2: refused, and would be again.
+  if ((code == 0 || code == 2)) || $dry; then exit "$code"; fi
+  echo "The processes ended with status $code; waiting until $tpu is READY."
+  until [[ $(gcloud compute tpus tpu-vm describe "$tpu" "${where[@]}" --format='value(state)') == READY ]]; do
+    sleep 30
+  done
+done
+exit "$code"

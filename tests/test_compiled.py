@@ -1,0 +1,55 @@
+"""What is said before the first step where the train step does not fit into memory."""
+
+import pytest
+import test_config
+
+from clsl_jax import compiled, experiment
+from clsl_jax.compiled import compile_steps, largest_that_fits
+from clsl_jax.errors import InputError
+
+
+@pytest.mark.parametrize("fixed", [0, 500])
+@pytest.mark.parametrize("room", [600, 777, 1200, 3199])
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+def test_the_largest_batch_is_found_in_few_compilations(fixed, room, multiple):
+    asked = []
+
+    def peak(batch_size):
+        asked.append(batch_size)
+        return fixed + 50 * batch_size
+
+    found = largest_that_fits(peak, room, failed=(64, peak(64)), multiple=multiple)
+    best = max((n for n in range(0, 65, multiple) if fixed + 50 * n <= room), default=0)
+    assert found == best
+    assert len(asked) <= 8
+
+
+def test_a_peak_that_is_no_straight_line_costs_compilations_but_not_rightness():
+    found = largest_that_fits(lambda n: n * n, 1000, failed=(64, 64 * 64), multiple=1)
+    assert found == 31
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLSL_CACHE_DIR", str(tmp_path))
+    config = test_config.load("scenes")
+    config.update_from_flattened_dict(
+        {
+            "data.sizes": (64, 8, 8),
+            "batch_size": 64,
+            "model.widths": (4, 8),
+            "model.encoder_layers": 0,
+            "model.rank": 4,
+        }
+    )
+    built = experiment.build(config)
+    needed = compiled._peak(compile_steps(built, config).train)
+    config.memory_gb = 0.85 * needed / 2**30
+    said = []
+    with pytest.raises(InputError, match=r"batch_size=64 needs 0\.\d+ GiB of a device") as refused:
+        compile_steps(built, config, report=said.append)
+    assert "optim.accumulate=2" in str(refused.value)
+    fits = int(str(refused.value).partition("that fits is ")[2].partition(".")[0])
+    assert fits % 8 == 0
+    assert 0 < fits < 64
+    config.batch_size = fits
+    compile_steps(experiment.build(config), config)

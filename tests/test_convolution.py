@@ -1,0 +1,69 @@
+"""The CPU's own ways of convolving: values and gradients against XLA's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clsl_jax.models import convolution
+
+CASES = [
+    # (height, width, kernel height, kernel width, stride, padding)
+    (6, 5, 1, 1, 1, ((0, 0), (0, 0))),
+    (7, 6, 1, 1, 2, ((0, 0), (0, 0))),
+    (5, 5, 1, 1, 1, ((1, 0), (0, 2))),
+    (6, 5, 3, 3, 1, ((1, 1), (1, 1))),
+    (7, 6, 3, 3, 2, ((1, 1), (1, 1))),
+    (9, 8, 5, 3, 1, ((2, 1), (0, 2))),
+    (5, 6, 2, 3, 1, ((0, 1), (4, 3))),
+    (12, 12, 7, 7, 2, ((3, 3), (3, 3))),
+    (2, 2, 3, 3, 1, ((1, 1), (1, 1))),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_xla_in_value_and_gradients(case, dtype):
+    height, width, kh, kw, stride, padding = case
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, height, width, 3)), dtype)
+    kernel = jnp.asarray(rng.standard_normal((kh, kw, 3, 4)), dtype)
+
+    @jax.jit
+    def both(x, kernel):
+        found = []
+        for function in (convolution.conv_general_dilated, jax.lax.conv_general_dilated):
+
+            def convolve(x, kernel, function=function):
+                options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+                return function(x, kernel, (stride, stride), padding, **options)
+
+            y, pull = jax.vjp(convolve, x, kernel)
+            found.append((y, *pull(jnp.cos(jnp.arange(y.size, dtype=dtype)).reshape(y.shape))))
+        return found
+
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for ours, plain in zip(*both(x, kernel), strict=True):
+        assert ours.dtype == plain.dtype == dtype
+        scale = float(jnp.abs(plain.astype(jnp.float32)).max())
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), plain.astype(jnp.float32), rtol=0, atol=tolerance * scale
+        )
+
+
+def test_every_way_is_differentiated_once_more():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 5, 2)), jnp.float32)
+    kernel = jnp.asarray(np.random.default_rng(1).standard_normal((3, 3, 2, 2)), jnp.float32)
+
+    def penalty(kernel, function):
+        def value(x):
+            options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+            return jnp.sum(jnp.sin(function(x, kernel, (1, 1), ((1, 1), (1, 1)), **options)))
+
+        return jnp.sum(jnp.square(jax.grad(value)(x)))
+
+    ours, plain = (
+        jax.grad(penalty)(kernel, function)
+        for function in (convolution.conv_general_dilated, jax.lax.conv_general_dilated)
+    )
+    np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-4)

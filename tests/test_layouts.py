@@ -1,0 +1,142 @@
+"""One run on several layouts of processes and devices: real processes, collectives on the CPU."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from commands import CONFIG, TINY, read, run_several, start_several
+from test_train import assert_same_run, newest_step, saved_arrays
+
+from clsl_jax.writer import read_log
+
+pytestmark = pytest.mark.slow
+
+# 20 steps: 4 epochs of 5; every part that exchanges something between devices is on.
+STEPS = (
+    f"--config={CONFIG}",
+    *(x.replace("(96,", "(80,") for x in TINY),
+    "--config.graph.layers=1",
+    "--config.model.encoder_layers=0",
+    # A small rate: Adam makes a whole step out of a gradient that is nothing but rounding.
+    "--config.optim.learning_rate=1e-4",
+    "--config.recovery.thresholds=adaptive",
+    "--config.recovery.min_count=1",
+    "--config.recovery.positive_precision=0.3",
+    "--config.recovery.negative_precision=0.8",
+)
+# Processes and devices of each. On 1x8 classes and wide layers are divided too.
+LAYOUTS = {"1x1": (1, 1), "1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2)}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def runs(shared, tmp_path_factory):
+    """{layout: workdir}, each trained from its start."""
+    found = {}
+    for name, (processes, devices) in LAYOUTS.items():
+        workdir = tmp_path_factory.mktemp("run") / name
+        more = ("--config.mesh.model=2",) if name == "1x8" else ()
+        statuses, said = run_several(
+            shared, workdir, *STEPS, *more, processes=processes, devices=devices
+        )
+        assert statuses == [0] * processes, said[0]
+        assert not any("epoch" in text for text in said[1:])
+        found[name] = workdir
+    return found
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_any_layout_gives_the_same_numbers(runs, layout):
+    step, one = saved_arrays(runs["1x1"])
+    other_step, other = saved_arrays(runs[layout])
+    assert step == other_step == 20
+    assert one.keys() == other.keys()
+    assert one["['recovered_weight']"].sum() > 50
+    for key, array in one.items():
+        if array.dtype.kind == "f":
+            # Half a step of the rate: some biases have a gradient that is nothing but rounding.
+            share = 5e-3 if "opt_state" in key else 1e-4  # gradients differ more than weights
+            atol = share * np.abs(array).max() + 5e-5
+            np.testing.assert_allclose(other[key], array, rtol=0, atol=atol, err_msg=key)
+        else:
+            np.testing.assert_array_equal(other[key], array, err_msg=key)
+    losses = [
+        [row["train/loss"] for row in read_log(runs[name] / "log.jsonl")]
+        for name in ("1x1", layout)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+def test_a_checkpoint_is_evaluated_alike_on_another_layout(shared, runs, tmp_path):
+    """Restored on other processes and devices: every number of the evaluation is the same."""
+    workdir = tmp_path / "run"
+    shutil.copytree(runs["1x1"], workdir)
+    processes, devices = LAYOUTS["4x2"]
+    statuses, said = run_several(
+        shared, workdir, "--mode=evaluate", processes=processes, devices=devices
+    )
+    assert statuses == [0] * processes, said[0]
+    before, after = (
+        json.loads((workdir / name).read_text()) for name in ("results.json", "evaluation.json")
+    )
+    for key in ("results", "recovery", "labels", "dataset"):
+        assert after[key] == before[key], key
+    with np.load(runs["1x1"] / "predictions.npz") as a, np.load(workdir / "predictions.npz") as b:
+        np.testing.assert_array_equal(a["scores"], b["scores"])
+    for name in ("recovered.csv", "probabilities.csv"):
+        assert (runs["1x1"] / name).read_bytes() == (workdir / name).read_bytes()
+
+
+def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path):
+    """SIGKILL to one, SIGTERM to the other, and the run ends with the same bits."""
+    chance = random.Random(0)
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints").mkdir(parents=True)
+    processes, devices = LAYOUTS["2x4"]
+
+    def started_until(step):
+        started = start_several(shared, workdir, *STEPS, processes=processes, devices=devices)
+        while newest_step(workdir) < step:
+            assert all(p.poll() is None for p in started), read(f"{workdir}.0.log")
+            time.sleep(0.01)
+        return started
+
+    started = started_until(4)
+    time.sleep(chance.uniform(0, 0.3))
+    chance.choice(started).send_signal(signal.SIGKILL)
+    time.sleep(chance.uniform(0, 1))
+    for process in started:  # what srun, JobSet or local.sh do with the other one
+        process.kill()
+        process.wait()
+    started = started_until(newest_step(workdir) + 1)
+    chance.choice(started).send_signal(signal.SIGTERM)
+    assert [p.wait(timeout=120) for p in started] == [0, 0]
+    assert "Stopped by SIGTERM after step" in read(f"{workdir}.0.log")
+    assert newest_step(workdir) < 20
+    statuses, said = run_several(shared, workdir, *STEPS, processes=processes, devices=devices)
+    assert statuses == [0] * processes, said[0]
+    assert "Going on from step" in said[0]
+    assert_same_run(runs["2x4"], workdir)
+
+
+def test_a_second_run_in_the_workdir_is_refused_by_all_processes(shared, runs, tmp_path):
+    import fcntl
+
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with open(workdir / ".lock", "a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        statuses, said = run_several(shared, workdir, *STEPS, processes=2, devices=1)
+    assert statuses == [2, 2]
+    assert "Another process is running" in said[0]
+    assert "Process 0 cannot go on" in said[1]
+    assert os.listdir(workdir) == [".lock"]

@@ -1,0 +1,95 @@
+"""Data workers that die or hang: real processes, and batches that do not differ for it."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from clsl_jax.data import pipeline
+from clsl_jax.data.watched import Watched
+from clsl_jax.errors import InputError
+
+
+class Images:
+    """40 images; reading one goes wrong in a way, once or always."""
+
+    def __init__(self, fault=None, marker=None):
+        self.fault, self.marker = fault, marker
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index == 17 and self.fault and not (self.marker and os.path.exists(self.marker)):
+            if self.marker:
+                with open(self.marker, "w", encoding="utf-8"):
+                    pass
+            if self.fault == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.fault == "hang":
+                time.sleep(1000)
+            raise InputError("image 17 is no image")
+        return {"image": np.full((2, 2, 3), index, np.uint8), "row": np.int32(index)}
+
+
+def watched(images, *, start=0, workers=0, timeout=60.0, report=lambda line: None):
+    def make(position):
+        return pipeline.train_iterator(
+            images, batch_size=8, seed=3, workers=workers, start=position
+        )
+
+    return Watched(make, start=start, timeout=timeout, report=report)
+
+
+def rows(data, count):
+    found = [next(data)["row"].tolist() for _ in range(count)]
+    data.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Ten batches, straight from the pipeline: two epochs."""
+    data = pipeline.train_iterator(Images(), batch_size=8, seed=3)
+    return [next(data)["row"].tolist() for _ in range(10)]
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_nothing_changes_where_nothing_goes_wrong(expected, start):
+    assert rows(watched(Images(), start=start), 10 - start) == expected[start:]
+
+
+@pytest.mark.parametrize(("fault", "timeout"), [("die", 60.0), ("hang", 6.0)])
+def test_a_lost_worker_is_replaced_and_no_batch_differs(expected, tmp_path, fault, timeout):
+    said = []
+    images = Images(fault, str(tmp_path / "happened"))
+    data = watched(images, workers=1, timeout=timeout, report=said.append)
+    assert rows(data, 10) == expected
+    assert (tmp_path / "happened").exists()
+    assert len(said) == 1
+    assert {"die": "a data worker died", "hang": "the data workers hang"}[fault] in said[0]
+
+
+def test_a_worker_that_dies_again_and_again_ends_the_run(tmp_path):
+    said = []
+    data = watched(Images("die"), workers=1, report=said.append)
+    with pytest.raises(InputError, match=r"a data worker died .exit status -9.*data\.workers=0"):
+        rows(data, 10)
+    data.close()
+    assert said[-2] == said[-1]  # the same batch, three times with the one in the error
+
+
+def test_a_thread_that_hangs_ends_the_run():
+    data = watched(Images("hang"), timeout=1.0)
+    with pytest.raises(InputError, match=r"reading hangs, nothing for 1 s.*data\.timeout"):
+        rows(data, 10)
+    data.close()
+
+
+def test_an_error_in_reading_reaches_the_loop():
+    data = watched(Images("raise"))
+    with pytest.raises(InputError, match="image 17 is no image"):
+        rows(data, 10)
+    data.close()
