@@ -86,6 +86,10 @@ class Workdir:
             raise InputError(
                 f"There is no run in --workdir={directory} (no {CONFIG_NAME}): train there first."
             ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{path} cannot be read ({error}). Restore it or use a new workdir."
+            ) from None
         return config_lib.from_json(text, path)
 
     def save_mask(self, mask: np.ndarray, config: ml_collections.ConfigDict) -> str:

@@ -126,8 +126,11 @@ def _lines(path: str) -> Iterator[bytes]:
 def _layout(path: str, line: bytes) -> tuple[int, bool]:
     """Returns the width, and whether the first line is word2vec's `words width`."""
     fields = line.split(b" ")
-    if len(fields) == 2 and all(field.isdigit() for field in fields):
-        return int(fields[1]), True
+    if len(fields) == 2 and all(field.isdigit() and len(field) < 10 for field in fields):
+        width = int(fields[1])
+        if not width:
+            raise InputError(f"{path}, line 1: word vectors of no numbers; {_FORMAT}.")
+        return width, True
     try:
         np.array(fields[1:], np.float64)
     except ValueError:
@@ -144,7 +147,8 @@ def _vector(path: str, number: int, fields: Sequence[bytes]) -> np.ndarray:
         values = np.array(fields, np.float64)
     except ValueError:
         values = np.array([np.nan])
-    if not np.isfinite(values).all():
+    # Room for the sum of a label's words: float32 holds the embeddings.
+    if not (np.abs(values) < 1e30).all():
         raise InputError(f"{path}, line {number}: not {len(fields)} finite numbers; {_FORMAT}.")
     return values
 

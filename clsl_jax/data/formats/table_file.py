@@ -9,6 +9,8 @@ from typing import Any
 from clsl_jax.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
+# Each row of a table names another image, which a Parquet file cannot do for nothing.
+_ROWS, _ROWS_A_BYTE = 100_000, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +98,22 @@ def _read_parquet(path: pathlib.Path) -> Table:
     import pyarrow.parquet
 
     try:
+        count = pyarrow.parquet.read_metadata(path).num_rows
+        # Nothing takes no room there, and any number of rows of it would fill the memory here.
+        if count > _ROWS + _ROWS_A_BYTE * path.stat().st_size:
+            raise InputError(f"{path} says that it has {count:,} rows, more than such a file can.")
         content = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path} cannot be read as Parquet ({error}).") from None
-    columns = [[_text(cell) for cell in column.to_pylist()] for column in content.columns]
-    return Table(path, content.column_names, [list(row) for row in zip(*columns, strict=True)], 1)
+        names = content.column_names
+        columns = [[_text(cell) for cell in column.to_pylist()] for column in content.columns]
+    except InputError:
+        raise
+    # Text that is no UTF-8, and times that Python has not, are found only when they are asked for.
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{path} cannot be read as Parquet ({error}): write it again with columns of text and "
+            "whole numbers."
+        ) from None
+    return Table(path, names, [list(row) for row in zip(*columns, strict=True)], 1)
 
 
 def _text(cell: Any) -> str:
