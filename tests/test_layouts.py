@@ -64,7 +64,7 @@ def test_any_layout_gives_the_same_numbers(runs, layout):
     for key, array in one.items():
         if array.dtype.kind == "f":
             # Half a step of the rate: some biases have a gradient that is nothing but rounding.
-            share = 5e-3 if "opt_state" in key else 1e-4  # gradients differ more than weights
+            share = 5e-3 if "opt_state" in key else 1e-3  # gradients differ more than weights
             atol = share * np.abs(array).max() + 5e-5
             np.testing.assert_allclose(other[key], array, rtol=0, atol=atol, err_msg=key)
         else:
