@@ -166,7 +166,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(tmp_path):
     checkpointer = Checkpointer(str(tmp_path))
     save(checkpointer, 1)
     checkpointer.close()
-    (path,) = (tmp_path / "1" / "meta").iterdir()
+    path = tmp_path / "1" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     path.write_text(json.dumps({**meta, "format": checkpoint.FORMAT_VERSION - 1}))
     checkpointer = Checkpointer(str(tmp_path))

@@ -39,6 +39,8 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_pat
             "model.widths": (4, 8),
             "model.encoder_layers": 0,
             "model.rank": 4,
+            "model.srfl": False,
+            "model.sgfe": False,
         }
     )
     built = experiment.build(config)

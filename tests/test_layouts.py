@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 # 20 steps: 4 epochs of 5; every part that exchanges something between devices is on.
 STEPS = (
     f"--config={CONFIG}",
-    *(x.replace("(96,", "(80,") for x in TINY),
+    *(x.replace("(96,", "(80,").replace("(8,16)", "(8,)") for x in TINY),
     "--config.graph.layers=1",
     "--config.model.encoder_layers=0",
     # A small rate: Adam makes a whole step out of a gradient that is nothing but rounding.

@@ -14,6 +14,8 @@ from clsl_jax import optim, sharding, steps, train_state
 from clsl_jax.data import transforms
 from clsl_jax.models.clsl import CLSL, head_of
 
+pytestmark = pytest.mark.slow
+
 N, C, B, SIZE = 48, 6, 16, 16
 
 
