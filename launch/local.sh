@@ -49,23 +49,23 @@ for ((k = 0; k < processes; k++)); do
 done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 status=0
-remaining=$processes
-while ((remaining > 0)); do
-  code=0
-  wait -n "${pids[@]}" || code=$?
-  # A signal wakes `wait` too, before anybody has ended.
-  running=0
+while ((${#pids[@]} > 0)); do
+  sleep 0.5 || true  # a signal ends it early
+  running=()
   for pid in "${pids[@]}"; do
-    if kill -0 "$pid" 2>/dev/null; then running=$((running + 1)); fi
+    if kill -0 "$pid" 2>/dev/null; then
+      running+=("$pid")
+      continue
+    fi
+    code=0
+    wait "$pid" || code=$?
+    if ((code != 0 && status == 0)); then status=$code; fi
   done
-  if ((running == remaining)); then continue; fi
-  remaining=$running
-  if ((code != 0 && status == 0)); then
-    status=$code
-    # The others wait for the one that has ended; ten seconds are for their own last words.
-    (sleep 10 && kill -KILL "${pids[@]}") 2>/dev/null &
-    watchdog=$!
+  pids=("${running[@]}")
+  # The others wait for the one that has failed; ten seconds are for their own last words.
+  if ((status != 0 && ${#pids[@]} > 0)); then
+    grace=${grace:-$((SECONDS + 10))}
+    if ((SECONDS > grace)); then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
   fi
 done
-if [[ -n ${watchdog:-} ]]; then kill "$watchdog" 2>/dev/null || true; fi
 exit "$status"
