@@ -1,13 +1,15 @@
 """Losses for partially labelled images: element-wise terms and their reductions.
 
-The element-wise losses (`asymmetric_loss`, `binary_cross_entropy`) never reduce; `clsl_loss` does,
-at one of two scales:
+The element-wise losses (`asymmetric_loss`, `binary_cross_entropy`, `hill_loss`,
+`focal_margin_loss`) never reduce; `clsl_loss` does, at one of three scales:
 
 * ``released``: the scale of the CLSL authors' program. The known term is a *sum* over the known
   entries, the recovered term a *mean* over all entries, both times 1000, and only the global branch
   sees recovered labels.
 * ``balanced``: every branch gets the mean over its known entries plus the recovered entries divided
   by the number of *unknown* ones, so that a handful of recovered labels weighs little.
+* ``mean``: as ``balanced``, but both are divided by the number of all entries: a known and an
+  unknown entry of weight 1 count alike, as in methods that take unknown labels for negatives.
 
 Letters: B batch, C classes.
 """
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 
 ElementwiseLoss = Callable[[jax.Array, jax.Array], jax.Array]
 
-SCALES = ("balanced", "released")
+SCALES = ("balanced", "released", "mean")
 RELEASED_FACTOR = 1000.0
 
 
@@ -105,6 +107,91 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -(targets * log_p + (1.0 - targets) * log_q)
 
 
+def hill_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    margin: float = 1.0,
+    gamma: float = 2.0,
+    turn: float = 1.5,
+) -> jax.Array:
+    """Hill loss, element-wise and unreduced: easy on negatives that look positive.
+
+    With ``p = sigmoid(logits)`` and ``m = sigmoid(logits - margin)``::
+
+        positive: -(1 - m)^gamma log m          negative: (turn - p) p^2
+
+    At turn = 1.5 the gradient of a negative is 3 p^2 (1 - p)^2, largest at p = 1/2 and none at 1:
+    an unlabelled positive taken for a negative, which the network contradicts, is left alone.
+
+    Args:
+        logits: any shape, finite. Types below float32 are computed in float32.
+        targets: same shape, in [0, 1].
+        margin: of positives, in logits.
+        gamma: focusing exponent of positives, >= 0.
+        turn: lambda of the paper, >= 1.
+
+    Returns:
+        The loss of each entry, shape of `logits`, >= 0.
+
+    Source: Zhang et al., Simple and Robust Loss Design for Multi-Label Learning with Missing
+    Labels, arXiv 2112.07368 (Hill loss and its focal margin).
+    """
+    logits, targets = _at_least_float32(logits, targets)
+    p = jax.nn.sigmoid(logits)
+    return targets * _focal_margin(logits, margin, gamma) + (1.0 - targets) * (turn - p) * p**2
+
+
+def focal_margin_loss(
+    logits: jax.Array, targets: jax.Array, *, margin: float = 1.0, gamma: float = 2.0
+) -> jax.Array:
+    """Focal loss whose positives keep a margin, element-wise and unreduced.
+
+    With ``p = sigmoid(logits)`` and ``m = sigmoid(logits - margin)``::
+
+        positive: -(1 - m)^gamma log m          negative: -p^gamma log(1 - p)
+
+    Args:
+        logits: any shape, finite. Types below float32 are computed in float32.
+        targets: same shape, in [0, 1].
+        margin: of positives, in logits.
+        gamma: focusing exponent, >= 0.
+
+    Returns:
+        The loss of each entry, shape of `logits`, >= 0.
+
+    Source: arXiv 2112.07368, the loss that self-paced loss correction (SPLC) corrects.
+    """
+    logits, targets = _at_least_float32(logits, targets)
+    negative = -(jax.nn.sigmoid(logits) ** gamma) * jax.nn.log_sigmoid(-logits)
+    return targets * _focal_margin(logits, margin, gamma) + (1.0 - targets) * negative
+
+
+def _focal_margin(logits: jax.Array, margin: float, gamma: float) -> jax.Array:
+    logits = logits - margin
+    return -(jax.nn.sigmoid(-logits) ** gamma) * jax.nn.log_sigmoid(logits)
+
+
+def expected_positives_loss(logits: jax.Array, positives: jax.Array | float) -> jax.Array:
+    """Squared difference of expected and given number of positives an image, as a share of C.
+
+    ``((mean_n sum_c sigmoid(logits) - positives) / C)^2``
+
+    Args:
+        logits: [B, C].
+        positives: of an image in the mean; may be traced.
+
+    Returns:
+        Scalar.
+
+    Source: Cole et al., Multi-Label Learning from Single Positive Labels, arXiv 2106.09708
+    (expected positive regularisation).
+    """
+    logits = logits.astype(jnp.float32)
+    expected = jnp.mean(jnp.sum(jax.nn.sigmoid(logits), axis=-1))
+    return ((expected - positives) / logits.shape[-1]) ** 2
+
+
 def expected_loss(elementwise: ElementwiseLoss) -> ElementwiseLoss:
     """A loss whose value at a soft target q is the mean over labels drawn with probability q.
 
@@ -175,8 +262,9 @@ def known_loss(
     Args:
         losses: [B, C] element-wise losses.
         known: [B, C] bool, or 0 and 1.
-        scale: ``balanced``: the mean over known entries, 0 when there are none. ``released``: their
-            sum times 1000, or the mean times 1000 when every entry of the batch is known.
+        scale: ``balanced``: the mean over known entries, 0 when there are none. ``mean``: their sum
+            divided by B * C. ``released``: their sum times 1000, or the mean times 1000 when every
+            entry of the batch is known.
         known_count, entries: known entries, and all entries, of the batch that `losses` is a part
             of; results of its parts then add up to that of the batch. By default `losses` is all.
 
@@ -190,6 +278,8 @@ def known_loss(
     entries = mask.size if entries is None else entries
     if scale == "balanced":
         return total / jnp.maximum(count, 1.0)
+    if scale == "mean":
+        return total / max(entries, 1)
     every_label_known = count == entries
     return RELEASED_FACTOR * total / jnp.where(every_label_known, float(max(entries, 1)), 1.0)
 
@@ -207,11 +297,12 @@ def recovered_loss(
 
     Args:
         losses: [B, C] element-wise losses.
-        weight: [B, C] weight of each recovered entry; read by ``balanced`` only.
-        unknown: [B, C] bool, or 0 and 1; read by ``balanced`` only.
+        weight: [B, C] weight of each recovered entry; not read by ``released``.
+        unknown: [B, C] bool, or 0 and 1; not read by ``released``.
         scale: ``balanced``: sum of ``weight * losses`` over unknown entries, divided by the number
-            of unknown entries (recovered or not), 0 when there are none. ``released``: the mean
-            over all B * C entries, known ones included, times 1000.
+            of unknown entries (recovered or not), 0 when there are none. ``mean``: the same sum
+            divided by B * C. ``released``: the mean over all B * C entries, known ones included,
+            times 1000.
         unknown_count, entries: of the batch that `losses` is a part of, as in `known_loss`.
 
     Returns:
@@ -223,8 +314,11 @@ def recovered_loss(
             return RELEASED_FACTOR * jnp.mean(losses)
         return RELEASED_FACTOR * jnp.sum(losses) / entries
     mask = unknown.astype(losses.dtype)
+    total = jnp.sum(losses * weight * mask)
+    if scale == "mean":
+        return total / max(mask.size if entries is None else entries, 1)
     count = jnp.sum(mask) if unknown_count is None else unknown_count
-    return jnp.sum(losses * weight * mask) / jnp.maximum(count, 1.0)
+    return total / jnp.maximum(count, 1.0)
 
 
 def clsl_loss(
@@ -238,6 +332,7 @@ def clsl_loss(
     scale: str = "balanced",
     recovered_scale: jax.Array | float = 0.8,
     global_scale: jax.Array | float = 1.0,
+    smoothing: float = 0.0,
     known_count: jax.Array | None = None,
     entries: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -247,20 +342,22 @@ def clsl_loss(
     `recovered_loss` of the global branch against the labels where known and `recovered` elsewhere,
     without weights, and 0 when there is no global branch.
 
-    ``balanced``: both terms are summed over the branches present, the global branch's times
-    `global_scale`.
+    ``balanced`` and ``mean``: both terms are summed over the branches present, the global branch's
+    times `global_scale`.
 
     Args:
         semantic_logits: [B, C], z1.
         global_logits: [B, C], z0, or None when the model has no global branch.
         annotations: [B, C], 1 positive, 0 negative, -1 unknown.
         recovered: [B, C] in [0, 1], read at unknown entries. Carries no gradient.
-        recovered_weight: [B, C] >= 0, read at unknown entries by ``balanced``. Carries no gradient.
+        recovered_weight: [B, C] >= 0, read at unknown entries, not by ``released``. Carries no
+            gradient.
         elementwise: function of logits and targets, e.g. `asymmetric_loss` with its exponents
             bound.
-        scale: ``balanced`` or ``released``.
+        scale: ``balanced``, ``mean`` or ``released``.
         recovered_scale: factor of the recovered term (lambda); may be traced, for a ramp.
-        global_scale: factor of the global branch under ``balanced``; may be traced.
+        global_scale: factor of the global branch, not under ``released``; may be traced.
+        smoothing: known labels y become ``(1 - smoothing) y + smoothing / 2``.
         known_count, entries: known entries, float [], and all entries of the batch that the arrays
             are a part of; losses and gradients of its parts then add up to those of the batch. By
             default the arrays are all of it.
@@ -270,13 +367,14 @@ def clsl_loss(
         `recovered_scale`.
 
     Raises:
-        ValueError: `scale` is neither of the two.
+        ValueError: `scale` is none of these.
 
     Source: CLSL, arXiv 2510.10055, training objective; the released program's scale where named so.
     """
     _check_scale(scale)
     known = annotations >= 0
-    targets = jax.lax.stop_gradient(jnp.where(known, annotations, recovered))
+    labels = (1.0 - smoothing) * annotations + 0.5 * smoothing if smoothing else annotations
+    targets = jax.lax.stop_gradient(jnp.where(known, labels, recovered))
     weight = jax.lax.stop_gradient(recovered_weight)
 
     known_mean = functools.partial(

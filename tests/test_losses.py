@@ -15,6 +15,9 @@ from clsl_jax.losses import (
     asymmetric_loss,
     binary_cross_entropy,
     clsl_loss,
+    expected_positives_loss,
+    focal_margin_loss,
+    hill_loss,
     known_loss,
     recovered_loss,
 )
@@ -418,3 +421,89 @@ def test_the_expected_loss_by_hand():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     even = expected_loss(binary_cross_entropy)(logits, targets)
     np.testing.assert_allclose(even, binary_cross_entropy(logits, targets), rtol=1e-6)
+
+
+def test_hill_loss_by_hand():
+    """arXiv 2112.07368: positives -(1 - m)^2 log m with m = s(x - 1), negatives (3/2 - p) p^2."""
+    x = math.log(3.0)  # p = 3/4
+    m = 3 / (3 + math.e)
+    np.testing.assert_allclose(hill_loss(x, 1.0), -((1 - m) ** 2) * math.log(m), rtol=1e-6)
+    np.testing.assert_allclose(hill_loss(x, 0.0), 0.75 * 0.5625, rtol=1e-6)
+    np.testing.assert_allclose(hill_loss(0.0, 1.0, margin=0.0), 0.25 * math.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999])
+def test_the_gradient_of_a_negative_under_hill_has_the_shape_of_a_hill(p):
+    """3 p^2 (1 - p)^2: what looks like a positive is left alone."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(math.log(p / (1 - p)))
+        found = jax.grad(lambda x: hill_loss(x, jnp.zeros(())))(x)
+    np.testing.assert_allclose(found, 3 * p**2 * (1 - p) ** 2, rtol=1e-6)
+
+
+def test_focal_margin_loss_by_hand():
+    x = math.log(3.0)
+    m = 3 / (3 + math.e)
+    np.testing.assert_allclose(focal_margin_loss(x, 1.0), -((1 - m) ** 2) * math.log(m), rtol=1e-6)
+    np.testing.assert_allclose(focal_margin_loss(x, 0.0), -0.5625 * math.log(0.25), rtol=1e-6)
+    plain = focal_margin_loss(x, 1.0, margin=0.0, gamma=0.0)
+    np.testing.assert_allclose(plain, binary_cross_entropy(x, 1.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [hill_loss, focal_margin_loss])
+def test_losses_of_far_logits_are_finite_with_finite_gradients(loss):
+    x = jnp.array([-200.0, -30.0, 0.0, 30.0, 200.0])
+    for target in (0.0, 1.0):
+        value = loss(x, jnp.full(5, target))
+        gradient = jax.grad(lambda x, y=target: loss(x, jnp.full(5, y)).sum())(x)
+        assert np.isfinite(value).all()
+        assert (value >= 0).all()
+        assert np.isfinite(gradient).all()
+
+
+def test_expected_positives_by_hand():
+    """((mean of 1.25 and 0.5 positives) - 2) / 2, squared."""
+    logits = jnp.array([[math.log(3.0), 0.0], [-50.0, 0.0]])
+    np.testing.assert_allclose(expected_positives_loss(logits, 2.0), (-1.125 / 2) ** 2, rtol=1e-6)
+    assert float(expected_positives_loss(jnp.zeros((4, 6)), 3.0)) == 0.0
+
+
+def test_mean_scale_counts_a_known_and_an_assumed_label_alike():
+    """BCE against the labels with unknown as negative, over all entries."""
+    logits = jnp.array([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
+    annotations = jnp.array([[1, -1, 0], [-1, -1, 1]], jnp.int8)
+    loss, terms = clsl_loss(
+        logits,
+        None,
+        annotations,
+        jnp.zeros((2, 3)),
+        jnp.ones((2, 3)),
+        elementwise=binary_cross_entropy,
+        scale="mean",
+        recovered_scale=1.0,
+    )
+    x, y = torch.tensor(np.asarray(logits)), torch.tensor([[1.0, 0, 0], [0, 0, 1]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(x, y)
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
+    known = torch.nn.functional.binary_cross_entropy_with_logits(x, y, reduction="none")
+    share = known[torch.tensor(np.asarray(annotations)) >= 0].sum() / 6
+    np.testing.assert_allclose(terms["known"], share.item(), rtol=1e-6)
+
+
+def test_smoothing_softens_known_labels_only():
+    logits = jnp.array([[0.7, -0.3]])
+    annotations = jnp.array([[1, -1]], jnp.int8)
+    found, _ = clsl_loss(
+        logits,
+        None,
+        annotations,
+        jnp.array([[0.0, 1.0]]),
+        jnp.ones((1, 2)),
+        elementwise=binary_cross_entropy,
+        recovered_scale=0.5,
+        smoothing=0.2,
+    )
+    softened = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.tensor([0.7, -0.3]), torch.tensor([0.9, 1.0]), reduction="none"
+    )
+    np.testing.assert_allclose(found, (softened[0] + 0.5 * softened[1]).item(), rtol=1e-6)

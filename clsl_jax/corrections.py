@@ -1,0 +1,139 @@
+"""Targets of unknown labels that are taken for negatives, corrected within the batch.
+
+Pure functions of one batch, without gradient: what methods for missing labels do instead of
+recovering from a matrix of scores (`recovery.py`).
+
+Letters: B batch, C classes. Annotations are 1 positive, 0 negative, -1 unknown.
+"""
+
+import jax
+import jax.numpy as jnp
+
+CORRECTIONS = ("none", "self_paced", "reject", "correct", "correct_for_good")
+
+
+def self_paced(logits: jax.Array, *, threshold: float, active: jax.Array | bool) -> jax.Array:
+    """Where an unknown label is taken for a positive because the network says so.
+
+    Args:
+      logits: [B, C].
+      threshold: probability above which it does, in [0, 1).
+      active: False takes none (the first epoch); may be traced.
+
+    Returns:
+      bool [B, C].
+
+    Source: Zhang et al., Simple and Robust Loss Design for Multi-Label Learning with Missing
+    Labels, arXiv 2112.07368 (self-paced loss correction, SPLC).
+    """
+    probability = jax.nn.sigmoid(jax.lax.stop_gradient(logits).astype(jnp.float32))
+    return (probability > threshold) & jnp.asarray(active, bool)
+
+
+def large_losses(losses: jax.Array, candidates: jax.Array, share: jax.Array | float) -> jax.Array:
+    """The candidates with the largest losses of the batch.
+
+    Args:
+      losses: [B, C] of the candidates as they are labelled now.
+      candidates: bool [B, C].
+      share: of the candidates, in [0, 1], rounded down to a whole number; may be traced.
+
+    Returns:
+      bool [B, C], True at exactly that many candidates; of equal losses the earlier ones.
+
+    Source: Kim et al., Large Loss Matters in Weakly Supervised Multi-Label Classification, arXiv
+    2206.03740: the share is (t - 1) delta in epoch t where labels are rejected (LL-R)
+    or corrected for the time being (LL-Ct), and delta where they are corrected for good (LL-Cp).
+    """
+    flat = jax.lax.stop_gradient(jnp.where(candidates, losses, -jnp.inf)).ravel()
+    order = jnp.argsort(-flat)  # stable
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+    number = jnp.floor(share * jnp.sum(candidates) + 1e-6)
+    return (rank < number).reshape(losses.shape) & candidates
+
+
+def assumed_targets(
+    logits: jax.Array,
+    losses: jax.Array,
+    annotations: jax.Array,
+    corrected: jax.Array,
+    *,
+    correction: str,
+    assumed: float,
+    threshold: float,
+    share: jax.Array | float,
+    active: jax.Array | bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Targets and weights where unknown labels are taken for negatives.
+
+    Args:
+      logits: [B, C].
+      losses: [B, C], each entry's loss against the target `assumed`.
+      annotations: [B, C].
+      corrected: bool [B, C], unknown entries that were corrected for good before.
+      correction: one of `CORRECTIONS`.
+      assumed: the target of an unknown label; 0, or half the smoothing of label smoothing.
+      threshold: of `self_paced`.
+      share: of `large_losses`.
+      active: of `self_paced`.
+
+    Returns:
+      targets [B, C] in [0, 1] and weights [B, C], read at unknown entries; without gradient.
+
+    Raises:
+      ValueError: an unknown correction.
+    """
+    if correction not in CORRECTIONS:
+        raise ValueError(f"correction {correction!r} is unknown: {', '.join(CORRECTIONS)}")
+    unknown = annotations < 0
+    positive, weight = corrected & unknown, jnp.ones(annotations.shape, jnp.float32)
+    if correction == "self_paced":
+        positive |= self_paced(logits, threshold=threshold, active=active)
+    elif correction != "none":
+        large = large_losses(losses, unknown & ~positive, share)
+        if correction == "reject":
+            weight = jnp.where(large, 0.0, weight)
+        else:
+            positive |= large
+    return jnp.where(positive, 1.0, assumed), weight
+
+
+def estimate_update(
+    estimates: jax.Array,
+    logits: jax.Array,
+    annotations: jax.Array,
+    *,
+    rate: float,
+    positives: jax.Array | float,
+    positives_weight: float,
+) -> jax.Array:
+    """One step of the label estimates of a batch towards what the network says.
+
+    A step of gradient descent on the logits of the estimates q, every image for itself::
+
+        BCE(q, sigmoid(logits)) summed over classes + positives_weight * C * expected_positives_loss
+
+    with known labels in the place of what the network says.
+
+    Args:
+      estimates: [B, C], probabilities in (0, 1).
+      logits: [B, C] of the network.
+      annotations: [B, C].
+      rate: of the step, in units of a logit for each unit of gradient.
+      positives, positives_weight: of the expected-positive regularisation.
+
+    Returns:
+      The new estimates [B, C], strictly between 0 and 1.
+
+    Source: Cole et al., Multi-Label Learning from Single Positive Labels, arXiv 2106.09708
+    (regularised online label estimation, ROLE); the paper updates by Adam.
+    """
+    q = jnp.clip(estimates, 1e-4, 1.0 - 1e-4)
+    said = jax.nn.sigmoid(jax.lax.stop_gradient(logits).astype(jnp.float32))
+    target = jnp.where(annotations >= 0, annotations.astype(jnp.float32), said)
+    classes = q.shape[-1]
+    excess = jnp.mean(jnp.sum(q, axis=-1)) - positives
+    # d/dlogit of BCE is q - target; of the regulariser 2 excess q (1 - q) / C, per image.
+    gradient = q - target + positives_weight * 2.0 * excess / classes * q * (1.0 - q)
+    moved = jnp.log(q) - jnp.log1p(-q) - rate * gradient
+    return jnp.clip(jax.nn.sigmoid(moved), 1e-4, 1.0 - 1e-4)

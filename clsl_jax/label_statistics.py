@@ -1,0 +1,248 @@
+"""What known labels say of unknown ones: label statistics, alone and with the image's evidence.
+
+Pure functions of whole matrices, [N, C] with N training images and C classes; annotations are 1
+positive, 0 negative, -1 unknown. Arrays with N rows may be sharded by row.
+
+The model is a mixture of K kinds of images, within each of which labels are independent (a mixture
+of Bernoulli distributions). It is fitted to the known cells by expectation maximisation. An unknown
+label's probability is its posterior given the image's known labels and, if there are any, the
+scores of a network, which enter as likelihood ratios: what the network says of a label beyond how
+frequent it is.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_LARGEST_LOG_RATIO = 12.0
+
+
+class Mixture(NamedTuple):
+    """A mixture of Bernoulli distributions.
+
+    Attributes:
+      log_prior: float32 [K], of the components; their exponentials sum to 1.
+      logits: float32 [K, C], log odds of each label in each component.
+    """
+
+    log_prior: jax.Array
+    logits: jax.Array
+
+
+def label_frequencies(annotations: jax.Array, *, prior: float = 1.0) -> jax.Array:
+    """Share of positives among the known labels of each class.
+
+    Args:
+      annotations: [N, C].
+      prior: pseudo-counts of a positive and of a negative.
+
+    Returns:
+      float32 [C], strictly between 0 and 1 with a prior.
+    """
+    positives = jnp.sum(annotations == 1, axis=0, dtype=jnp.float32)
+    known = jnp.sum(annotations >= 0, axis=0, dtype=jnp.float32)
+    return (positives + prior) / (known + 2.0 * prior)
+
+
+def conditional_frequencies(annotations: jax.Array, *, prior: float = 1.0) -> jax.Array:
+    """How often a class is positive in images where another one is, among cells known together.
+
+    Args:
+      annotations: [N, C].
+      prior: pseudo-counts by which a frequency is drawn towards the class's own.
+
+    Returns:
+      float32 [C, C]; entry [a, b] estimates P(b | a). The diagonal is 1.
+    """
+    positive = (annotations == 1).astype(jnp.float32)
+    known = (annotations >= 0).astype(jnp.float32)
+    both = positive.T @ positive
+    asked = positive.T @ known
+    shrunk = (both + prior * label_frequencies(annotations)) / (asked + prior)
+    eye = jnp.eye(annotations.shape[1], dtype=bool)
+    return jnp.where(eye, 1.0, shrunk)
+
+
+def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
+    """The largest conditional frequency of each class given one of the image's known positives.
+
+    Args:
+      annotations: [N, C].
+
+    Returns:
+      float32 [N, C]; a class's own frequency where an image has no known positive.
+
+    Source: the within-image part of Chen et al., Structured Semantic Transfer for Multi-Label
+    Recognition with Partial Labels, arXiv 2112.10941, with frequencies among known
+    labels in the place of the co-occurrence that the paper's network learns.
+    """
+    conditional = conditional_frequencies(annotations)
+    frequencies = label_frequencies(annotations)
+    positive = annotations == 1
+
+    def add(best: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        present, row = given
+        return jnp.where(present[:, None], jnp.maximum(best, row), best), None
+
+    start = jnp.zeros(annotations.shape, jnp.float32)
+    best, _ = jax.lax.scan(add, start, (positive.T, conditional))
+    return jnp.where(positive.any(axis=1, keepdims=True), best, frequencies)
+
+
+def init_mixture(key: jax.Array, annotations: jax.Array, components: int) -> Mixture:
+    """Returns equally likely components around the classes' frequencies, drawn apart by `key`."""
+    frequencies = label_frequencies(annotations)
+    base = jnp.log(frequencies) - jnp.log1p(-frequencies)
+    apart = jax.random.normal(key, (components, annotations.shape[1]))
+    return Mixture(jnp.full(components, -jnp.log(float(components))), base + 0.5 * apart)
+
+
+def evidence(scores: jax.Array, frequencies: jax.Array, power: jax.Array | float) -> jax.Array:
+    """Log likelihood ratios of a label's presence that a network's probabilities stand for.
+
+    ``power * (logit(score) - logit(frequency))``: a network that says what is true of the class at
+    large gives no evidence.
+
+    Args:
+      scores: [N, C], calibrated probabilities.
+      frequencies: [C].
+      power: in [0, 1]: how far the network is believed; what it says of an image's labels is not
+        independent of one another.
+
+    Returns:
+      float32 [N, C].
+    """
+    score = jnp.clip(scores.astype(jnp.float32), 1e-6, 1.0 - 1e-6)
+    odds = jnp.log(score) - jnp.log1p(-score)
+    base = jnp.log(frequencies) - jnp.log1p(-frequencies)
+    return jnp.clip(power * (odds - base), -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+
+
+def mixture_posterior(
+    mixture: Mixture, annotations: jax.Array, log_ratios: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Probability of each unknown label given the image's known ones and its evidence.
+
+    Args:
+      mixture: fitted.
+      annotations: [N, C].
+      log_ratios: [N, C] from `evidence`, read at unknown cells; None for none.
+
+    Returns:
+      probabilities [N, C], at known cells as if they were unknown to the last factor; and the
+      components' posterior [N, K].
+    """
+    log_on, log_off = jax.nn.log_sigmoid(mixture.logits), jax.nn.log_sigmoid(-mixture.logits)
+    positive = (annotations == 1).astype(jnp.float32)
+    negative = (annotations == 0).astype(jnp.float32)
+    joint = mixture.log_prior + positive @ log_on.T + negative @ log_off.T
+    if log_ratios is not None:
+        unknown = annotations < 0
+
+        def of_component(logits: tuple[jax.Array, jax.Array]) -> jax.Array:
+            on, off = logits
+            return jnp.sum(jnp.where(unknown, jnp.logaddexp(on + log_ratios, off), 0.0), axis=1)
+
+        joint += jax.lax.map(of_component, (log_on, log_off)).T
+    responsibilities = jax.nn.softmax(joint, axis=1)
+    if log_ratios is None:
+        return responsibilities @ jax.nn.sigmoid(mixture.logits), responsibilities
+
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        share, logits = part
+        return total + share[:, None] * jax.nn.sigmoid(logits + log_ratios), None
+
+    start = jnp.zeros(annotations.shape, jnp.float32)
+    probabilities, _ = jax.lax.scan(add, start, (responsibilities.T, mixture.logits))
+    return probabilities, responsibilities
+
+
+def fit_mixture(
+    mixture: Mixture,
+    annotations: jax.Array,
+    log_ratios: jax.Array | None = None,
+    *,
+    iterations: int,
+    prior: float = 5.0,
+) -> Mixture:
+    """Improves a mixture by expectation maximisation.
+
+    Without evidence unknown cells say nothing. With it, they count as their posteriors.
+
+    Args:
+      mixture: to start from.
+      annotations: [N, C]; rows without a known label say nothing.
+      log_ratios: [N, C] from `evidence`; None for none.
+      iterations: of expectation and maximisation.
+      prior: pseudo-counts by which each component's frequencies are drawn towards the classes'.
+
+    Returns:
+      The mixture, no less likely a posteriori than the one given.
+    """
+    frequencies = label_frequencies(annotations)
+    positive = (annotations == 1).astype(jnp.float32)
+    known = (annotations >= 0).astype(jnp.float32)
+    counted = known.any(axis=1).astype(jnp.float32)[:, None]
+    rows = jnp.sum(counted)
+
+    def improve(mixture: Mixture, _: None) -> tuple[Mixture, None]:
+        _, shares = mixture_posterior(mixture, annotations, log_ratios)
+        shares = shares * counted
+        on, total = shares.T @ positive, shares.T @ known
+        if log_ratios is not None:
+
+            def expected(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+                share, logits = part
+                return share @ ((1.0 - known) * jax.nn.sigmoid(logits + log_ratios))
+
+            on += jax.lax.map(expected, (shares.T, mixture.logits))
+            total = jnp.broadcast_to(jnp.sum(shares, axis=0)[:, None], total.shape)
+        on = on + prior * frequencies
+        off = total - on + prior
+        weight = (jnp.sum(shares, axis=0) + 1.0) / (rows + len(mixture.log_prior))
+        return Mixture(jnp.log(weight), jnp.log(on) - jnp.log(jnp.maximum(off, 1e-6))), None
+
+    return jax.lax.scan(improve, mixture, None, length=iterations)[0]
+
+
+def update_prototypes(
+    prototypes: jax.Array, semantic: jax.Array, annotations: jax.Array, decay: float
+) -> jax.Array:
+    """Moves each class's prototype towards the features of the batch's known positives.
+
+    Args:
+      prototypes: float32 [C, D]; zeros before the first known positive.
+      semantic: [B, C, D], label-specific features.
+      annotations: [B, C].
+      decay: of the moving average, in [0, 1).
+
+    Returns:
+      float32 [C, D]; as it was where the batch has no known positive of a class.
+    """
+    positive = (annotations == 1).astype(jnp.float32)
+    features = jax.lax.stop_gradient(semantic).astype(jnp.float32)
+    count = jnp.sum(positive, axis=0)[:, None]
+    mean = jnp.einsum("bc,bcd->cd", positive, features) / jnp.maximum(count, 1.0)
+    first = jnp.all(prototypes == 0.0, axis=1, keepdims=True)
+    moved = jnp.where(first, mean, decay * prototypes + (1.0 - decay) * mean)
+    return jnp.where(count > 0, moved, prototypes)
+
+
+def prototype_scores(semantic: jax.Array, prototypes: jax.Array) -> jax.Array:
+    """Likeness of each label-specific feature to its class's prototype.
+
+    Args:
+      semantic: [B, C, D].
+      prototypes: [C, D].
+
+    Returns:
+      float32 [B, C] in [0, 1]: (1 + cosine) / 2.
+
+    Source: the across-images part of Chen et al., Heterogeneous Semantic Transfer for Multi-Label
+    Recognition with Partial Labels, arXiv 2205.11131 (prototypes of each class, cosine likeness).
+    """
+    features = semantic.astype(jnp.float32)
+    dot = jnp.einsum("bcd,cd->bc", features, prototypes)
+    norms = jnp.linalg.norm(features, axis=-1) * jnp.linalg.norm(prototypes, axis=-1)
+    return 0.5 * (1.0 + dot / jnp.maximum(norms, 1e-6))

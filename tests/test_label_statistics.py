@@ -1,0 +1,168 @@
+"""Label statistics against counting, enumeration and scikit-learn's cosine."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clsl_jax import label_statistics as ls
+
+N, C, K = 60, 5, 3
+
+
+def example(seed, known=0.5, n=N):
+    """Labels of two kinds of images, part of them known."""
+    rng = np.random.default_rng(seed)
+    kinds = np.array([[0.9, 0.8, 0.1, 0.1, 0.5], [0.1, 0.2, 0.9, 0.7, 0.5]])
+    labels = rng.random((n, C)) < kinds[rng.integers(0, 2, n)]
+    return labels, np.where(rng.random((n, C)) < known, labels, -1).astype(np.int8)
+
+
+def mixture(seed):
+    rng = np.random.default_rng(seed)
+    prior = rng.dirichlet(np.ones(K))
+    return ls.Mixture(
+        jnp.log(jnp.asarray(prior, jnp.float32)), jnp.asarray(rng.normal(size=(K, C)), jnp.float32)
+    )
+
+
+def test_frequencies_by_hand():
+    annotations = jnp.array([[1, 0, -1], [1, -1, -1], [0, 1, -1]], jnp.int8)
+    np.testing.assert_allclose(ls.label_frequencies(annotations), [3 / 5, 2 / 4, 1 / 2])
+    found = ls.conditional_frequencies(annotations)
+    # P(1 | 0): images 0 and 1 have label 0; label 1 is known in image 0 alone, and negative there.
+    np.testing.assert_allclose(found[0, 1], (0 + 0.5) / (1 + 1), rtol=1e-6)
+    # P(0 | 1): image 2 has label 1, and label 0 is negative there.
+    np.testing.assert_allclose(found[1, 0], (0 + 0.6) / (1 + 1), rtol=1e-6)
+    np.testing.assert_allclose(found[2], [0.6, 0.5, 1.0], rtol=1e-6)  # never positive: the prior
+
+
+def test_co_occurrence_scores_take_the_best_known_positive():
+    annotations = jnp.asarray(example(0)[1])
+    conditional = np.asarray(ls.conditional_frequencies(annotations))
+    found = np.asarray(ls.co_occurrence_scores(annotations))
+    for row, scores in zip(np.asarray(annotations), found, strict=True):
+        given_by = np.flatnonzero(row == 1)
+        expected = (
+            conditional[given_by].max(axis=0)
+            if len(given_by)
+            else np.asarray(ls.label_frequencies(annotations))
+        )
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def enumerated(model, row, ratios):
+    """P(label | known labels, evidence) by summing over every completion of the row."""
+    prior, on = np.exp(np.asarray(model.log_prior)), 1 / (1 + np.exp(-np.asarray(model.logits)))
+    total, positive = 0.0, np.zeros(C)
+    free = np.flatnonzero(row < 0)
+    for values in itertools.product((0, 1), repeat=len(free)):
+        labels = row.astype(float).copy()
+        labels[free] = values
+        weight = (prior * np.prod(np.where(labels == 1, on, 1 - on), axis=1)).sum()
+        weight *= np.exp((ratios * labels)[free].sum())
+        total += weight
+        positive += weight * labels
+    return positive / total
+
+
+@pytest.mark.parametrize("with_evidence", [False, True])
+def test_posterior_equals_enumeration(with_evidence):
+    model, (_, annotations) = mixture(1), example(2, n=12)
+    ratios = np.random.default_rng(3).normal(size=annotations.shape) if with_evidence else None
+    found, shares = ls.mixture_posterior(
+        model, jnp.asarray(annotations), None if ratios is None else jnp.asarray(ratios)
+    )
+    np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-5)
+    for i, row in enumerate(annotations):
+        given_ratios = np.zeros(C) if ratios is None else ratios[i]
+        expected = enumerated(model, row, given_ratios)
+        hidden = row < 0
+        np.testing.assert_allclose(np.asarray(found)[i, hidden], expected[hidden], rtol=1e-4)
+
+
+def log_likelihood(model, annotations):
+    on = 1 / (1 + np.exp(-np.asarray(model.logits, np.float64)))
+    row = annotations[:, None, :]
+    factors = np.where(row == 1, on, np.where(row == 0, 1 - on, 1.0)).prod(axis=2)
+    return np.log(factors @ np.exp(np.asarray(model.log_prior, np.float64))).sum()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000))
+def test_fitting_never_makes_known_labels_less_likely(seed):
+    """Expectation maximisation is monotone; with a vanishing prior in the likelihood itself."""
+    _, annotations = example(seed)
+    model = ls.init_mixture(jax.random.key(seed), jnp.asarray(annotations), K)
+    before = log_likelihood(model, annotations)
+    for _ in range(3):
+        model = ls.fit_mixture(model, jnp.asarray(annotations), iterations=2, prior=1e-3)
+        after = log_likelihood(model, annotations)
+        # The components' weights have a pseudo-count of 1, which may cost a little.
+        assert after >= before - 0.05
+        before = after
+
+
+def test_statistics_tell_more_than_frequencies_where_labels_occur_together():
+    labels, annotations = example(4, known=0.6, n=2000)
+    model = ls.init_mixture(jax.random.key(0), jnp.asarray(annotations), K)
+    model = ls.fit_mixture(model, jnp.asarray(annotations), iterations=60)
+    found, _ = ls.mixture_posterior(model, jnp.asarray(annotations))
+    hidden = annotations < 0
+
+    def loss(p):
+        p = np.broadcast_to(np.asarray(p, np.float64), labels.shape)[hidden]
+        return -np.log(np.where(labels[hidden], p, 1 - p)).mean()
+
+    # The process that drew them: the best that can be known.
+    kinds = np.array([[0.9, 0.8, 0.1, 0.1, 0.5], [0.1, 0.2, 0.9, 0.7, 0.5]])
+    true = ls.Mixture(
+        jnp.log(jnp.array([0.5, 0.5])), jnp.asarray(np.log(kinds / (1 - kinds)), jnp.float32)
+    )
+    best, _ = ls.mixture_posterior(true, jnp.asarray(annotations))
+    assert loss(found) < loss(best) + 0.01
+    assert loss(best) + 0.1 < loss(ls.label_frequencies(jnp.asarray(annotations)))
+
+
+def test_evidence_of_a_score_that_is_the_frequency_is_none():
+    frequencies = jnp.array([0.2, 0.5])
+    scores = jnp.array([[0.2, 0.5], [0.5, 0.2], [1.0, 0.0]])
+    found = np.asarray(ls.evidence(scores, frequencies, 1.0))
+    np.testing.assert_allclose(found[0], 0, atol=1e-5)
+    np.testing.assert_allclose(found[1], [np.log(4), -np.log(4)], rtol=1e-5)
+    np.testing.assert_allclose(found[2], [12, -12])
+    np.testing.assert_allclose(ls.evidence(scores, frequencies, 0.5)[1], found[1] / 2, rtol=1e-5)
+
+
+def test_rows_without_a_label_say_nothing():
+    _, annotations = example(5)
+    padded = np.concatenate([annotations, np.full((30, C), -1, np.int8)])
+    model = mixture(6)
+    plain = ls.fit_mixture(model, jnp.asarray(annotations), iterations=5)
+    more = ls.fit_mixture(model, jnp.asarray(padded), iterations=5)
+    np.testing.assert_allclose(plain.logits, more.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(plain.log_prior, more.log_prior, rtol=1e-4)
+
+
+def test_prototypes_by_hand():
+    annotations = jnp.array([[1, 0, -1], [1, 1, -1]], jnp.int8)
+    features = jnp.arange(12.0).reshape(2, 3, 2)
+    first = ls.update_prototypes(jnp.zeros((3, 2)), features, annotations, 0.9)
+    np.testing.assert_allclose(first, [[3, 4], [8, 9], [0, 0]])
+    second = ls.update_prototypes(first, features + 1, annotations, 0.9)
+    np.testing.assert_allclose(second, [[3.1, 4.1], [8.1, 9.1], [0, 0]], rtol=1e-6)
+
+
+def test_prototype_scores_are_cosines():
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
+    rng = np.random.default_rng(7)
+    features, prototypes = rng.normal(size=(4, 3, 6)), rng.normal(size=(3, 6))
+    found = ls.prototype_scores(jnp.asarray(features), jnp.asarray(prototypes))
+    for c in range(3):
+        cosine = pairwise.cosine_similarity(features[:, c], prototypes[c : c + 1])[:, 0]
+        np.testing.assert_allclose(found[:, c], (1 + cosine) / 2, rtol=1e-5)
+    np.testing.assert_allclose(ls.prototype_scores(features, jnp.zeros((3, 6))), 0.5)
