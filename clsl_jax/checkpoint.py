@@ -23,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from clsl_jax import cluster, sharding
 from clsl_jax.errors import InputError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class _OneMessage(stdlib_logging.Filter):

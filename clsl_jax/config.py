@@ -102,19 +102,40 @@ def base_config() -> ml_collections.ConfigDict:
     c.graph.refresh = True  # recompute the graph from the recovered labels every epoch
 
     c.loss = ml_collections.ConfigDict()
-    c.loss.name = "asl"  # asl | bce
+    c.loss.name = "asl"  # asl | bce | hill | focal_margin
     c.loss.gamma_pos = 0.0
     c.loss.gamma_neg = 2.0
     c.loss.clip = 0.0
     c.loss.eps = 1e-5
-    c.loss.scale = "balanced"  # balanced | released
-    c.loss.global_weight = 1.0  # of the global branch in the balanced loss
+    c.loss.margin = 1.0  # of positives under hill and focal_margin, in logits
+    c.loss.smoothing = 0.0  # known labels y become (1 - smoothing) y + smoothing / 2
+    c.loss.scale = "balanced"  # balanced | mean | released
+    c.loss.global_weight = 1.0  # of the global branch, except in the released loss
+    c.loss.expected_positives = 0.0  # weight of the expected-positive regularisation
+    c.loss.positives_per_image = 0.0  # what it expects; 0: estimated from the known labels
 
     c.recovery = ml_collections.ConfigDict()
-    c.recovery.mode = "epoch"  # none | online | epoch
+    # none: known labels only | epoch: from a matrix of scores, at the end of each epoch | online:
+    # from the scores of the batch | assume: unknown labels count as negatives | estimate: unknown
+    # labels are parameters of their own.
+    c.recovery.mode = "epoch"
     c.recovery.weight = 0.8  # lambda: weight of the recovered term
     c.recovery.ramp_epochs = 0.0  # the weight grows linearly from 0 over so many epochs
     c.recovery.sharpening = "safe"  # online targets: safe | released
+    c.recovery.assumed = 0.0  # assume: the target of unknown labels
+    c.recovery.assumed_weight = 1.0  # assume: of unknown labels in the loss; 0: 1 / (C - 1)
+    # assume: none | self_paced: positive above a threshold | reject, correct, correct_for_good: the
+    # largest losses of a batch.
+    c.recovery.correction = "none"
+    c.recovery.correction_threshold = 0.6  # self_paced
+    c.recovery.correction_rate = 0.002  # share of the unknown labels more (for good: anew) an epoch
+    c.recovery.estimate_rate = 1.0  # estimate: of gradient descent on their logits
+    # epoch: what labels are recovered from: scores (the network's) | statistics (known labels
+    # alone, by a mixture model) | both | co_occurrence (of two labels) | prototypes (features).
+    c.recovery.source = "scores"
+    c.recovery.components = 12  # statistics, both: of the mixture
+    c.recovery.evidence_power = 1.0  # both: how far the network is believed, 0 to 1
+    c.recovery.branch = "semantic"  # whose scores a teacher gives: semantic | global | mean
     c.recovery.teacher = "ema"  # whose scores are kept: ema | student
     c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
     c.recovery.momentum = 0.8  # of a row's scores over its visits
@@ -168,9 +189,12 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.freeze": ("none", "backbone"),
     "model.remat": ("none", "blocks"),
     "model.dtype": ("float32", "bfloat16"),
-    "loss.name": ("asl", "bce"),
-    "loss.scale": ("balanced", "released"),
-    "recovery.mode": ("none", "online", "epoch"),
+    "loss.name": ("asl", "bce", "hill", "focal_margin"),
+    "loss.scale": ("balanced", "mean", "released"),
+    "recovery.mode": ("none", "online", "epoch", "assume", "estimate"),
+    "recovery.correction": ("none", "self_paced", "reject", "correct", "correct_for_good"),
+    "recovery.source": ("scores", "statistics", "both", "co_occurrence", "prototypes"),
+    "recovery.branch": ("semantic", "global", "mean"),
     "recovery.sharpening": ("safe", "released"),
     "recovery.teacher": ("ema", "student"),
     "recovery.view": ("clean", "augmented"),
@@ -211,6 +235,17 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("graph.smoothing", 0, 1),
     ("loss.clip", 0, 0.999),
     ("loss.eps", 1e-30, 0.1),
+    ("loss.margin", 0, None),
+    ("loss.smoothing", 0, 1),
+    ("loss.expected_positives", 0, None),
+    ("loss.positives_per_image", 0, None),
+    ("recovery.assumed", 0, 1),
+    ("recovery.assumed_weight", 0, None),
+    ("recovery.correction_threshold", 0, 1),
+    ("recovery.correction_rate", 0, 1),
+    ("recovery.estimate_rate", 0, None),
+    ("recovery.components", 1, None),
+    ("recovery.evidence_power", 0, 1),
     ("recovery.weight", 0, None),
     ("recovery.ramp_epochs", 0, None),
     ("recovery.momentum", 0, 0.9999),
@@ -317,11 +352,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         problems.append(
             "model.freeze='backbone' would keep random weights: name a file in model.pretrained"
         )
-    if config.loss.scale == "released" and config.recovery.mode == "epoch":
-        problems.append(
-            "loss.scale='released' sees recovered labels only of the batch at hand: "
-            "set recovery.mode=online or none, or loss.scale=balanced"
-        )
+    problems += _recovery_misfits(config)
     if config.recovery.mode == "epoch" and config.recovery.thresholds == "fixed":
         low, high = config.recovery.negative_threshold, config.recovery.positive_threshold
         if low > high:
@@ -330,6 +361,37 @@ def validate(config: ml_collections.ConfigDict) -> None:
             )
     if problems:
         _refuse(problems)
+
+
+def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns what of losses and recovery does not go together."""
+    r, problems = config.recovery, []
+    if config.loss.scale == "released" and r.mode not in ("online", "none"):
+        problems.append(
+            "loss.scale='released' sees recovered labels only of the batch at hand: "
+            "set recovery.mode=online or none, or loss.scale=balanced"
+        )
+    if r.correction != "none" and r.mode != "assume":
+        problems.append(f"recovery.correction={r.correction!r} goes with recovery.mode=assume")
+    if r.source != "scores" and r.mode != "epoch":
+        problems.append(f"recovery.source={r.source!r} goes with recovery.mode=epoch")
+    if r.source == "prototypes" and not config.model.srfl:
+        problems.append("recovery.source='prototypes' needs the features of model.srfl=True")
+    if r.branch != "semantic" and (r.teacher != "ema" or not config.model.global_branch):
+        problems.append(
+            f"recovery.branch={r.branch!r} needs recovery.teacher=ema and model.global_branch=True"
+        )
+    whole_batch = {
+        "loss.expected_positives": bool(config.loss.expected_positives),
+        "recovery.correction": r.correction not in ("none", "self_paced"),
+        "recovery.source=prototypes": r.source == "prototypes",
+        "recovery.mode=estimate": r.mode == "estimate",
+    }
+    for name in (
+        name for name, used in whole_batch.items() if used and config.optim.accumulate > 1
+    ):
+        problems.append(f"{name} looks at a batch as a whole: set optim.accumulate=1")
+    return problems
 
 
 def _refuse(problems: Iterable[str]) -> NoReturn:

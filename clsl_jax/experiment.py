@@ -140,7 +140,10 @@ def build(
     if pretrained:
         features_shape, backbone_shapes = train_state.backbone_shapes(model, config.data.image_size)
     caches_features = _caches_features(config, features_shape, dataset)
-    options = step_options(config, steps_per_epoch)
+    options = dataclasses.replace(
+        step_options(config, steps_per_epoch),
+        positives_per_image=_positives_per_image(config, annotations),
+    )
     schedule = optim.one_cycle(
         config.optim.learning_rate,
         config.epochs * steps_per_epoch,
@@ -165,6 +168,7 @@ def build(
             learn_embeddings=config.model.learn_embeddings,
             graph_threshold=options.graph_threshold,
             graph_smoothing=options.graph_smoothing,
+            prototypes=options.source == "prototypes",
             backbone=backbone,
         )
 
@@ -287,6 +291,23 @@ def known_labels(
     return partial.annotate(train.labels, mask)
 
 
+def _positives_per_image(config: ml_collections.ConfigDict, annotations: np.ndarray) -> float:
+    """Returns how many positives an image is expected to have, where the loss asks for it.
+
+    Raises:
+      InputError: if the known labels cannot tell.
+    """
+    if config.loss.positives_per_image or not config.loss.expected_positives:
+        return config.loss.positives_per_image
+    positives, negatives = (annotations == 1).sum(axis=0), (annotations == 0).sum(axis=0)
+    if not negatives.any():
+        raise InputError(
+            "loss.expected_positives needs the number of positives an image has, which known "
+            "positives alone do not tell: set loss.positives_per_image."
+        )
+    return float((positives / np.maximum(positives + negatives, 1)).sum())
+
+
 def _check_selection(
     config: ml_collections.ConfigDict, dataset: sources.Dataset, annotations: np.ndarray
 ) -> None:
@@ -382,7 +403,20 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         eps=loss.eps,
         scale=loss.scale,
         global_weight=loss.global_weight,
+        margin=loss.margin,
+        smoothing=loss.smoothing,
+        expected_positives=loss.expected_positives,
         recovery_mode=r.mode,
+        assumed=r.assumed,
+        assumed_weight=r.assumed_weight,
+        correction=r.correction,
+        correction_threshold=r.correction_threshold,
+        correction_rate=r.correction_rate,
+        estimate_rate=r.estimate_rate,
+        source=r.source,
+        components=r.components,
+        evidence_power=r.evidence_power,
+        branch=r.branch,
         recovery_weight=r.weight,
         ramp_steps=round(r.ramp_epochs * steps_per_epoch),
         sharpening=r.sharpening,

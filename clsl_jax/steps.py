@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from clsl_jax import device_transforms, losses, optim, recovery, sharding
+from clsl_jax import (
+    corrections,
+    device_transforms,
+    label_statistics,
+    losses,
+    optim,
+    recovery,
+    sharding,
+)
 from clsl_jax.data import transforms
 from clsl_jax.models.graph import label_adjacency
 from clsl_jax.train_state import SUM_NAMES, TrainState, with_backbone
@@ -19,7 +27,9 @@ from clsl_jax.train_state import SUM_NAMES, TrainState, with_backbone
 Batch = Mapping[str, jax.Array]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MIXTURE_ITERATIONS = 60  # every time from the start, so that recovering twice changes nothing
 _AUGMENTATION = 2**31 - 1  # folded into a step's key; dropout has the key itself or its parts
+_MIXTURE = 2**31 - 2  # folded into the run's key, as the numbers of steps are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +48,26 @@ class StepOptions:
     clip: float = 0.0
     eps: float = 1e-5
     scale: str = "balanced"
+    margin: float = 1.0
+    smoothing: float = 0.0
     global_weight: float = 1.0
+    expected_positives: float = 0.0
+    positives_per_image: float = 0.0
     recovery_mode: str = "epoch"
     recovery_weight: float = 0.8
     ramp_steps: int = 0
     sharpening: str = "safe"
+    assumed: float = 0.0
+    assumed_weight: float = 1.0
+    correction: str = "none"
+    correction_threshold: float = 0.6
+    correction_rate: float = 0.002
+    estimate_rate: float = 1.0
+    source: str = "scores"
+    components: int = 12
+    evidence_power: float = 1.0
     teacher: str = "ema"
+    branch: str = "semantic"
     momentum: float = 0.8
     thresholds: str = "fixed"
     positive_threshold: float = 0.5
@@ -64,6 +88,11 @@ class StepOptions:
     augment: transforms.Augment | None = None
     clean_view: bool = True
     skip_nonfinite: int = 0
+
+    @property
+    def teaches(self) -> bool:
+        """Whether each step scatters scores into the matrix."""
+        return self.recovery_mode in ("epoch", "estimate")
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -125,7 +154,9 @@ def make_train_step(
                 rngs={"dropout": key},
                 mutable=["batch_stats"],
             )
-            targets, weights = _targets(state, part["row"], logits, annotations, options)
+            targets, weights = _targets(
+                state, part["row"], logits, annotations, options, elementwise
+            )
             loss, terms = losses.clsl_loss(
                 logits,
                 out["global_logits"],
@@ -136,26 +167,47 @@ def make_train_step(
                 scale=options.scale,
                 recovered_scale=_recovered_scale(state.step, options),
                 global_scale=options.global_weight,
+                smoothing=options.smoothing,
                 known_count=known_count,
                 entries=entries,
             )
+            if options.expected_positives:
+                loss += options.expected_positives * losses.expected_positives_loss(
+                    logits, options.positives_per_image
+                )
             batch_stats = dict(updated.get("batch_stats", {}))
             if state.frozen:
                 batch_stats.pop("backbone", None)
             sound = jnp.isfinite(logits).all(axis=1)
             if out["global_logits"] is not None:
                 sound &= jnp.isfinite(out["global_logits"]).all(axis=1)
-            return loss, ({"loss": loss, **terms}, batch_stats, (logits, sound))
+            kept = (logits, sound, targets, out["semantic_features"])
+            return loss, ({"loss": loss, **terms}, batch_stats, kept)
 
         def one_part(batch_stats: Any, part: Batch, key: jax.Array) -> tuple[Any, Any, Any, Any]:
-            """(gradients, terms of the loss, batch_stats, ([b, C] taught scores, [b] sound))."""
-            gradients, (terms, batch_stats, (logits, sound)) = jax.grad(loss_fn, has_aux=True)(
+            """(gradients, terms of the loss, batch_stats, what a row keeps: [b, ...] each)."""
+            gradients, (terms, batch_stats, kept) = jax.grad(loss_fn, has_aux=True)(
                 state.params, batch_stats, part, key
             )
-            taught = None
+            logits, sound, targets, semantic = kept
+            found = {"sound": sound}
             if options.recovery_mode == "epoch":
-                taught = _teach(model, state, part, logits, options)
-            return gradients, terms, batch_stats, (taught, sound)
+                found["taught"] = _teach(model, state, part, logits, semantic, options)
+            elif options.recovery_mode == "estimate":
+                annotations = state.annotations[part["row"]]
+                found["taught"] = corrections.estimate_update(
+                    _estimates(state, part["row"]),
+                    logits,
+                    annotations,
+                    rate=options.estimate_rate,
+                    positives=options.positives_per_image,
+                    positives_weight=options.expected_positives,
+                )
+            if options.correction == "correct_for_good":
+                found["corrected"] = targets
+            if options.source == "prototypes":
+                found["semantic"] = semantic
+            return gradients, terms, batch_stats, found
 
         if parts == 1:
             gradients, terms, batch_stats, found = one_part(state.batch_stats, batch, key)
@@ -163,7 +215,7 @@ def make_train_step(
             gradients, terms, batch_stats, found = _in_parts(
                 one_part, parts, state.batch_stats, batch, key
             )
-        taught, sound = found
+        sound = found["sound"]
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         gradient_norm = optax.global_norm(gradients)
@@ -171,10 +223,21 @@ def make_train_step(
         # Where no image stands out, the gradient alone overflowed: every image had a part in it.
         faulty = ~finite & (~sound | sound.all())
 
+        kept = jnp.where(finite, rows, -1) if options.skip_nonfinite else rows
         scores, visits = state.scores, state.visits
-        if options.recovery_mode == "epoch":
-            kept = jnp.where(finite, rows, -1) if options.skip_nonfinite else rows
-            scores, visits = recovery.scatter_scores(scores, visits, kept, taught, options.momentum)
+        recovered, memory = state.recovered, state.memory
+        if options.teaches:
+            momentum = options.momentum if options.recovery_mode == "epoch" else 0.0
+            scores, visits = recovery.scatter_scores(
+                scores, visits, kept, found["taught"], momentum
+            )
+        if options.correction == "correct_for_good":
+            recovered = _correct_for_good(recovered, state.annotations, kept, found["corrected"])
+        if options.source == "prototypes":
+            moved = label_statistics.update_prototypes(
+                memory["prototypes"], found["semantic"], state.annotations[rows], options.ema_decay
+            )
+            memory = {"prototypes": jnp.where(finite, moved, memory["prototypes"])}
 
         step_sums = {
             "steps": jnp.ones(()),
@@ -204,6 +267,8 @@ def make_train_step(
             step=state.step + 1,
             scores=scores,
             visits=visits,
+            recovered=recovered,
+            memory=memory,
             faults=state.faults.at[rows].add(faulty.astype(jnp.int32), mode="drop"),
             fault_step=jnp.where(finite | (state.fault_step >= 0), state.fault_step, state.step),
             faulty_steps=state.faulty_steps + (~finite).astype(jnp.int32),
@@ -265,6 +330,10 @@ def _placed(model: nn.Module, mesh: Mesh | None) -> nn.Module:
 def _elementwise_loss(options: StepOptions) -> Callable[[jax.Array, jax.Array], jax.Array]:
     if options.loss_name == "bce":
         return losses.binary_cross_entropy
+    if options.loss_name == "hill":
+        return functools.partial(losses.hill_loss, margin=options.margin)
+    if options.loss_name == "focal_margin":
+        return functools.partial(losses.focal_margin_loss, margin=options.margin)
 
     def elementwise(logits: jax.Array, targets: jax.Array) -> jax.Array:
         return losses.asymmetric_loss(
@@ -293,43 +362,128 @@ def _targets(
     logits: jax.Array,
     annotations: jax.Array,
     options: StepOptions,
+    elementwise: losses.ElementwiseLoss,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns targets and weights [B, C] of the recovered term."""
+    if options.recovery_mode == "assume":
+        epoch = state.step // options.steps_per_epoch
+        growing = epoch if options.correction != "correct_for_good" else jnp.minimum(epoch, 1)
+        targets, weights = corrections.assumed_targets(
+            logits,
+            elementwise(logits, jnp.full_like(logits, options.assumed)),
+            annotations,
+            state.recovered[rows] > 0.5,
+            correction=options.correction,
+            assumed=options.assumed,
+            threshold=options.correction_threshold,
+            share=options.correction_rate * growing,
+            active=epoch > 0,
+        )
+        return targets, weights * (options.assumed_weight or 1.0 / (annotations.shape[1] - 1))
+    if options.recovery_mode == "estimate":
+        return _estimates(state, rows), jnp.ones(annotations.shape, jnp.float32)
     if options.recovery_mode == "online":
         targets = recovery.online_targets(logits, annotations, sharpening=options.sharpening)
         return targets, (annotations < 0).astype(jnp.float32)
     return state.recovered[rows], state.recovered_weight[rows]
 
 
+def _estimates(state: TrainState, rows: jax.Array) -> jax.Array:
+    """Label estimates [B, C]; 1/2 until a row was seen."""
+    return jnp.where((state.visits[rows] == 0)[:, None], 0.5, state.scores[rows])
+
+
+def _correct_for_good(
+    recovered: jax.Array, annotations: jax.Array, rows: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """Writes the unknown cells of a batch that were corrected to positives into their rows."""
+    positive = (targets > 0.5) & (annotations[rows] < 0)
+    rows = jnp.where(rows < 0, recovered.shape[0], rows)
+    return recovered.at[rows].max(positive.astype(recovered.dtype), mode="drop")
+
+
 def _teach(
-    model: nn.Module, state: TrainState, batch: Batch, logits: jax.Array, options: StepOptions
+    model: nn.Module,
+    state: TrainState,
+    batch: Batch,
+    logits: jax.Array,
+    semantic: jax.Array | None,
+    options: StepOptions,
 ) -> jax.Array:
     """Returns the teacher's calibrated probabilities [B, C], without gradient."""
+    out: Mapping[str, Any] = {"semantic_features": semantic}
     if options.teacher == "ema":
         variables = {"params": state.ema_params["model"], "batch_stats": state.ema_batch_stats}
-        logits, _ = model.apply(
+        logits, out = model.apply(
             with_backbone(variables, state.frozen),
             normalize(batch.get("clean", batch["image"])),
             state.ema_params.get("label_embeddings", state.label_embeddings),
             state.adjacency,
             train=False,
         )
+        if options.branch == "global":
+            logits = out["global_logits"]
+        elif options.branch == "mean":
+            logits = 0.5 * (logits + out["global_logits"])
+    if options.source == "prototypes":
+        semantic = jax.lax.stop_gradient(out["semantic_features"])
+        return label_statistics.prototype_scores(semantic, state.memory["prototypes"])
     return calibrated(jax.lax.stop_gradient(logits), options)
 
 
 def calibrated(logits: jax.Array, options: StepOptions) -> jax.Array:
     """Returns the probabilities that logits stand for under the loss they were trained by."""
-    if options.loss_name == "bce":
+    if options.loss_name != "asl":
         return jax.nn.sigmoid(logits)
     return losses.asymmetric_posterior(
         logits, gamma_pos=options.gamma_pos, gamma_neg=options.gamma_neg, clip=options.clip
     )
 
 
+def recovery_scores(state: TrainState, options: StepOptions) -> tuple[jax.Array, jax.Array]:
+    """Returns what labels are recovered from: probabilities [N, C], and visits [N].
+
+    They are what the steps scattered, or what label statistics make of it.
+    """
+    if options.source in ("scores", "prototypes"):
+        return state.scores, state.visits
+    visits = (state.annotations >= 0).any(axis=1).astype(jnp.int32)
+    if options.source == "co_occurrence":
+        return label_statistics.co_occurrence_scores(state.annotations), visits
+    ratios = None
+    if options.source == "both":
+        frequencies = label_statistics.label_frequencies(state.annotations)
+        ratios = label_statistics.evidence(state.scores, frequencies, options.evidence_power)
+        ratios = jnp.where((state.visits > 0)[:, None], ratios, 0.0)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), _MIXTURE)
+    mixture = label_statistics.fit_mixture(
+        label_statistics.init_mixture(key, state.annotations, options.components),
+        state.annotations,
+        ratios,
+        iterations=MIXTURE_ITERATIONS,
+    )
+    scores, _ = label_statistics.mixture_posterior(mixture, state.annotations, ratios)
+    return scores, visits
+
+
 def recovery_thresholds(
-    state: TrainState, options: StepOptions, mesh: Mesh | None = None
+    state: TrainState,
+    options: StepOptions,
+    mesh: Mesh | None = None,
+    *,
+    scores: jax.Array | None = None,
+    visits: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the thresholds of positives and negatives, [C] or scalar, as `recover` uses them."""
+    """Returns the thresholds of positives and negatives, [C] or scalar, as `recover` uses them.
+
+    Args:
+      state: whose annotations calibrate them.
+      options: of the run.
+      mesh: the state's; None if it lies on one device.
+      scores, visits: from `recovery_scores`; by default the state's own.
+    """
+    if scores is None or visits is None:
+        scores, visits = recovery_scores(state, options)
     if options.thresholds == "adaptive":
         thresholds = functools.partial(
             recovery.adaptive_thresholds,
@@ -346,7 +500,7 @@ def recovery_thresholds(
                 in_specs=(matrix, matrix, PartitionSpec("data")),
                 out_specs=PartitionSpec(matrix[1]),
             )
-        return thresholds(state.scores, state.annotations, state.visits)
+        return thresholds(scores, state.annotations, visits)
     return jnp.float32(options.positive_threshold), jnp.float32(options.negative_threshold)
 
 
@@ -359,11 +513,21 @@ def make_recover(
     """
 
     def recover(state: TrainState) -> TrainState:
+        if options.recovery_mode == "estimate":
+            known, seen = state.annotations >= 0, (state.visits > 0)[:, None]
+            labels = state.annotations.astype(jnp.float32)
+            state = state.replace(
+                recovered=jnp.where(known, labels, jnp.where(seen, state.scores, 0.0)),
+                recovered_weight=(~known & seen).astype(jnp.float32),
+            )
         if options.recovery_mode == "epoch":
-            positive, negative = recovery_thresholds(state, options, mesh)
+            scores, visits = recovery_scores(state, options)
+            positive, negative = recovery_thresholds(
+                state, options, mesh, scores=scores, visits=visits
+            )
             recovered, weight = recovery.recover_labels(
-                state.scores,
-                state.visits,
+                scores,
+                visits,
                 state.annotations,
                 positive_threshold=positive,
                 negative_threshold=negative,

@@ -322,7 +322,7 @@ class _Run:
     def _recovery_values(self, state: TrainState) -> dict[str, Any]:
         """Returns how recovered labels compare with the hidden ones; a diagnostic, never used."""
         built = self.experiment
-        if built.options.recovery_mode != "epoch":
+        if not built.options.teaches:
             return {}
         counts, (positives, negatives) = jax.device_get(
             self.steps.count(

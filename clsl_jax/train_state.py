@@ -38,6 +38,7 @@ class TrainState:
       visits: int32 [N], how often the row's scores were updated.
       recovered: float32 [N, C] in [0, 1], recovered labels; known entries hold the label.
       recovered_weight: float32 [N, C] in [0, 1], their weights in the loss; 0 where still unknown.
+      memory: {"prototypes": float32 [C, D]} where labels are recovered from these, else {}.
       sums: float32 [] each, sums over the steps of the epoch so far; `steps` counts them.
       faults: int32 [N], steps with a row's image whose loss or gradient was not finite.
       fault_step: int32 [], the first of these steps, counted from 0; -1 if there was none.
@@ -59,6 +60,7 @@ class TrainState:
     visits: jax.Array
     recovered: jax.Array
     recovered_weight: jax.Array
+    memory: Mapping[str, jax.Array]
     sums: Mapping[str, jax.Array]
     faults: jax.Array
     fault_step: jax.Array
@@ -80,6 +82,7 @@ def init_state(
     learn_embeddings: bool,
     graph_threshold: float,
     graph_smoothing: float,
+    prototypes: bool = False,
     backbone: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Returns the state before the first step.
@@ -93,6 +96,7 @@ def init_state(
       annotations: int8 [N, C], N padded; rows without an image are -1.
       learn_embeddings: whether the embeddings are parameters.
       graph_threshold, graph_smoothing: of the label graph, see `label_adjacency`.
+      prototypes: whether to keep a prototype of each class's features.
       backbone: `params` and `batch_stats` to start the backbone with, not drawn then. Needed where
         the model freezes it.
     """
@@ -125,6 +129,10 @@ def init_state(
         params["label_embeddings"] = label_embeddings
     batch_stats = variables["batch_stats"]
     shape = annotations.shape
+    memory: dict[str, jax.Array] = {}
+    if prototypes:
+        width = variables["params"]["semantic"]["out"]["kernel"].shape[-1]
+        memory = {"prototypes": jnp.zeros((shape[1], width), jnp.float32)}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -142,6 +150,7 @@ def init_state(
         visits=jnp.zeros(shape[:1], jnp.int32),
         recovered=(annotations == 1).astype(jnp.float32),
         recovered_weight=jnp.zeros(shape, jnp.float32),
+        memory=memory,
         sums={name: jnp.zeros((), jnp.float32) for name in SUM_NAMES},
         faults=jnp.zeros(shape[:1], jnp.int32),
         fault_step=jnp.full((), -1, jnp.int32),

@@ -170,6 +170,6 @@ def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(tmp_path):
     meta = json.loads(path.read_text())
     path.write_text(json.dumps({**meta, "format": checkpoint.FORMAT_VERSION - 1}))
     checkpointer = Checkpointer(str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"1 cannot be used: format 2, this program reads 3"):
+    with pytest.raises(CheckpointError, match=r"1 cannot be used: format 3, this program reads 4"):
         checkpointer.restore_latest(abstract(make_state()))
     checkpointer.close()

@@ -91,6 +91,7 @@ class Harness:
                 learn_embeddings=learn,
                 graph_threshold=self.options.graph_threshold,
                 graph_smoothing=self.options.graph_smoothing,
+                prototypes=self.options.source == "prototypes",
             )
 
         arguments = (
@@ -150,6 +151,55 @@ def test_compiles_once_and_never_touches_the_host(changes, caplog):
     assert state.step == 6
     assert state.sums["steps"] == 3
     assert np.isfinite(state.sums["loss"])
+
+
+ASSUMED = {"recovery_mode": "assume", "scale": "mean", "loss_name": "bce"}
+OF_OTHER_PAPERS = {
+    "large losses for good": {
+        **ASSUMED,
+        "correction": "correct_for_good",
+        "correction_rate": 0.05,
+    },
+    "self-paced": {**ASSUMED, "loss_name": "focal_margin", "correction": "self_paced"},
+    "estimated": {
+        "recovery_mode": "estimate",
+        "scale": "mean",
+        "loss_name": "bce",
+        "expected_positives": 1.0,
+        "positives_per_image": 1.5,
+    },
+    "prototypes": {"source": "prototypes", "min_count": 1, "thresholds": "adaptive"},
+    "both": {"source": "both", "components": 3, "branch": "mean"},
+    "co-occurrence": {"source": "co_occurrence", "thresholds": "adaptive", "min_count": 1},
+}
+
+
+@pytest.mark.parametrize("changes", OF_OTHER_PAPERS.values(), ids=OF_OTHER_PAPERS)
+def test_rules_of_other_papers(changes, caplog):
+    """One compilation; known cells stay; the end of an epoch done twice is done once."""
+    options = make_options(**changes)
+    harness = Harness(options, devices=2)
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        once = harness.run(6)
+    compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+    assert sum("train_step" in message for message in compiled) == 1
+    assert sum("recover" in message for message in compiled) == 1
+    assert np.isfinite(once.sums["loss"])
+    annotations = make_labels()[1]
+    known = annotations >= 0
+    np.testing.assert_array_equal(once.annotations[:N], annotations)
+    np.testing.assert_array_equal(once.recovered[:N][known], annotations[known])
+    np.testing.assert_array_equal(once.recovered_weight[:N][known], 0)
+    np.testing.assert_array_equal(once.recovered_weight[N:], 0)
+    if options.correction == "correct_for_good":
+        # 5 % of a batch's unknown cells, in the second epoch only.
+        corrected = (once.recovered[:N] > 0) & ~known
+        batches = [slice(k, k + B) for k in range(0, N, B)]
+        expected = [int(0.05 * (~known[rows]).sum() + 1e-6) for rows in batches]
+        assert [int(corrected[rows].sum()) for rows in batches] == expected
+    elif options.recovery_mode != "assume":
+        assert (once.recovered_weight[:N][~known] > 0).any()
+    assert_same_trees(once, jax.device_get(harness.recover(harness.state)))
 
 
 def test_hidden_labels_cannot_reach_training():
