@@ -1,0 +1,204 @@
+"""The methods that `clsl_jax.study` compares: each is a few keys over one network and trainer.
+
+All share backbone, data, augmentation, schedule and evaluation; a method sets what the loss does
+with unknown labels. Those of other papers are their rule for unknown labels within this network,
+not their authors' programs; where a part is left out, `note` says so.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from clsl_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to train from partly known labels.
+
+    Attributes:
+      title: as tables show it.
+      source: paper and equation or section.
+      settings: {configuration key: value}, over whatever configuration the study trains.
+      note: how it differs from its paper.
+    """
+
+    title: str
+    source: str
+    settings: Mapping[str, Any]
+    note: str = ""
+
+
+_NEGATIVE = {"recovery.mode": "assume", "recovery.weight": 1.0, "loss.scale": "mean"}
+_BCE = {"loss.name": "bce"}
+_ASL = {"loss.name": "asl"}
+_KNOWN = {"recovery.mode": "none", "loss.scale": "balanced"}
+_EPOCH = {"recovery.mode": "epoch", "loss.scale": "balanced"}
+_SPLC_PAPER = "Zhang et al., arXiv 2112.07368"
+_LARGE_LOSS = "Kim et al., Large Loss Matters, arXiv 2206.03740"
+_COLE = "Cole et al., Single Positive Labels, arXiv 2106.09708"
+
+METHODS: Mapping[str, Method] = {
+    "known_bce": Method("known labels, BCE", "Durand et al., arXiv 1902.09720", _KNOWN | _BCE),
+    "known_asl": Method("known labels, ASL", "Ridnik et al., arXiv 2009.14119", _KNOWN | _ASL),
+    "negative_bce": Method("assume negative, BCE", _COLE, _NEGATIVE | _BCE),
+    "negative_asl": Method("assume negative, ASL", "arXiv 2009.14119", _NEGATIVE | _ASL),
+    "negative_smooth": Method(
+        "assume negative, label smoothing",
+        _COLE,
+        _NEGATIVE | _BCE | {"loss.smoothing": 0.1, "recovery.assumed": 0.05},
+    ),
+    "negative_weak": Method(
+        "weak assume negative",
+        _COLE,
+        _NEGATIVE | _BCE | {"recovery.assumed_weight": 0.0},
+    ),
+    "hill": Method("Hill loss", _SPLC_PAPER, _NEGATIVE | {"loss.name": "hill"}),
+    "splc": Method(
+        "SPLC",
+        _SPLC_PAPER,
+        _NEGATIVE
+        | {
+            "loss.name": "focal_margin",
+            "recovery.correction": "self_paced",
+            "recovery.correction_threshold": 0.6,
+        },
+    ),
+    "ll_r": Method(
+        "LL-R",
+        _LARGE_LOSS,
+        _NEGATIVE | _BCE | {"recovery.correction": "reject", "recovery.correction_rate": 0.002},
+    ),
+    "ll_ct": Method(
+        "LL-Ct",
+        _LARGE_LOSS,
+        _NEGATIVE | _BCE | {"recovery.correction": "correct", "recovery.correction_rate": 0.002},
+    ),
+    "ll_cp": Method(
+        "LL-Cp",
+        _LARGE_LOSS,
+        _NEGATIVE
+        | _BCE
+        | {"recovery.correction": "correct_for_good", "recovery.correction_rate": 0.001},
+    ),
+    "epr": Method(
+        "expected positives",
+        _COLE,
+        {"recovery.mode": "none", "loss.scale": "mean", "loss.expected_positives": 1.0} | _BCE,
+        note="the expected number is estimated from the known labels where these tell it",
+    ),
+    "role": Method(
+        "ROLE",
+        _COLE,
+        {
+            "recovery.mode": "estimate",
+            "recovery.weight": 1.0,
+            "loss.scale": "mean",
+            "loss.expected_positives": 1.0,
+        }
+        | _BCE,
+        note="label estimates move by gradient descent, not by Adam",
+    ),
+    "curriculum": Method(
+        "curriculum labelling",
+        "arXiv 1902.09720",
+        _EPOCH
+        | _BCE
+        | {
+            "recovery.teacher": "student",
+            "recovery.momentum": 0.0,
+            "recovery.thresholds": "fixed",
+            "recovery.positive_threshold": 0.9,
+            "recovery.negative_threshold": 0.1,
+            "recovery.soft": False,
+            "recovery.weight": 1.0,
+        },
+        note="score thresholds, in one training",
+    ),
+    "ema_teacher": Method(
+        "EMA teacher, weak and strong view",
+        "Tarvainen and Valpola, arXiv 1703.01780",
+        _EPOCH
+        | _BCE
+        | {
+            "recovery.teacher": "ema",
+            "recovery.view": "clean",
+            "recovery.momentum": 0.0,
+            "recovery.thresholds": "fixed",
+            "recovery.positive_threshold": 0.0,
+            "recovery.negative_threshold": 0.0,
+            "recovery.soft": True,
+            "recovery.confidence_power": 0.0,
+            "recovery.weight": 1.0,
+        },
+        note="targets are those of the row's last visit",
+    ),
+    "co_occurrence": Method(
+        "co-occurrence transfer (SST, within images)",
+        "Chen et al., arXiv 2112.10941",
+        _EPOCH
+        | _BCE
+        | {
+            "recovery.source": "co_occurrence",
+            "recovery.thresholds": "adaptive",
+            "recovery.soft": False,
+            "recovery.weight": 1.0,
+        },
+        note="frequencies of known labels in the place of a learned co-occurrence",
+    ),
+    "prototypes": Method(
+        "prototype transfer (HST, across images)",
+        "Chen et al., arXiv 2205.11131",
+        _EPOCH
+        | _BCE
+        | {
+            "recovery.source": "prototypes",
+            "recovery.thresholds": "adaptive",
+            "recovery.soft": False,
+            "recovery.weight": 1.0,
+        },
+        note="one prototype a class, thresholds calibrated on known cells",
+    ),
+    "statistics": Method(
+        "label statistics alone",
+        "mixture of Bernoulli distributions over known cells",
+        _EPOCH
+        | {
+            "recovery.source": "statistics",
+            "recovery.thresholds": "fixed",
+            "recovery.positive_threshold": 0.0,
+            "recovery.negative_threshold": 0.0,
+            "recovery.soft": True,
+            "recovery.confidence_power": 0.0,
+            "recovery.weight": 0.5,
+            "recovery.warmup_epochs": 0,
+        },
+    ),
+    "clsl_released": Method(
+        "CLSL, released",
+        "arXiv 2510.10055 and its authors' program",
+        {
+            "recovery.mode": "online",
+            "recovery.sharpening": "released",
+            "recovery.weight": 0.8,
+            "loss.scale": "released",
+            "graph.layers": 0,
+        }
+        | _ASL,
+    ),
+    "clsl": Method("CLSL (clsl_jax)", "this project", {}, note="the configuration as it is"),
+    "all_known": Method(
+        "all labels known", "the ceiling", _KNOWN | _ASL | {"labels.protocol": "all"}
+    ),
+}
+
+
+def find(name: str) -> Method:
+    """Returns a method.
+
+    Raises:
+      InputError: if there is none of that name, listing all.
+    """
+    if name not in METHODS:
+        raise InputError(f"There is no method {name!r}; choose from {', '.join(METHODS)}.")
+    return METHODS[name]

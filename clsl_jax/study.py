@@ -1,0 +1,356 @@
+"""A grid of runs: methods x known fractions x protocols x seeds x data sets, and its tables.
+
+    python -m clsl_jax.study --config=configs/study/scenes.py --workdir=DIR
+    python -m clsl_jax.study --config=configs/study/scenes.py --workdir=DIR --shard=0/4
+    python -m clsl_jax.study --config=configs/study/scenes.py --workdir=DIR --mode=report
+
+Each cell is a run of `clsl_jax.main` in a process of its own, in a workdir of its own. Finished
+cells are never run again, stopped ones go on where they were, failed ones are listed with their
+cause and tried again by the next call. Afterwards, and with --mode=report, the tables and figures
+are made of the cells that are finished (`study_report.py`). --shard=i/n is for n jobs side by side:
+job i runs every n-th cell from the i-th on.
+Exit status: 0 done, or stopped by SIGTERM; 2 input that cannot be used, or a cell failed.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from clsl_jax import atomic, command_line, methods
+from clsl_jax import config as config_lib
+from clsl_jax.errors import InputError
+
+CELL_NAME, FAILURE_NAME, OUTPUT_NAME = "cell.json", "failure.txt", "output.txt"
+COST_NAME, RESULTS_NAME = "cost.json", "results.json"
+_MODES = ("run", "report")
+
+
+def base_study() -> ml_collections.ConfigDict:
+    """Returns every key of a study with its default; `configs/study/*.py` start from here."""
+    c = ml_collections.ConfigDict()
+    c.configs = ("configs/scenes.py",)  # what is trained: a data set and its recipe each
+    c.methods = ("known_asl", "clsl")  # names in `clsl_jax/methods.py`
+    c.baseline = "known_asl"  # the method that the others are compared with, seed by seed
+    c.known_fractions = (0.1, 0.2, 0.3)
+    c.protocols = ("uniform",)
+    c.seeds = (0, 1, 2, 3, 4)  # of initial weights, order and the known-label mask together
+    c.settings = ()  # "key=value" of every run, before the method's own
+    # Method and "key=value": an ablation's row is a method with keys of its own, under a new name.
+    c.variants = ()  # (name, method, "key=value key=value ...") each
+    c.convention = "interpolated"  # of average precision in tables
+    c.weights = "best"  # best | last: of which epoch
+    # (name, data set, protocol, known fraction, mAP in percent, source) each; tables mark them.
+    c.published = ()
+    return c
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+      config: configuration file, with what stands after its colon.
+      method: name of the method or variant.
+      protocol, known_fraction: of the known labels.
+      seed: of weights, order and mask.
+      settings: ("key=value", ...), all that is set over the configuration.
+    """
+
+    config: str
+    method: str
+    protocol: str
+    known_fraction: float
+    seed: int
+    settings: tuple[str, ...]
+
+    @property
+    def dataset(self) -> str:
+        """The configuration's name without directory and ending, such as `scenes-strong`."""
+        path, _, argument = self.config.partition(":")
+        name = os.path.splitext(os.path.basename(path))[0]
+        return f"{name}-{argument}" if argument else name
+
+    @property
+    def directory(self) -> str:
+        """Of the cell, inside the study's workdir."""
+        labels = f"{self.protocol}-{self.known_fraction:g}"
+        return os.path.join("cells", self.dataset, labels, self.method, f"seed-{self.seed}")
+
+    def arguments(self, workdir: str) -> list[str]:
+        """Of `python -m clsl_jax.main` for this cell of the study in `workdir`."""
+        return [
+            f"--config={self.config}",
+            f"--workdir={os.path.join(workdir, self.directory)}",
+            *(f"--config.{setting}" for setting in self.settings),
+        ]
+
+
+def cells(study: ml_collections.ConfigDict) -> list[Cell]:
+    """Returns the grid in the order in which it is run: all methods of a seed before the next.
+
+    Raises:
+      InputError: an unknown method, a baseline that is none of the methods, or an empty grid.
+    """
+    named = {name: (method, "") for name, method in zip(study.methods, study.methods, strict=True)}
+    named |= {name: (method, extra) for name, method, extra in study.variants}
+    for name in named:
+        if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name):
+            raise InputError(f"A method's name is a directory: {name!r} has other characters.")
+    if study.baseline not in named:
+        raise InputError(f"baseline={study.baseline!r} is none of {', '.join(named)}.")
+    grid = []
+    for config in study.configs:
+        for seed in study.seeds:
+            for protocol in study.protocols:
+                for fraction in study.known_fractions:
+                    for name, (method, extra) in named.items():
+                        settings = {
+                            **_parsed(study.settings),
+                            "seed": seed,
+                            "labels.seed": seed,
+                            "labels.protocol": protocol,
+                            "labels.known_fraction": fraction,
+                            **methods.find(method).settings,
+                            **_parsed(extra.split()),
+                        }
+                        text = tuple(f"{key}={value}" for key, value in settings.items())
+                        grid.append(Cell(config, name, protocol, float(fraction), seed, text))
+    if not grid:
+        raise InputError("The study's grid is empty: every list needs an entry.")
+    return grid
+
+
+def _parsed(settings: Sequence[str]) -> dict[str, str]:
+    known = config_lib.flatten(config_lib.base_config())
+    found = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"{setting!r}: expected key=value.")
+        if key not in known:
+            raise InputError(config_lib.unknown_key_message(key, config_lib.base_config()))
+        found[key] = value
+    return found
+
+
+def is_finished(cell: Cell, workdir: str) -> bool:
+    """Returns whether a cell has its results.
+
+    Raises:
+      InputError: if it was run with other settings.
+    """
+    directory = os.path.join(workdir, cell.directory)
+    path = os.path.join(directory, CELL_NAME)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        if found != _described(cell):
+            old, new = set(found.get("settings", ())), set(cell.settings)
+            differ = ", ".join(sorted(old ^ new)) or "its configuration file's name"
+            raise InputError(
+                f"{directory} was run with other settings ({differ}). Start another --workdir, or "
+                "delete this cell."
+            )
+    return os.path.exists(os.path.join(directory, RESULTS_NAME))
+
+
+def _described(cell: Cell) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(cell)))
+
+
+class Stopped(Exception):
+    """The study was asked to stop; the cell at work has saved its state."""
+
+
+class Runner:
+    """Runs cells one after another, each in a process that a signal to this one reaches."""
+
+    def __init__(self, workdir: str, console: Console) -> None:
+        self._workdir, self._console = workdir, console
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def __enter__(self) -> "Runner":
+        self._before = signal.signal(signal.SIGTERM, self._stop)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _stop(self, *unused: object) -> None:
+        self._stopping = True
+        if self._child is not None:
+            self._child.terminate()
+
+    def run(self, cell: Cell) -> str:
+        """Runs or continues a cell; returns why it failed, or nothing.
+
+        Raises:
+          Stopped: on SIGTERM.
+        """
+        directory = os.path.join(self._workdir, cell.directory)
+        os.makedirs(directory, exist_ok=True)
+        path = os.path.join(directory, CELL_NAME)
+        atomic.write_text(path, json.dumps(_described(cell), indent=2, sort_keys=True) + "\n")
+        failure = os.path.join(directory, FAILURE_NAME)
+        if os.path.exists(failure):
+            os.remove(failure)
+        command = [sys.executable, "-m", "clsl_jax.main", *cell.arguments(self._workdir)]
+        if self._stopping:
+            raise Stopped
+        start = time.perf_counter()
+        with open(os.path.join(directory, OUTPUT_NAME), "ab") as output:
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+            _, status, usage = os.wait4(self._child.pid, 0)
+            self._child.returncode = os.waitstatus_to_exitcode(status)
+        code, self._child = self._child.returncode, None
+        if code == 0 and os.path.exists(os.path.join(directory, RESULTS_NAME)):
+            self._add_cost(directory, time.perf_counter() - start, usage.ru_maxrss)
+            return ""
+        if self._stopping:
+            raise Stopped
+        cause = _last_words(os.path.join(directory, OUTPUT_NAME)) or "it said nothing"
+        cause = f"exit status {code}: {cause}" if code >= 0 else f"signal {-code}: {cause}"
+        atomic.write_text(failure, cause + "\n")
+        return cause
+
+    def _add_cost(self, directory: str, seconds: float, kilobytes: int) -> None:
+        """Notes what the cell's last process took; a cell that was stopped has more."""
+        cost = {"seconds": seconds, "peak_memory_mib": kilobytes / 1024}
+        atomic.write_text(os.path.join(directory, COST_NAME), json.dumps(cost) + "\n")
+
+
+def _last_words(path: str) -> str:
+    """Returns the last error that a process printed, in one line."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file.readlines()[-60:] if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ") or "Error" in line]
+    return (errors or lines or [""])[-1][:500]
+
+
+def run_cells(
+    grid: Sequence[Cell], workdir: str, console: Console, shard: tuple[int, int] = (0, 1)
+) -> dict[Cell, str]:
+    """Runs every cell of a shard that is not finished; returns {failed cell: cause}.
+
+    Args:
+      grid: all cells.
+      workdir: of the study.
+      console: takes a line for each cell.
+      shard: (i, n): of the grid, cells i, i + n, i + 2n, ...
+
+    Raises:
+      InputError: a cell was run before with other settings.
+      Stopped: on SIGTERM.
+    """
+    index, count = shard
+    mine = list(grid)[index::count]
+    todo = [cell for cell in mine if not is_finished(cell, workdir)]
+    console.print(f"{len(mine)} cells, {len(mine) - len(todo)} of them finished before.")
+    failed = {}
+    with Runner(workdir, console) as runner:
+        for number, cell in enumerate(todo, 1):
+            start = time.perf_counter()
+            cause = runner.run(cell)
+            seconds = time.perf_counter() - start
+            console.print(
+                f"{number}/{len(todo)} {cell.directory}: "
+                + (f"failed: {cause}" if cause else f"done in {seconds:.0f} s")
+            )
+            if cause:
+                failed[cell] = cause
+    return failed
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Returns (i, n) of "i/n".
+
+    Raises:
+      InputError: if it is not 0 <= i < n.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, count = (int(part) for part in found.groups()) if found else (0, 0)
+    if index >= count:
+        raise InputError(f"--shard={text}: expected i/n with 0 <= i < n, such as 0/4.")
+    return index, count
+
+
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    config_flags.DEFINE_config_file("config", None, "Configuration of the study.")
+    flags.DEFINE_string("workdir", None, "Directory of the study; made if it does not exist.")
+    flags.DEFINE_string("shard", "0/1", "i/n: run every n-th cell from the i-th on.")
+    flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
+
+
+def check(study: Mapping[str, Any]) -> None:
+    """Refuses keys that a study does not have, and values of another kind.
+
+    Raises:
+      InputError: naming them.
+    """
+    base = base_study()
+    strange = [key for key in study if key not in base]
+    if strange:
+        raise InputError(f"There is no study key {strange[0]!r}; there are {', '.join(base)}.")
+    wrong = [
+        f"{key}={study[key]!r}: expected {'several in brackets' if is_list else 'text'}"
+        for key, is_list in ((k, isinstance(base[k], tuple)) for k in study)
+        if isinstance(study[key], (tuple, list)) != is_list
+    ]
+    if study["convention"] not in ("interpolated", "uninterpolated"):
+        wrong.append(f"convention={study['convention']!r}: interpolated or uninterpolated")
+    if study["weights"] not in ("best", "last"):
+        wrong.append(f"weights={study['weights']!r}: best or last")
+    if wrong:
+        raise InputError("The study cannot be run:\n  " + "\n  ".join(wrong))
+
+
+def work(arguments: Sequence[str]) -> None:
+    """Does what the flags say."""
+    from clsl_jax import study_report
+
+    command_line.refuse_arguments(arguments)
+    values = flags.FLAGS
+    if not values.workdir or values.config is None:
+        raise InputError("--config=configs/study/NAME.py and --workdir=DIR are needed.")
+    study = values.config
+    check(study)
+    grid = cells(study)
+    shard = parse_shard(values.shard)
+    console = Console(highlight=False, soft_wrap=True)
+    failed: dict[Cell, str] = {}
+    if values.mode == "run":
+        os.makedirs(values.workdir, exist_ok=True)
+        try:
+            failed = run_cells(grid, values.workdir, console, shard)
+        except Stopped:
+            console.print("Stopped by SIGTERM. Run the same command to go on.")
+            return
+    study_report.write(study, grid, values.workdir, console)
+    if failed:
+        lines = "\n  ".join(f"{cell.directory}: {cause}" for cell, cause in failed.items())
+        raise InputError(f"{len(failed)} cells failed; the next call tries them again:\n  {lines}")
+
+
+def cli() -> None:
+    """Entry point of the console script."""
+    command_line.run(define_flags, work)
+
+
+if __name__ == "__main__":
+    cli()
