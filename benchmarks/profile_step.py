@@ -26,11 +26,11 @@ from clsl_jax import experiment, sharding
 from clsl_jax.compiled import compile_steps
 
 KINDS = (
+    ("collective", r"all-reduce|all-gather|collective|permute"),
     ("convolution", r"conv"),
     ("matrix product", r"dot|gemm|matmul|ynn|onednn"),
     ("reduction", r"reduce|norm"),
     ("gather and scatter", r"gather|scatter|dynamic"),
-    ("collective", r"all-reduce|all-gather|collective|permute"),
     ("copy, transpose, pad", r"copy|transpose|pad|concatenate|slice|reshape|broadcast"),
     ("loop over classes (attention)", r"while|call|condition"),
     ("element-wise", r"fusion|add|multiply|select|exp|tanh|log|power|divide|maximum|compare|erf"),

@@ -58,9 +58,11 @@ def test_a_disk_that_is_full_for_a_while(shared, finished, tmp_path):
         mount -t tmpfs -o size=64m tmpfs {disk}
         {command(disk / "run")} >{tmp_path}/log 2>&1 &
         until [ -e {disk}/run/checkpoints/6 ]; do sleep 0.02; done
-        # Room for the log, not for a checkpoint.
+        # Room for the log, not for a checkpoint; nothing may be written while the room is measured.
+        kill -STOP $!
         free=$(df --output=avail -B1 {disk} | tail -1)
         head -c $((free - 200000)) /dev/zero >{disk}/ballast
+        kill -CONT $!
         until grep -q "could not be saved" {tmp_path}/log; do sleep 0.02; done
         ls {disk}/run/checkpoints >{tmp_path}/kept
         rm {disk}/ballast

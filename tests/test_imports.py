@@ -12,8 +12,14 @@ PROGRAM = """
 import sys
 from absl import flags
 import importlib
-# As if it were not installed: nothing may need it.
-sys.modules["torch"] = None
+
+class NoTorch:
+    # As if torch were not installed: nothing may need it.
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTorch())
 for name in sys.argv[1:]:
     importlib.import_module(name)
     # Libraries define flags of their own (absl.logging, TFDS); none may be this package's.
