@@ -86,6 +86,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.model.positions = True  # sine positions added to the encoder's queries and keys
     c.model.srfl = True  # semantic-related feature learning
     c.model.sgfe = True  # semantic-guided feature enhancement
+    c.model.position_residual = False  # with sgfe: a 1x1 convolution beside it, not in the paper
     c.model.global_branch = True  # 1x1 convolution and maximum over positions, training only
     c.model.rank = 1024  # of the low-rank bilinear attention
     c.model.head_dropout = 0.5

@@ -358,6 +358,7 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
         encoder_norm_first=m.encoder_norm_first,
         positions=m.positions,
         srfl=m.srfl,
+        position_residual=m.position_residual,
         sgfe=m.sgfe,
         global_branch=m.global_branch,
         graph_layers=config.graph.layers,

@@ -199,6 +199,21 @@ def test_every_combination_of_switches(srfl, sgfe, global_branch, graph_layers, 
         np.testing.assert_allclose(out["position_weights"].sum(1), 1.0, rtol=1e-5)
 
 
+def test_the_position_residual_is_a_linear_classifier_beside_sgfe():
+    features, embeddings = normal(1, 2, 3, 3, D), normal(2, C, E)
+    model = CLSLHead(C, position_residual=True, **SIZES)
+    variables = model.init(jax.random.key(0), features, embeddings, train=False)
+    _, out = model.apply(variables, features, embeddings, train=False)
+    without = CLSLHead(C, **SIZES)
+    own = {name: part for name, part in variables["params"].items() if name != "pooled"}
+    _, plain = without.apply({**variables, "params": own}, features, embeddings, train=False)
+    pooled = variables["params"]["pooled"]
+    beside = np.asarray(plain["features"]) @ pooled["kernel"] + pooled["bias"]
+    np.testing.assert_allclose(
+        out["position_logits"], plain["position_logits"] + beside, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_no_graph_layers_is_as_if_there_were_no_graph():
     features, embeddings = normal(1, 2, 3, 3, D), normal(2, C, E)
     model = CLSLHead(C, graph_layers=0, **SIZES)

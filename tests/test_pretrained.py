@@ -53,6 +53,7 @@ def assert_same(one, other):
         {
             "srfl": st.booleans(),
             "sgfe": st.booleans(),
+            "position_residual": st.booleans(),
             "global_branch": st.booleans(),
             "encoder_layers": st.integers(0, 2),
             "encoder_final_norm": st.booleans(),

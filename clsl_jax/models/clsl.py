@@ -49,7 +49,8 @@ class CLSLHead(nn.Module):
     """Everything after the backbone.
 
     Which parts exist decides what the logits are:
-      sgfe on: softmax-pooled position logits of SGFE, fed v (srfl on) or the label embeddings;
+      sgfe on: softmax-pooled position logits of SGFE, fed v (srfl on) or the label embeddings, plus
+        those of a 1x1 convolution with position_residual;
       sgfe off, srfl on: z_c = w_c . v_c + b_c;
       both off: a 1x1 convolution of the features with softmax pooling (the baseline).
     The authors' variants: 'clsl' all on; 'without_recovery' global_branch off; 'without_srfl' srfl
@@ -60,6 +61,9 @@ class CLSLHead(nn.Module):
       encoder_layers, encoder_heads, encoder_mlp, encoder_dropout, encoder_norm_first,
         encoder_final_norm, positions: the transformer encoder; 0 layers leave it out.
       srfl, sgfe, global_branch: which parts exist.
+      position_residual: adds a 1x1 convolution of the features to SGFE's position logits; not in
+        the paper. From random weights a head without it takes several times as many epochs to
+        learn where to look (docs/study.md). Nothing without sgfe.
       graph_layers: graph convolutions on the label embeddings; 0 is as if there were none. Nothing
         is built where no part uses label embeddings.
       rank: of SGFE's attention.
@@ -81,6 +85,7 @@ class CLSLHead(nn.Module):
     srfl: bool = True
     sgfe: bool = True
     global_branch: bool = True
+    position_residual: bool = False
     graph_layers: int = 0
     rank: int = 1024
     head_dropout: float = 0.5
@@ -161,6 +166,8 @@ class CLSLHead(nn.Module):
                 self.rank, self.head_dropout, self.dtype, name="enhancement"
             )(x, semantic, train=train)
             out.update(parts)
+            if self.position_residual:
+                out["position_logits"] += self._pointwise(x, "pooled")
         elif not self.srfl:
             out["position_logits"] = self._pointwise(x, "pooled")
 
