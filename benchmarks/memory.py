@@ -1,0 +1,134 @@
+"""Memory and time of a train step by the keys that save memory.
+
+    PYTHONPATH=. python benchmarks/memory.py [--backbone=resnet101] [--size=448] [--batch=32]
+
+Nothing is allocated: "kept" is what the forward pass hands to the backward pass, counted in the
+traced program, the same on every device; "temporaries" are of the whole step beside weights and
+moments, by XLA's analysis of the program compiled for this device. With --rounds, the same steps
+are also run and timed, in turn.
+"""
+
+import argparse
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import rounds
+from step import MIB, inputs
+
+from clsl_jax import optim, steps, train_state
+from clsl_jax.models.clsl import CLSL
+
+WAYS = {
+    "float32": {},
+    "`model.remat=blocks`": {"remat": True},
+    "`optim.accumulate=4`": {"accumulate": 4},
+    "both": {"remat": True, "accumulate": 4},
+    "`model.dtype=bfloat16`": {"dtype": "bfloat16"},
+    "all three": {"remat": True, "accumulate": 4, "dtype": "bfloat16"},
+}
+
+
+def prepare(options: argparse.Namespace, *, remat=False, accumulate=1, dtype="float32"):
+    """The compiled step and what makes its state and batch."""
+    drawn = inputs(options.batch, options.size, options.classes)
+    model = CLSL(
+        num_classes=options.classes,
+        backbone=options.backbone,
+        rank=1024,
+        remat=remat,
+        dtype=jnp.dtype(dtype),
+    )
+    optimizer = optim.adamw_cycled(1e-5)
+    init = jax.jit(
+        functools.partial(
+            train_state.init_state,
+            model,
+            optimizer,
+            seed=0,
+            image_size=64,  # no parameter depends on it
+            learn_embeddings=False,
+            graph_threshold=0.4,
+            graph_smoothing=0.25,
+        )
+    )
+    arguments = {"label_embeddings": drawn["embeddings"], "annotations": drawn["annotations"]}
+    batch = {"image": drawn["images"], "row": drawn["rows"]}
+    settings = steps.StepOptions(steps_per_epoch=100, teacher="student", accumulate=accumulate)
+    step = jax.jit(steps.make_train_step(model, optimizer, settings), donate_argnums=0)
+    compiled = step.lower(jax.eval_shape(lambda: init(**arguments)), batch).compile()
+    embeddings = jax.ShapeDtypeStruct(drawn["embeddings"].shape, jnp.float32)
+    shapes = jax.eval_shape(lambda: init(**arguments))
+    rows = options.batch // accumulate
+    images = jax.ShapeDtypeStruct((rows, *drawn["images"].shape[1:]), jnp.float32)
+
+    def logits(params, images, embeddings):
+        stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.batch_stats)
+        variables = {"params": params, "batch_stats": stats}
+        rngs = {"dropout": jax.random.key(0)}
+        outputs, _ = model.apply(
+            variables, images, embeddings, None, train=True, rngs=rngs, mutable=["batch_stats"]
+        )
+        return outputs[0], outputs[1]["global_logits"]
+
+    residuals = jax.tree.leaves(
+        jax.eval_shape(
+            lambda params, *given: jax.vjp(lambda p: logits(p, *given), params)[1],
+            shapes.params["model"],
+            images,
+            embeddings,
+        )
+    )
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in residuals) / MIB
+    return compiled, kept, lambda: (init(**arguments), jax.device_put(batch))
+
+
+def main() -> None:
+    """Parses the command line, compiles, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="resnet101")
+    parser.add_argument("--size", type=int, default=448)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--classes", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--json", help="also write the figures to this file")
+    options = parser.parse_args()
+    memory, ways = {}, {}
+    for name, settings in WAYS.items():
+        compiled, kept, start = prepare(options, **settings)
+        memory[name] = (kept, compiled.memory_analysis().temp_size_in_bytes / MIB)
+        if options.rounds:
+            ways[name] = functools.partial(_run, compiled, *start())
+    times = rounds.alternate(ways, options.rounds) if options.rounds else {}
+    rows = [
+        (
+            name,
+            *(f"{size:,.0f}" for size in sizes),
+            *((rounds.milliseconds(times[name], 0),) if times else ()),
+            *((f"{1e3 * options.batch / times[name]['median']:.2f}",) if times else ()),
+        )
+        for name, sizes in memory.items()
+    ]
+    title = (
+        f"{options.backbone}, {options.size} px, batch {options.batch}, {options.classes} classes"
+    )
+    header = (
+        "step",
+        "kept, MiB",
+        "temporaries, MiB",
+        *(("ms a step", "images/s") if times else ()),
+    )
+    print(rounds.markdown(title, header, rows))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": rounds.machine(), "mib": memory, "times": times}, file, indent=2)
+
+
+def _run(compiled, state, batch) -> None:
+    """One step from the same state; it is copied, since the step takes it over."""
+    jax.block_until_ready(compiled(jax.tree.map(jnp.copy, state), batch))
+
+
+if __name__ == "__main__":
+    main()

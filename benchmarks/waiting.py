@@ -1,0 +1,83 @@
+"""How long the train step waits for its images: the pipeline's batches against one that is kept.
+
+    PYTHONPATH=. python benchmarks/waiting.py [--config=configs/scenes.py] [--steps=60] [--rounds=5]
+
+Both train the same network from the same weights, in turn; the first as `clsl_jax.main` does, with
+reading and augmentation beside the step, the second with one batch over and over. What the first
+takes longer is waiting, or cores that reading takes from the step. Rows are `data.augment_on`.
+"""
+
+import argparse
+import json
+
+import jax
+import rounds
+from profile_step import load_config
+
+from clsl_jax import experiment, sharding
+from clsl_jax.compiled import compile_steps
+from clsl_jax.data import pipeline
+
+
+def main() -> None:
+    """Parses the command line, measures, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/scenes.py")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="also write the figures to this file")
+    options = parser.parse_args()
+    rows, found = [], {}
+    for where in ("host", "device"):
+        config = load_config(options.config)
+        config.data.augment_on = where
+        sharding.divide_cpu(config.cpu_devices)
+        found[where] = measured = measure(config, options.steps, options.rounds)
+        read, kept = measured["pipeline"], measured["kept batch"]
+        share = max(0.0, 1 - kept["median"] / read["median"])
+        images = 1e3 * config.batch_size / read["median"]
+        cells = (rounds.milliseconds(read), rounds.milliseconds(kept))
+        rows.append((where, *cells, f"{100 * share:.0f} %", f"{images:,.0f}"))
+    header = ("augmentation on", "ms a step", "with a kept batch", "waiting", "images/s")
+    print(rounds.markdown(f"{options.config}, batches of {config.batch_size}", header, rows))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": rounds.machine(), "milliseconds": found}, file, indent=2)
+
+
+def measure(config, steps: int, count: int) -> dict[str, dict[str, float]]:
+    """Milliseconds a step of both ways."""
+    built = experiment.build(config)
+    compiled = compile_steps(built, config, report=lambda _: None)
+    state = built.new_state()
+    augment = experiment.augmentation(config)
+    batches = pipeline.train_iterator(
+        built.dataset.train.images,
+        batch_size=built.batch_size,
+        seed=0,
+        augment=None if experiment.augments_on_device(config) else augment,
+        clean_view=experiment.needs_clean_view(built.options, config),
+        workers=config.data.workers,
+    )
+
+    def put(batch) -> dict[str, jax.Array]:
+        return sharding.put_rows(built.mesh, {k: v for k, v in batch.items() if k != "asked"})
+
+    kept = put(next(batches))
+
+    def run(next_batch) -> None:
+        nonlocal state
+        for _ in range(steps):
+            state = compiled.train(state, next_batch())
+        jax.block_until_ready(state)
+
+    ways = {
+        "pipeline": lambda: run(lambda: put(next(batches))),
+        "kept batch": lambda: run(lambda: kept),
+    }
+    found = rounds.alternate(ways, count)
+    return {name: {k: v / steps for k, v in row.items()} for name, row in found.items()}
+
+
+if __name__ == "__main__":
+    main()
