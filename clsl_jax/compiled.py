@@ -80,11 +80,12 @@ def compile_steps(
             donate_argnums=0,
         )
     weights = evaluation_weights(state, ema=built.options.evaluate_ema)
-    predict_step = steps.make_predict_step(built.step_model, mesh=built.mesh)
+    predict_step = steps.make_predict_step(built.step_model, built.options, mesh=built.mesh)
     predict = _compile(predict_step, (weights, images(built.eval_batch_size)), examples, report)
     matrices = (state.recovered, state.recovered_weight, state.annotations, state.annotations)
     count = _compile(_count, matrices, alike, lambda line: None)
-    explain = jax.jit(steps.make_predict_step(built.model, explain=True), out_shardings=alike)
+    explain_step = steps.make_predict_step(built.model, built.options, explain=True)
+    explain = jax.jit(explain_step, out_shardings=alike)
     return CompiledSteps(train, recover, predict, count, explain)
 
 

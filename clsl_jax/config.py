@@ -134,16 +134,18 @@ def base_config() -> ml_collections.ConfigDict:
     # epoch: what labels are recovered from: scores (the network's) | statistics (known labels
     # alone, by a mixture model) | both | co_occurrence (of two labels) | prototypes (features).
     c.recovery.source = "scores"
-    c.recovery.components = 12  # statistics, both: of the mixture
+    c.recovery.components = 12  # statistics, both, evaluation.statistics: of the mixture
     c.recovery.evidence_power = 1.0  # both: how far the network is believed, 0 to 1
     c.recovery.branch = "semantic"  # whose scores a teacher gives: semantic | global | mean
     c.recovery.teacher = "ema"  # whose scores are kept: ema | student
     c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
     c.recovery.momentum = 0.8  # of a row's scores over its visits
-    c.recovery.thresholds = "fixed"  # fixed | adaptive (per class, calibrated on known entries)
+    # fixed | adaptive (per class, calibrated on known entries) | none: every unknown label is its
+    # probability while training, and adaptive thresholds say what is handed out in the end.
+    c.recovery.thresholds = "fixed"
     c.recovery.positive_threshold = 0.5  # fixed: a score from here on is a recovered positive
     c.recovery.negative_threshold = 0.5  # fixed: a score below is a recovered negative
-    c.recovery.positive_precision = 0.9  # adaptive: what the threshold has to reach
+    c.recovery.positive_precision = 0.9  # adaptive, none: what the threshold has to reach
     c.recovery.negative_precision = 0.985
     c.recovery.min_count = 5  # adaptive: known entries a threshold must rest on
     c.recovery.soft = True  # recovered labels are the scores themselves; False: 0 and 1
@@ -164,6 +166,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.batch_size = 0  # 0: the training batch size
     c.evaluation.weights = "ema"  # ema | raw
+    # Probabilities are what label statistics make of the network's: labels that occur together
+    # speak for one another.
+    c.evaluation.statistics = False
     c.evaluation.convention = (
         "interpolated"  # AP of selection and log: interpolated | uninterpolated
     )
@@ -199,7 +204,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "recovery.sharpening": ("safe", "released"),
     "recovery.teacher": ("ema", "student"),
     "recovery.view": ("clean", "augmented"),
-    "recovery.thresholds": ("fixed", "adaptive"),
+    "recovery.thresholds": ("fixed", "adaptive", "none"),
     "evaluation.weights": ("ema", "raw"),
     "evaluation.convention": ("interpolated", "uninterpolated"),
     "evaluation.selection": ("validation", "test"),

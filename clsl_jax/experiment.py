@@ -169,6 +169,7 @@ def build(
             graph_threshold=options.graph_threshold,
             graph_smoothing=options.graph_smoothing,
             prototypes=options.source == "prototypes",
+            components=options.components if options.needs_statistics else 0,
             backbone=backbone,
         )
 
@@ -432,6 +433,7 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         soft=r.soft,
         confidence_power=r.confidence_power,
         warmup_steps=r.warmup_epochs * steps_per_epoch,
+        total_steps=config.epochs * steps_per_epoch,
         graph_layers=g.layers,
         graph_threshold=g.threshold,
         graph_smoothing=g.smoothing,
@@ -441,6 +443,7 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         augment=augmentation(config) if augments_on_device(config) else None,
         clean_view=r.view == "clean",
         skip_nonfinite=config.optim.skip_nonfinite,
+        evaluate_statistics=config.evaluation.statistics,
         evaluate_ema=config.evaluation.weights == "ema",
     )
 

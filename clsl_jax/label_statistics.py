@@ -4,13 +4,15 @@ Pure functions of whole matrices, [N, C] with N training images and C classes; a
 positive, 0 negative, -1 unknown. Arrays with N rows may be sharded by row.
 
 The model is a mixture of K kinds of images, within each of which labels are independent (a mixture
-of Bernoulli distributions). It is fitted to the known cells by expectation maximisation. An unknown
-label's probability is its posterior given the image's known labels and, if there are any, the
-scores of a network, which enter as likelihood ratios: what the network says of a label beyond how
-frequent it is.
+of Bernoulli distributions). It is fitted to the known cells by expectation maximisation, once. An
+unknown label's probability is its posterior given the image's known labels and, if there are any,
+the scores of a network, which enter as likelihood ratios: what the network says of a label beyond
+how frequent it is. A network's scores have no part in the fit: with them, the components model the
+network's mistakes as well, and its posteriors were worse than the scores alone (docs/study.md).
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +97,7 @@ def init_mixture(key: jax.Array, annotations: jax.Array, components: int) -> Mix
     frequencies = label_frequencies(annotations)
     base = jnp.log(frequencies) - jnp.log1p(-frequencies)
     apart = jax.random.normal(key, (components, annotations.shape[1]))
-    return Mixture(jnp.full(components, -jnp.log(float(components))), base + 0.5 * apart)
+    return Mixture(jnp.full(components, -jnp.log(float(components))), base + apart)
 
 
 def evidence(scores: jax.Array, frequencies: jax.Array, power: jax.Array | float) -> jax.Array:
@@ -122,58 +124,50 @@ def evidence(scores: jax.Array, frequencies: jax.Array, power: jax.Array | float
 def mixture_posterior(
     mixture: Mixture, annotations: jax.Array, log_ratios: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Probability of each unknown label given the image's known ones and its evidence.
+    """Probability of each label given the image's other known ones and its evidence.
 
     Args:
       mixture: fitted.
       annotations: [N, C].
-      log_ratios: [N, C] from `evidence`, read at unknown cells; None for none.
+      log_ratios: [N, C] from `evidence`; None for none. That of a known label speaks for that label
+        alone.
 
     Returns:
-      probabilities [N, C], at known cells as if they were unknown to the last factor; and the
-      components' posterior [N, K].
+      probabilities [N, C], of a known label as if it were unknown, so that thresholds can be
+      calibrated on these; and the components' posterior [N, K].
     """
     log_on, log_off = jax.nn.log_sigmoid(mixture.logits), jax.nn.log_sigmoid(-mixture.logits)
-    positive = (annotations == 1).astype(jnp.float32)
-    negative = (annotations == 0).astype(jnp.float32)
-    joint = mixture.log_prior + positive @ log_on.T + negative @ log_off.T
-    if log_ratios is not None:
-        unknown = annotations < 0
+    ratios = jnp.zeros(annotations.shape) if log_ratios is None else log_ratios
 
-        def of_component(logits: tuple[jax.Array, jax.Array]) -> jax.Array:
-            on, off = logits
-            return jnp.sum(jnp.where(unknown, jnp.logaddexp(on + log_ratios, off), 0.0), axis=1)
+    def said(on: jax.Array, off: jax.Array) -> jax.Array:
+        """Log likelihood [N, C] of what is known or seen of each label in one component."""
+        unknown = jnp.logaddexp(on + ratios, off)
+        return jnp.where(annotations < 0, unknown, jnp.where(annotations == 1, on, off))
 
-        joint += jax.lax.map(of_component, (log_on, log_off)).T
+    joint = jax.lax.map(lambda part: jnp.sum(said(*part), axis=1), (log_on, log_off)).T
+    joint += mixture.log_prior
     responsibilities = jax.nn.softmax(joint, axis=1)
-    if log_ratios is None:
-        return responsibilities @ jax.nn.sigmoid(mixture.logits), responsibilities
 
-    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        share, logits = part
-        return total + share[:, None] * jax.nn.sigmoid(logits + log_ratios), None
+    def add(totals: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> Any:
+        share, on, off = part
+        # Without the label's own part in the component's share.
+        others = jnp.maximum(share[:, None], 1e-30) * jnp.exp(-said(on, off))
+        present, absent = totals
+        return (present + others * jnp.exp(on + ratios), absent + others * jnp.exp(off)), None
 
     start = jnp.zeros(annotations.shape, jnp.float32)
-    probabilities, _ = jax.lax.scan(add, start, (responsibilities.T, mixture.logits))
-    return probabilities, responsibilities
+    (present, absent), _ = jax.lax.scan(add, (start, start), (responsibilities.T, log_on, log_off))
+    return present / (present + absent), responsibilities
 
 
 def fit_mixture(
-    mixture: Mixture,
-    annotations: jax.Array,
-    log_ratios: jax.Array | None = None,
-    *,
-    iterations: int,
-    prior: float = 5.0,
+    mixture: Mixture, annotations: jax.Array, *, iterations: int, prior: jax.Array | float = 5.0
 ) -> Mixture:
-    """Improves a mixture by expectation maximisation.
-
-    Without evidence unknown cells say nothing. With it, they count as their posteriors.
+    """Improves a mixture by expectation maximisation; unknown cells say nothing.
 
     Args:
       mixture: to start from.
       annotations: [N, C]; rows without a known label say nothing.
-      log_ratios: [N, C] from `evidence`; None for none.
       iterations: of expectation and maximisation.
       prior: pseudo-counts by which each component's frequencies are drawn towards the classes'.
 
@@ -187,23 +181,65 @@ def fit_mixture(
     rows = jnp.sum(counted)
 
     def improve(mixture: Mixture, _: None) -> tuple[Mixture, None]:
-        _, shares = mixture_posterior(mixture, annotations, log_ratios)
+        _, shares = mixture_posterior(mixture, annotations)
         shares = shares * counted
-        on, total = shares.T @ positive, shares.T @ known
-        if log_ratios is not None:
-
-            def expected(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-                share, logits = part
-                return share @ ((1.0 - known) * jax.nn.sigmoid(logits + log_ratios))
-
-            on += jax.lax.map(expected, (shares.T, mixture.logits))
-            total = jnp.broadcast_to(jnp.sum(shares, axis=0)[:, None], total.shape)
-        on = on + prior * frequencies
-        off = total - on + prior
+        on = shares.T @ positive + prior * frequencies
+        off = shares.T @ known + prior - on
         weight = (jnp.sum(shares, axis=0) + 1.0) / (rows + len(mixture.log_prior))
         return Mixture(jnp.log(weight), jnp.log(on) - jnp.log(jnp.maximum(off, 1e-6))), None
 
     return jax.lax.scan(improve, mixture, None, length=iterations)[0]
+
+
+def fit_statistics(
+    key: jax.Array, annotations: jax.Array, components: int, *, iterations: int = 100
+) -> dict[str, jax.Array]:
+    """Returns all that is kept of the known labels: frequencies and a mixture, as plain arrays.
+
+    The mixture's prior is a tenth of the known cells that a component has of a class, from 1 to 5:
+    of the priors tried on `scenes`, 2 was best at 10 % known and 5 from 20 % on.
+
+    Args:
+      key: of the components' start.
+      annotations: [N, C].
+      components: K.
+      iterations: of expectation and maximisation.
+
+    Returns:
+      {"frequencies": [C], "mixture_prior": [K], "mixture_logits": [K, C]}, float32.
+    """
+    start = init_mixture(key, annotations, components)
+    known = jnp.mean(jnp.sum(annotations >= 0, axis=0, dtype=jnp.float32))
+    prior = jnp.clip(0.1 * known / components, 1.0, 5.0)
+    mixture = fit_mixture(start, annotations, iterations=iterations, prior=prior)
+    return {
+        "frequencies": label_frequencies(annotations),
+        "mixture_prior": mixture.log_prior,
+        "mixture_logits": mixture.logits,
+    }
+
+
+def informed_probabilities(
+    statistics: Mapping[str, jax.Array],
+    annotations: jax.Array,
+    scores: jax.Array | None = None,
+    *,
+    power: float = 1.0,
+) -> jax.Array:
+    """Probability of each unknown label given the image's known labels and a network's scores.
+
+    Args:
+      statistics: from `fit_statistics`.
+      annotations: [N, C].
+      scores: [N, C], calibrated probabilities; a class's frequency says nothing. None for none.
+      power: of `evidence`.
+
+    Returns:
+      float32 [N, C].
+    """
+    mixture = Mixture(statistics["mixture_prior"], statistics["mixture_logits"])
+    ratios = None if scores is None else evidence(scores, statistics["frequencies"], power)
+    return mixture_posterior(mixture, annotations, ratios)[0]
 
 
 def update_prototypes(

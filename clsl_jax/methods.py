@@ -29,11 +29,12 @@ class Method:
     note: str = ""
 
 
-_NEGATIVE = {"recovery.mode": "assume", "recovery.weight": 1.0, "loss.scale": "mean"}
+_ALONE = {"evaluation.statistics": False}  # predictions are the network's alone
+_NEGATIVE = _ALONE | {"recovery.mode": "assume", "recovery.weight": 1.0, "loss.scale": "mean"}
 _BCE = {"loss.name": "bce"}
 _ASL = {"loss.name": "asl"}
-_KNOWN = {"recovery.mode": "none", "loss.scale": "balanced"}
-_EPOCH = {"recovery.mode": "epoch", "loss.scale": "balanced"}
+_KNOWN = _ALONE | {"recovery.mode": "none", "loss.scale": "balanced"}
+_EPOCH = _ALONE | {"recovery.mode": "epoch", "loss.scale": "balanced"}
 _SPLC_PAPER = "Zhang et al., arXiv 2112.07368"
 _LARGE_LOSS = "Kim et al., Large Loss Matters, arXiv 2206.03740"
 _COLE = "Cole et al., Single Positive Labels, arXiv 2106.09708"
@@ -84,19 +85,20 @@ METHODS: Mapping[str, Method] = {
     "epr": Method(
         "expected positives",
         _COLE,
-        {"recovery.mode": "none", "loss.scale": "mean", "loss.expected_positives": 1.0} | _BCE,
+        _KNOWN | _BCE | {"loss.scale": "mean", "loss.expected_positives": 1.0},
         note="the expected number is estimated from the known labels where these tell it",
     ),
     "role": Method(
         "ROLE",
         _COLE,
-        {
+        _ALONE
+        | _BCE
+        | {
             "recovery.mode": "estimate",
             "recovery.weight": 1.0,
             "loss.scale": "mean",
             "loss.expected_positives": 1.0,
-        }
-        | _BCE,
+        },
         note="label estimates move by gradient descent, not by Adam",
     ),
     "curriculum": Method(
@@ -177,14 +179,21 @@ METHODS: Mapping[str, Method] = {
     "clsl_released": Method(
         "CLSL, released",
         "arXiv 2510.10055 and its authors' program",
-        {
+        _ALONE
+        | _ASL
+        | {
             "recovery.mode": "online",
             "recovery.sharpening": "released",
             "recovery.weight": 0.8,
             "loss.scale": "released",
             "graph.layers": 0,
-        }
-        | _ASL,
+            "model.global_branch": True,
+        },
+    ),
+    "known_informed": Method(
+        "known labels, ASL, with label statistics when predicting",
+        "this project",
+        _KNOWN | _ASL | {"evaluation.statistics": True},
     ),
     "clsl": Method("CLSL (clsl_jax)", "this project", {}, note="the configuration as it is"),
     "all_known": Method(

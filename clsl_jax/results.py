@@ -126,18 +126,21 @@ def _label_tables(
     if not recovers or cells > label_tables.MOST_CELLS:
         return None
     count = len(built.annotations)
-    found = evaluate.gather((state.scores, state.visits, state.recovered, state.recovered_weight))
-    kept, visits, recovered, weight = (np.asarray(x)[:count] for x in found)
-    find = functools.partial(steps.recovery_thresholds, options=built.options, mesh=built.mesh)
-    replicated = sharding.replicated(built.mesh)
-    thresholds = jax.device_get(jax.jit(find, out_shardings=replicated)(state))
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(built.mesh))
+    def handed_out(state: TrainState) -> Any:
+        found, visits = steps.recovery_scores(state, built.options, handed_out=True)
+        thresholds = steps.recovery_thresholds(state, found, visits, built.options, built.mesh)
+        return found, visits, state.recovered, state.recovered_weight, thresholds
+
+    *found, thresholds = jax.device_get(handed_out(state))
+    kept, visits, recovered, weight = (x[:count] for x in found)
     labels = [label_tables.recovered_labels(built.annotations, recovered, weight)]
     probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
     active = int(state.step) >= built.options.warmup_steps
     for split in splits[1:]:
-        sigmoid = scores["last", split.name].astype(np.float64)
-        logits = np.log(np.maximum(sigmoid, 1e-30)) - np.log(np.maximum(1 - sigmoid, 1e-30))
-        probability = np.asarray(steps.calibrated(logits.astype(np.float32), built.options))
+        predictions = scores["last", split.name]
+        probability = np.asarray(steps.stated_probabilities(predictions, built.options))
         labels.append(
             label_tables.fill_labels(split.labels, probability, *thresholds, active=active)
         )

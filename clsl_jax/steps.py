@@ -27,9 +27,7 @@ from clsl_jax.train_state import SUM_NAMES, TrainState, with_backbone
 Batch = Mapping[str, jax.Array]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MIXTURE_ITERATIONS = 60  # every time from the start, so that recovering twice changes nothing
 _AUGMENTATION = 2**31 - 1  # folded into a step's key; dropout has the key itself or its parts
-_MIXTURE = 2**31 - 2  # folded into the run's key, as the numbers of steps are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +35,13 @@ class StepOptions:
     """What the train step and the end of an epoch do, as plain values.
 
     Attributes mean what the configuration keys of the same names mean (`config.py`); lengths are in
-    steps. `augment` is what the step itself does to the images, on the device; the teacher then
-    sees them as they came if `clean_view`.
+    steps, and `total_steps` is read with `thresholds` "none" alone. `augment` is what the step
+    itself does to the images, on the device; the teacher then sees them as they came if
+    `clean_view`.
     """
 
     steps_per_epoch: int
+    total_steps: int = 0
     loss_name: str = "asl"
     gamma_pos: float = 0.0
     gamma_neg: float = 2.0
@@ -88,6 +88,12 @@ class StepOptions:
     augment: transforms.Augment | None = None
     clean_view: bool = True
     skip_nonfinite: int = 0
+    evaluate_statistics: bool = False
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the state keeps the statistics of the known labels."""
+        return self.evaluate_statistics or self.source in ("statistics", "both")
 
     @property
     def teaches(self) -> bool:
@@ -237,7 +243,7 @@ def make_train_step(
             moved = label_statistics.update_prototypes(
                 memory["prototypes"], found["semantic"], state.annotations[rows], options.ema_decay
             )
-            memory = {"prototypes": jnp.where(finite, moved, memory["prototypes"])}
+            memory = {**memory, "prototypes": jnp.where(finite, moved, memory["prototypes"])}
 
         step_sums = {
             "steps": jnp.ones(()),
@@ -440,51 +446,61 @@ def calibrated(logits: jax.Array, options: StepOptions) -> jax.Array:
     )
 
 
-def recovery_scores(state: TrainState, options: StepOptions) -> tuple[jax.Array, jax.Array]:
+def stated_probabilities(predictions: jax.Array, options: StepOptions) -> jax.Array:
+    """Returns the calibrated probabilities that predictions of `make_predict_step` stand for."""
+    if options.evaluate_statistics or options.loss_name != "asl":
+        return jnp.asarray(predictions, jnp.float32)
+    p = jnp.clip(jnp.asarray(predictions, jnp.float32), 1e-7, 1.0 - 1e-7)
+    return calibrated(jnp.log(p) - jnp.log1p(-p), options)
+
+
+def recovery_scores(
+    state: TrainState, options: StepOptions, *, handed_out: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Returns what labels are recovered from: probabilities [N, C], and visits [N].
 
     They are what the steps scattered, or what label statistics make of it.
+
+    Args:
+      state: at the end of an epoch.
+      options: of the run.
+      handed_out: not for training but for whoever asks for labels; differs with thresholds "none"
+        and `evaluate_statistics`, as predictions do.
     """
-    if options.source in ("scores", "prototypes"):
+    source = options.source
+    if handed_out and options.thresholds == "none" and options.evaluate_statistics:
+        source = "both" if source == "scores" else source
+    if source in ("scores", "prototypes"):
         return state.scores, state.visits
     visits = (state.annotations >= 0).any(axis=1).astype(jnp.int32)
-    if options.source == "co_occurrence":
+    if source == "co_occurrence":
         return label_statistics.co_occurrence_scores(state.annotations), visits
-    ratios = None
-    if options.source == "both":
-        frequencies = label_statistics.label_frequencies(state.annotations)
-        ratios = label_statistics.evidence(state.scores, frequencies, options.evidence_power)
-        ratios = jnp.where((state.visits > 0)[:, None], ratios, 0.0)
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), _MIXTURE)
-    mixture = label_statistics.fit_mixture(
-        label_statistics.init_mixture(key, state.annotations, options.components),
-        state.annotations,
-        ratios,
-        iterations=MIXTURE_ITERATIONS,
+    scores = None
+    if source == "both":
+        seen = (state.visits > 0)[:, None]
+        scores = jnp.where(seen, state.scores, state.memory["frequencies"])
+    scores = label_statistics.informed_probabilities(
+        state.memory, state.annotations, scores, power=options.evidence_power
     )
-    scores, _ = label_statistics.mixture_posterior(mixture, state.annotations, ratios)
     return scores, visits
 
 
 def recovery_thresholds(
     state: TrainState,
+    scores: jax.Array,
+    visits: jax.Array,
     options: StepOptions,
     mesh: Mesh | None = None,
-    *,
-    scores: jax.Array | None = None,
-    visits: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the thresholds of positives and negatives, [C] or scalar, as `recover` uses them.
 
     Args:
       state: whose annotations calibrate them.
+      scores, visits: from `recovery_scores`.
       options: of the run.
       mesh: the state's; None if it lies on one device.
-      scores, visits: from `recovery_scores`; by default the state's own.
     """
-    if scores is None or visits is None:
-        scores, visits = recovery_scores(state, options)
-    if options.thresholds == "adaptive":
+    if options.thresholds in ("adaptive", "none"):
         thresholds = functools.partial(
             recovery.adaptive_thresholds,
             positive_precision=options.positive_precision,
@@ -522,18 +538,22 @@ def make_recover(
             )
         if options.recovery_mode == "epoch":
             scores, visits = recovery_scores(state, options)
-            positive, negative = recovery_thresholds(
-                state, options, mesh, scores=scores, visits=visits
+            every_label = options.thresholds == "none"
+            positive, negative = (
+                (0.0, 0.0)
+                if every_label
+                else recovery_thresholds(state, scores, visits, options, mesh)
             )
+            active = state.step >= options.warmup_steps
             recovered, weight = recovery.recover_labels(
                 scores,
                 visits,
                 state.annotations,
                 positive_threshold=positive,
                 negative_threshold=negative,
-                soft=options.soft,
+                soft=every_label or options.soft,
                 confidence_power=options.confidence_power,
-                active=state.step >= options.warmup_steps,
+                active=active,
             )
             state = state.replace(recovered=recovered, recovered_weight=weight)
         if options.graph_layers and options.graph_refresh and options.recovery_mode == "epoch":
@@ -545,17 +565,41 @@ def make_recover(
                 options.graph_smoothing,
             )
             state = state.replace(adjacency=adjacency)
+        if options.recovery_mode == "epoch" and every_label:
+            # Nothing learns from these any more: they are for whoever asked for labels.
+            scores, visits = recovery_scores(state, options, handed_out=True)
+            positive, negative = recovery_thresholds(state, scores, visits, options, mesh)
+            safe, one = recovery.recover_labels(
+                scores,
+                visits,
+                state.annotations,
+                positive_threshold=positive,
+                negative_threshold=negative,
+                soft=False,
+                active=active,
+            )
+            ends = state.step >= options.total_steps
+            state = state.replace(
+                recovered=jnp.where(ends, safe, recovered),
+                recovered_weight=jnp.where(ends, one, weight),
+            )
         return state
 
     return recover
 
 
 def make_predict_step(
-    model: nn.Module, *, explain: bool = False, mesh: Mesh | None = None
+    model: nn.Module,
+    options: StepOptions,
+    *,
+    explain: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[[Mapping[str, Any], jax.Array], Any]:
     """Returns `predict_step(weights, images)`, pure and ready for `jax.jit`.
 
-    `weights` is what `evaluation_weights` returns. The result is the probabilities float32 [B, C];
+    `weights` is what `evaluation_weights` returns. The result is what the network says, float32
+    [B, C]: the sigmoid of its logits or, with `options.evaluate_statistics`, the probabilities
+    that label statistics make of it (`label_statistics.informed_probabilities`, no label known);
     with `explain` also where each class was seen, [B, P, C], summing to 1 over positions, and the
     attention over classes at each position, [B, P, C] (None without SGFE).
     """
@@ -569,7 +613,13 @@ def make_predict_step(
             weights["adjacency"],
             train=False,
         )
-        probabilities = jax.nn.sigmoid(logits)
+        if options.evaluate_statistics:
+            unknown = jnp.full(logits.shape, -1, jnp.int8)
+            probabilities = label_statistics.informed_probabilities(
+                weights["statistics"], unknown, calibrated(logits, options)
+            )
+        else:
+            probabilities = jax.nn.sigmoid(logits)
         if explain:
             return probabilities, out.get("position_weights"), out.get("attention")
         return probabilities

@@ -19,7 +19,7 @@ from rich.console import Console
 from scipy import stats
 from tabulate import tabulate
 
-from clsl_jax import atomic, losses, methods, score
+from clsl_jax import atomic, experiment, methods, score, steps
 from clsl_jax.study import COST_NAME, FAILURE_NAME, RESULTS_NAME, Cell
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import LOG_NAME, read_log
@@ -121,7 +121,8 @@ def read(cell: Cell, workdir: str, *, convention: str, weights: str) -> Found | 
         if "recovery/unknown" in row
     ]
     predictions = score.load_predictions(os.path.join(directory, "predictions.npz"))
-    probabilities = _stated(predictions["scores"], Workdir.stored_config(directory))
+    options = experiment.step_options(Workdir.stored_config(directory), steps_per_epoch=1)
+    probabilities = np.asarray(steps.stated_probabilities(predictions["scores"], options))
     counted = (predictions["labels"] >= 0) & ~predictions["ignore"]
     return Found(
         cell,
@@ -132,20 +133,6 @@ def read(cell: Cell, workdir: str, *, convention: str, weights: str) -> Found | 
         cost["seconds"],
         cost["peak_memory_mib"],
         *reliability(probabilities, predictions["labels"], counted),
-    )
-
-
-def _stated(sigmoid: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:
-    """Returns the probabilities that a network's sigmoids stand for under its loss."""
-    if config.loss.name != "asl":
-        return sigmoid
-    p = np.clip(sigmoid.astype(np.float64), 1e-7, 1 - 1e-7)
-    logits = (np.log(p) - np.log1p(-p)).astype(np.float32)
-    loss = config.loss
-    return np.asarray(
-        losses.asymmetric_posterior(
-            logits, gamma_pos=loss.gamma_pos, gamma_neg=loss.gamma_neg, clip=loss.clip
-        )
     )
 
 

@@ -49,6 +49,8 @@ def evaluate_checkpoint(
         )
     config = ml_collections.ConfigDict(config.to_dict())
     config.model.update({"pretrained": "", "freeze": "none"})  # the file has the whole model
+    config.evaluation.statistics = False  # what the file's network says, nothing beside it
+    config.recovery.source = "scores"
     state_dict = read_weights(path)
     sharding.divide_cpu(config.cpu_devices)
     with Workdir(workdir) as where:
@@ -106,5 +108,6 @@ def _weights(
         "batch_stats": variables.get("batch_stats", {}),
         "label_embeddings": built.label_embeddings,
         "adjacency": adjacency,
+        "statistics": {},
     }
     return sharding.put_replicated(built.mesh, weights)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clsl_jax import sharding
+from clsl_jax import label_statistics, sharding
 from clsl_jax.models.clsl import CLSL, backbone_of, head_of
 from clsl_jax.models.graph import label_adjacency
 
@@ -38,7 +38,9 @@ class TrainState:
       visits: int32 [N], how often the row's scores were updated.
       recovered: float32 [N, C] in [0, 1], recovered labels; known entries hold the label.
       recovered_weight: float32 [N, C] in [0, 1], their weights in the loss; 0 where still unknown.
-      memory: {"prototypes": float32 [C, D]} where labels are recovered from these, else {}.
+      memory: "prototypes" float32 [C, D] where labels are recovered from these; what
+        `label_statistics.fit_statistics` keeps of the known labels where recovery or prediction use
+        it; else {}.
       sums: float32 [] each, sums over the steps of the epoch so far; `steps` counts them.
       faults: int32 [N], steps with a row's image whose loss or gradient was not finite.
       fault_step: int32 [], the first of these steps, counted from 0; -1 if there was none.
@@ -67,6 +69,7 @@ class TrainState:
     faulty_steps: jax.Array
 
 
+_MIXTURE = 2**31 - 2  # folded into the run's key, as the numbers of steps are
 MATRICES = ("annotations", "scores", "recovered", "recovered_weight")
 SUM_NAMES = ("steps", "loss", "loss_known", "loss_recovered", "gradient_norm")
 
@@ -83,6 +86,7 @@ def init_state(
     graph_threshold: float,
     graph_smoothing: float,
     prototypes: bool = False,
+    components: int = 0,
     backbone: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Returns the state before the first step.
@@ -97,6 +101,7 @@ def init_state(
       learn_embeddings: whether the embeddings are parameters.
       graph_threshold, graph_smoothing: of the label graph, see `label_adjacency`.
       prototypes: whether to keep a prototype of each class's features.
+      components: of the mixture that is fitted to the known labels; 0 for none.
       backbone: `params` and `batch_stats` to start the backbone with, not drawn then. Needed where
         the model freezes it.
     """
@@ -132,7 +137,11 @@ def init_state(
     memory: dict[str, jax.Array] = {}
     if prototypes:
         width = variables["params"]["semantic"]["out"]["kernel"].shape[-1]
-        memory = {"prototypes": jnp.zeros((shape[1], width), jnp.float32)}
+        memory["prototypes"] = jnp.zeros((shape[1], width), jnp.float32)
+    if components:
+        memory |= label_statistics.fit_statistics(
+            jax.random.fold_in(step_key, _MIXTURE), annotations, components
+        )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -236,4 +245,5 @@ def evaluation_weights(state: TrainState, *, ema: bool) -> dict[str, Any]:
         **with_backbone({"params": params["model"], "batch_stats": batch_stats}, state.frozen),
         "label_embeddings": params.get("label_embeddings", state.label_embeddings),
         "adjacency": state.adjacency,
+        "statistics": {k: v for k, v in state.memory.items() if k != "prototypes"},
     }

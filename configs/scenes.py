@@ -8,7 +8,7 @@ Arguments, after a colon: `configs/scenes.py:strong` for labels that co-occur st
 import ml_collections
 
 from clsl_jax import config as config_lib
-from clsl_jax.recipes import adaptive_recovery
+from clsl_jax.recipes import soft_recovery
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -19,8 +19,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
     config = config_lib.base_config()
     config.epochs = 20
-    config.batch_size = 32
-    config.cpu_devices = 2
+    config.batch_size = 16
 
     config.data.name = "scenes"
     config.data.image_size = 64
@@ -43,10 +42,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.head_dropout = 0.3
     config.model.encoder_dropout = 0.0
     config.model.learn_embeddings = True
+    # Trained from random weights, the head has to learn where to look (docs/study.md).
+    config.model.position_residual = True
+    config.model.global_branch = False
 
-    adaptive_recovery(config, warmup_epochs=13)
+    soft_recovery(config, warmup_epochs=8)
+    config.evaluation.statistics = True
 
-    config.optim.learning_rate = 2e-3
+    config.optim.learning_rate = 4e-3
     config.optim.ema_decay = 0.99
     config.evaluation.batch_size = 256
     return config

@@ -80,9 +80,11 @@ def test_posterior_equals_enumeration(with_evidence):
     np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-5)
     for i, row in enumerate(annotations):
         given_ratios = np.zeros(C) if ratios is None else ratios[i]
-        expected = enumerated(model, row, given_ratios)
-        hidden = row < 0
-        np.testing.assert_allclose(np.asarray(found)[i, hidden], expected[hidden], rtol=1e-4)
+        for c in range(C):  # a known label as if it were not
+            asked = row.copy()
+            asked[c] = -1
+            expected = enumerated(model, asked, given_ratios)[c]
+            np.testing.assert_allclose(found[i, c], expected, rtol=1e-4)
 
 
 def log_likelihood(model, annotations):
@@ -136,6 +138,23 @@ def test_evidence_of_a_score_that_is_the_frequency_is_none():
     np.testing.assert_allclose(found[1], [np.log(4), -np.log(4)], rtol=1e-5)
     np.testing.assert_allclose(found[2], [12, -12])
     np.testing.assert_allclose(ls.evidence(scores, frequencies, 0.5)[1], found[1] / 2, rtol=1e-5)
+
+
+def test_statistics_are_kept_as_plain_arrays_and_read_back():
+    _, annotations = example(8, n=200)
+    annotations = jnp.asarray(annotations)
+    kept = ls.fit_statistics(jax.random.key(0), annotations, K)
+    np.testing.assert_allclose(kept["frequencies"], ls.label_frequencies(annotations))
+    model = ls.Mixture(kept["mixture_prior"], kept["mixture_logits"])
+    assert model.logits.shape == (K, C)
+    np.testing.assert_allclose(np.exp(model.log_prior).sum(), 1, rtol=1e-5)
+    alone = ls.informed_probabilities(kept, annotations)
+    np.testing.assert_array_equal(alone, ls.mixture_posterior(model, annotations)[0])
+    # A network that says no more than the frequencies adds nothing.
+    same = jnp.broadcast_to(kept["frequencies"], annotations.shape)
+    np.testing.assert_allclose(
+        ls.informed_probabilities(kept, annotations, same), alone, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_rows_without_a_label_say_nothing():

@@ -204,11 +204,17 @@ def test_the_position_residual_is_a_linear_classifier_beside_sgfe():
     model = CLSLHead(C, position_residual=True, **SIZES)
     variables = model.init(jax.random.key(0), features, embeddings, train=False)
     _, out = model.apply(variables, features, embeddings, train=False)
+    pooled = variables["params"]["pooled"]
+    beside = np.asarray(out["features"]) @ pooled["kernel"] + pooled["bias"]
+    # At the start it is all there is.
+    np.testing.assert_allclose(out["position_logits"], beside, rtol=1e-5, atol=1e-6)
+
+    last = variables["params"]["enhancement"]["mlp_out"]
+    last["kernel"] = normal(3, *last["kernel"].shape)
+    _, out = model.apply(variables, features, embeddings, train=False)
     without = CLSLHead(C, **SIZES)
     own = {name: part for name, part in variables["params"].items() if name != "pooled"}
     _, plain = without.apply({**variables, "params": own}, features, embeddings, train=False)
-    pooled = variables["params"]["pooled"]
-    beside = np.asarray(plain["features"]) @ pooled["kernel"] + pooled["bias"]
     np.testing.assert_allclose(
         out["position_logits"], plain["position_logits"] + beside, rtol=1e-5, atol=1e-6
     )

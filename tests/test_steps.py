@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from clsl_jax import optim, sharding, steps, train_state
+from clsl_jax import label_statistics, optim, recovery, sharding, steps, train_state
 from clsl_jax.data import transforms
 from clsl_jax.models.clsl import CLSL, head_of
 
@@ -91,6 +91,7 @@ class Harness:
                 learn_embeddings=learn,
                 graph_threshold=self.options.graph_threshold,
                 graph_smoothing=self.options.graph_smoothing,
+                components=self.options.components if self.options.needs_statistics else 0,
                 prototypes=self.options.source == "prototypes",
             )
 
@@ -280,6 +281,71 @@ def test_the_end_of_an_epoch_done_twice_is_done_once():
     once = harness.run(3)
     twice = jax.device_get(harness.recover(harness.state))
     assert_same_trees(once, twice)
+
+
+def test_every_label_is_learned_from_and_the_safe_ones_are_handed_out():
+    options = make_options(
+        thresholds="none",
+        confidence_power=0.0,
+        total_steps=6,
+        positive_precision=0.8,
+        negative_precision=0.8,
+        min_count=1,
+    )
+    annotations = make_labels()[1]
+    known = annotations >= 0
+    state = Harness(options).run(3)
+    np.testing.assert_array_equal(state.recovered_weight[:N], ~known)
+    np.testing.assert_array_equal(
+        state.recovered[:N], np.where(known, annotations, state.scores[:N])
+    )
+
+    state = Harness(options).run(6)
+    thresholds = recovery.adaptive_thresholds(
+        state.scores,
+        state.annotations,
+        state.visits,
+        positive_precision=0.8,
+        negative_precision=0.8,
+    )
+    labels, weight = recovery.recover_labels(
+        state.scores,
+        state.visits,
+        state.annotations,
+        positive_threshold=thresholds[0],
+        negative_threshold=thresholds[1],
+        soft=False,
+    )
+    np.testing.assert_array_equal(state.recovered, labels)
+    np.testing.assert_array_equal(state.recovered_weight, weight)
+    assert 0 < weight.sum() < (~known).sum()
+
+
+def test_predictions_with_statistics_are_posteriors_of_what_the_network_says():
+    harness = Harness(make_options(evaluate_statistics=True, components=3, recovery_mode="none"))
+    state = harness.run(3)
+    weights = train_state.evaluation_weights(state, ema=True)
+    images = make_batch(range(B))["image"]
+    found = steps.make_predict_step(harness.model, harness.options)(weights, images)
+    plain = dataclasses.replace(harness.options, evaluate_statistics=False)
+    sigmoid = steps.make_predict_step(harness.model, plain)(weights, images)
+    kept = weights["statistics"]
+    ratios = label_statistics.evidence(
+        steps.stated_probabilities(sigmoid, plain), kept["frequencies"], 1.0
+    )
+    # Bayes' rule, component by component.
+    on = np.asarray(jax.nn.sigmoid(kept["mixture_logits"]), np.float64)  # [K, C]
+    odds = np.exp(np.asarray(ratios, np.float64))  # [B, C]
+    either = on[None] * odds[:, None] + 1 - on[None]  # [B, K, C]
+    joint = np.exp(np.asarray(kept["mixture_prior"])) * either.prod(axis=2)
+    share = joint / joint.sum(axis=1, keepdims=True)
+    expected = (share[..., None] * (on[None] * odds[:, None] / either)).sum(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(steps.stated_probabilities(found, harness.options), found)
+    # The statistics are those of the known labels, before and after training.
+    np.testing.assert_allclose(
+        kept["frequencies"], label_statistics.label_frequencies(make_labels()[1]), rtol=1e-6
+    )
 
 
 def test_the_weight_of_the_recovered_term_ramps_up():

@@ -85,14 +85,22 @@ def test_every_method_is_a_valid_configuration(name):
     assert set(methods.find(name).settings) <= set(config_lib.flatten(config_lib.base_config()))
 
 
-@pytest.mark.parametrize(("arg", "count"), [(None, 2 * 21 * 7 * 5), ("quick", 2 * 2 * 2)])
+@pytest.mark.parametrize(
+    ("arg", "count"),
+    [
+        (None, 2 * 22 * 7 * 5),
+        ("main", 2 * 2 * 2 * 3),
+        ("methods", 22 * 2),
+        ("quick", 2 * 2 * 2),
+    ],
+)
 def test_the_study_of_scenes_has_every_method(arg, count):
     path = os.path.join(commands.REPOSITORY, "configs", "study", "scenes.py")
     config = runpy.run_path(path)["get_config"](arg)
     study.check(config.to_dict())
     grid = study.cells(config)
     assert len(grid) == count
-    assert arg or {cell.method for cell in grid} == set(methods.METHODS)
+    assert arg in ("main", "quick") or {cell.method for cell in grid} == set(methods.METHODS)
 
 
 def test_paired_test_by_hand():

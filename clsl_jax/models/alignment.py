@@ -125,11 +125,13 @@ class FeatureEnhancement(nn.Module):
       rank: of the attention.
       dropout: rate before the last layer.
       dtype: compute type; softmax and logits are float32.
+      starts_at_zero: the last layer's first weights are 0, and with them its logits.
     """
 
     rank: int = 1024
     dropout: float = 0.5
     dtype: Any = jnp.float32
+    starts_at_zero: bool = False
 
     @nn.compact
     def __call__(
@@ -161,7 +163,10 @@ class FeatureEnhancement(nn.Module):
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
         # The last product in float32: its results are logits.
         position_logits = nn.Dense(
-            c, dtype=jnp.float32, kernel_init=TORCH_LINEAR_INIT, name="mlp_out"
+            c,
+            dtype=jnp.float32,
+            kernel_init=nn.initializers.zeros if self.starts_at_zero else TORCH_LINEAR_INIT,
+            name="mlp_out",
         )(hidden)
         out = {
             "attention_logits": attention_logits,

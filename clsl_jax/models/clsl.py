@@ -61,9 +61,9 @@ class CLSLHead(nn.Module):
       encoder_layers, encoder_heads, encoder_mlp, encoder_dropout, encoder_norm_first,
         encoder_final_norm, positions: the transformer encoder; 0 layers leave it out.
       srfl, sgfe, global_branch: which parts exist.
-      position_residual: adds a 1x1 convolution of the features to SGFE's position logits; not in
-        the paper. From random weights a head without it takes several times as many epochs to
-        learn where to look (docs/study.md). Nothing without sgfe.
+      position_residual: adds a 1x1 convolution of the features to SGFE's position logits, which
+        start at 0; not in the paper. From random weights a head without it takes many more epochs
+        to learn where to look (docs/study.md). Nothing without sgfe.
       graph_layers: graph convolutions on the label embeddings; 0 is as if there were none. Nothing
         is built where no part uses label embeddings.
       rank: of SGFE's attention.
@@ -163,7 +163,11 @@ class CLSLHead(nn.Module):
             )
         if self.sgfe:
             out["position_logits"], parts = FeatureEnhancement(
-                self.rank, self.head_dropout, self.dtype, name="enhancement"
+                self.rank,
+                self.head_dropout,
+                self.dtype,
+                starts_at_zero=self.position_residual,
+                name="enhancement",
             )(x, semantic, train=train)
             out.update(parts)
             if self.position_residual:
