@@ -24,6 +24,7 @@ TINY = (
     "--config.recovery.thresholds=fixed",
     "--config.recovery.soft=True",
     "--config.recovery.warmup_epochs=1",
+    "--config.model.global_branch=True",
 )
 
 

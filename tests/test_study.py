@@ -103,6 +103,16 @@ def test_the_study_of_scenes_has_every_method(arg, count):
     assert arg in ("main", "quick") or {cell.method for cell in grid} == set(methods.METHODS)
 
 
+def test_the_study_of_photographs_takes_its_data():
+    path = os.path.join(commands.REPOSITORY, "configs", "study", "photographs.py")
+    get_config = runpy.run_path(path)["get_config"]
+    grid = study.cells(get_config("somewhere/DATA"))
+    assert len(grid) == 3 * 5
+    assert all("data.dir=somewhere/DATA" in cell.settings for cell in grid)
+    with pytest.raises(InputError, match="directory of the prepared data after a colon"):
+        get_config()
+
+
 def test_paired_test_by_hand():
     """Differences 1, 2, 3: mean 2, standard error 1 / sqrt 3, t = 2 sqrt 3 at 2 degrees."""
     mean, p_value = study_report.paired_test([2, 4, 6], [1, 2, 3])
