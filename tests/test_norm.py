@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from clsl_jax.models.norm import BatchNorm
+from clsl_jax.models.norm import BatchNorm, normalize_batch
 
 
 def test_equals_pytorch_with_unbiased_running_variance():
@@ -45,3 +45,29 @@ def test_large_mean_does_not_cancel():
     exact = x.astype(np.float64)
     exact = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
     np.testing.assert_allclose(y, exact, atol=1e-3)
+
+
+def test_gradients_equal_pytorchs():
+    rng = np.random.default_rng(2)
+    x = (3.0 + 2.0 * rng.standard_normal((4, 3, 2, 5))).astype(np.float32)
+    grad = rng.standard_normal(x.shape).astype(np.float32)
+    scale, bias = (rng.standard_normal(5).astype(np.float32) for _ in range(2))
+
+    def loss(x, scale, bias):
+        return jnp.sum(normalize_batch(x, scale, bias, 1e-5, jnp.float32)[0] * grad)
+
+    found = jax.grad(loss, argnums=(0, 1, 2))(x, scale, bias)
+    tensors = [torch.from_numpy(a.astype(np.float64)).requires_grad_() for a in (x, scale, bias)]
+    flat = tensors[0].reshape(-1, 5)
+    y = torch.nn.functional.batch_norm(flat, None, None, *tensors[1:], training=True, eps=1e-5)
+    (y * torch.from_numpy(grad.astype(np.float64)).reshape(-1, 5)).sum().backward()
+    for ours, tensor in zip(found, tensors, strict=True):
+        np.testing.assert_allclose(ours, tensor.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_backward_pass_keeps_the_input_as_it_came():
+    x = jnp.ones((64, 8), jnp.bfloat16)
+    scale = bias = jnp.ones(8)
+    _, pullback = jax.vjp(lambda x: normalize_batch(x, scale, bias, 1e-5, jnp.bfloat16)[0], x)
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "size", 0) >= x.size]
+    assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]

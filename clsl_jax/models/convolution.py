@@ -7,6 +7,8 @@ plain form. Measured by `benchmarks/convolutions.py` (2 cores, float32):
   product in turn, XLA transposes its first operand in memory, which had better be the smaller one.
 * The gradient of the input at stride 1 is 1.2 times slower than the same convolution, that of the
   output's gradient with the turned kernel, asked for outright.
+* The gradient of a 3x3 kernel at stride 1 is up to 2.5 times faster as nine matrix products, of the
+  input shifted to each place of the kernel with the output's gradient.
 * A 3x3 convolution on a 2x2 map, forward and backward, is a hundred times slower than the same
   number of products elsewhere (512 channels, 16 images: 550 ms instead of 5). There, and only
   there, it is a matrix product over patches.
@@ -62,15 +64,25 @@ def _by_patches(
     x: jax.Array, kernel: jax.Array, *, strides: Sequence[int], padding: Any, size: tuple[int, int]
 ) -> jax.Array:
     """Patches [B, h, w, kh*kw*I] times the kernel as a matrix."""
-    kh, kw, _, o = kernel.shape
-    (h, w), (sh, sw) = size, strides
+    taps = _taps(x, kernel.shape[:2], strides, padding, size)
+    return _product(jnp.concatenate(taps, -1), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _taps(
+    x: jax.Array,
+    kernel_size: Sequence[int],
+    strides: Sequence[int],
+    padding: Any,
+    size: Sequence[int],
+) -> list[jax.Array]:
+    """What each place of a kernel sees, row by row: [B, h, w, I] each."""
+    (kh, kw), (h, w), (sh, sw) = kernel_size, size, strides
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    taps = [
+    return [
         x[:, i : i + sh * (h - 1) + 1 : sh, j : j + sw * (w - 1) + 1 : sw]
         for i in range(kh)
         for j in range(kw)
     ]
-    return _product(jnp.concatenate(taps, -1), kernel.reshape(-1, o))
 
 
 @jax.custom_vjp
@@ -101,7 +113,7 @@ def _with_turned_kernel(
     x: jax.Array,
     kernel: jax.Array,
 ) -> jax.Array:
-    """A convolution of stride 1 whose gradient of `x` is a plain convolution itself."""
+    """A convolution of stride 1; gradients by a plain convolution (x) and by products (kernel)."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, **dict(options))
 
 
@@ -118,9 +130,10 @@ def _turned_backward(padding: Any, options: Any, saved: Any, grad: jax.Array) ->
         for size, (before, after) in zip(kernel.shape[:2], padding, strict=True)
     ]
     x_grad = jax.lax.conv_general_dilated(grad, turned, (1, 1), zeros, **dict(options))
-    (kernel_grad,) = jax.vjp(
-        lambda k: jax.lax.conv_general_dilated(x, k, (1, 1), padding, **dict(options)), kernel
-    )[1](grad)
+    rows = grad.reshape(-1, grad.shape[-1])
+    taps = _taps(x, kernel.shape[:2], (1, 1), padding, grad.shape[1:3])
+    products = [tap.reshape(-1, tap.shape[-1]).T @ rows for tap in taps]
+    kernel_grad = jnp.stack(products).reshape(kernel.shape)
     return x_grad, kernel_grad
 
 
