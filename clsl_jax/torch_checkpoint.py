@@ -48,8 +48,9 @@ def evaluate_checkpoint(
             f"--workdir={workdir} is of a run, whose results --weights would replace: name another."
         )
     config = ml_collections.ConfigDict(config.to_dict())
-    config.model.update({"pretrained": "", "freeze": "none"})  # the file has the whole model
-    config.evaluation.statistics = False  # what the file's network says, nothing beside it
+    # The file has the whole model, as the authors' program builds it and nothing beside it.
+    config.model.update({"pretrained": "", "freeze": "none", "position_residual": False})
+    config.evaluation.statistics = False
     config.recovery.source = "scores"
     state_dict = read_weights(path)
     sharding.divide_cpu(config.cpu_devices)

@@ -12,6 +12,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh ".${CLSL_EXTRA:+[$CLSL_EXTRA]}"
 
+# Large pages for the arrays of a step, which a CPU would otherwise fetch anew, 4 KiB at a time.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 processes=1
 if [[ ${1:-} == --processes ]]; then
   processes=${2:-}

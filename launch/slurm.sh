@@ -37,6 +37,7 @@ if [[ -z $workdir ]]; then
 fi
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdir")/compiled}
 export PYTHONUNBUFFERED=1
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages, for arrays on a CPU
 
 # --kill-on-bad-exit: if one task fails, the others, which wait for it, are ended too.
 srun --kill-on-bad-exit=1 python -m clsl_jax.main --distributed \

@@ -23,6 +23,7 @@ ARGUMENTS = (
     "--config.model.encoder_mlp=24",
     "--config.model.rank=12",
     "--config.model.learn_embeddings=False",
+    "--config.model.global_branch=True",
     "--config.evaluation.batch_size=16",
     "--config.batch_size=16",
 )

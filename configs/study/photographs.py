@@ -11,7 +11,7 @@ import ml_collections
 from clsl_jax import config as config_lib
 from clsl_jax import study
 
-_SOFT = "recovery.thresholds=none recovery.positive_precision=0.9 recovery.negative_precision=0.985"
+_SOFT = "recovery.thresholds=none recovery.confidence_power=1.0"
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
