@@ -131,8 +131,9 @@ def makers(
     options: argparse.Namespace, dtype: str, drawn: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Names of the ways and what makes each."""
-    yield OURS, lambda: OurStep(options, dtype, drawn)
-    for mode in options.torch:
+    if options.only != "torch":
+        yield OURS, lambda: OurStep(options, dtype, drawn)
+    for mode in options.torch if options.only != "ours" else ():
         for form in options.forms:
             yield (
                 f"PyTorch {mode}, {form}",
@@ -292,6 +293,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ema_teacher", action="store_true", help="scores by the moving average")
     parser.add_argument("--torch", nargs="*", choices=modes, help="all, and the first two on a CPU")
+    parser.add_argument(
+        "--only", choices=("ours", "torch"), help="one of the two by itself, in its own process"
+    )
     parser.add_argument(
         "--forms", nargs="+", choices=torch_step.FORMS, default=list(torch_step.FORMS)
     )
