@@ -2,8 +2,9 @@
 
     python -m clsl_jax.main --config=configs/scenes.py --workdir=DIR
 
-Arguments, after a colon: `configs/scenes.py:strong` for labels that co-occur strongly. Hardware: two
-CPU cores, three minutes. Test mAP of three seeds: 84.16 ± 0.47, strong 87.15 ± 1.23 (docs/study.md).
+Arguments, after a colon: `configs/scenes.py:strong` for labels that co-occur strongly. Hardware:
+two CPU cores, three minutes. Test mAP of three seeds: 84.16 ± 0.47, strong 87.15 ± 1.23
+(docs/study.md).
 """
 
 import ml_collections
