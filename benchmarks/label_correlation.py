@@ -11,7 +11,6 @@ import dataclasses
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rounds import markdown
 
@@ -38,8 +37,7 @@ def main(workdir: str) -> None:
     weights = evaluation_weights(state, ema=built.options.evaluate_ema)
     alone = dataclasses.replace(built.options, evaluate_statistics=False)
     predict = jax.jit(steps.make_predict_step(built.model, alone))
-    annotations = jnp.asarray(built.annotations)
-    kept = label_statistics.fit_statistics(jax.random.key(0), annotations, components=12)
+    kept = label_statistics.fit_statistics(jax.random.key(0), built.annotations, components=12)
 
     rows = []
     unknown = np.full(built.dataset.test.labels.shape, -1, np.int8)

@@ -537,24 +537,7 @@ def make_recover(
                 recovered_weight=(~known & seen).astype(jnp.float32),
             )
         if options.recovery_mode == "epoch":
-            scores, visits = recovery_scores(state, options)
-            every_label = options.thresholds == "none"
-            positive, negative = (
-                (0.0, 0.0)
-                if every_label
-                else recovery_thresholds(state, scores, visits, options, mesh)
-            )
-            active = state.step >= options.warmup_steps
-            recovered, weight = recovery.recover_labels(
-                scores,
-                visits,
-                state.annotations,
-                positive_threshold=positive,
-                negative_threshold=negative,
-                soft=every_label or options.soft,
-                confidence_power=options.confidence_power,
-                active=active,
-            )
+            recovered, weight = _recovered_labels(state, options, mesh)
             state = state.replace(recovered=recovered, recovered_weight=weight)
         if options.graph_layers and options.graph_refresh and options.recovery_mode == "epoch":
             known = (state.annotations >= 0).astype(jnp.float32)
@@ -565,27 +548,38 @@ def make_recover(
                 options.graph_smoothing,
             )
             state = state.replace(adjacency=adjacency)
-        if options.recovery_mode == "epoch" and every_label:
+        if options.recovery_mode == "epoch" and options.thresholds == "none":
             # Nothing learns from these any more: they are for whoever asked for labels.
-            scores, visits = recovery_scores(state, options, handed_out=True)
-            positive, negative = recovery_thresholds(state, scores, visits, options, mesh)
-            safe, one = recovery.recover_labels(
-                scores,
-                visits,
-                state.annotations,
-                positive_threshold=positive,
-                negative_threshold=negative,
-                soft=False,
-                active=active,
-            )
+            labels, weight = _recovered_labels(state, options, mesh, handed_out=True)
             ends = state.step >= options.total_steps
             state = state.replace(
-                recovered=jnp.where(ends, safe, recovered),
-                recovered_weight=jnp.where(ends, one, weight),
+                recovered=jnp.where(ends, labels, state.recovered),
+                recovered_weight=jnp.where(ends, weight, state.recovered_weight),
             )
         return state
 
     return recover
+
+
+def _recovered_labels(
+    state: TrainState, options: StepOptions, mesh: Mesh | None, *, handed_out: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `recovery.recover_labels` of a state, to learn from or to be handed out."""
+    scores, visits = recovery_scores(state, options, handed_out=handed_out)
+    every_label = options.thresholds == "none" and not handed_out
+    positive, negative = (
+        (0.0, 0.0) if every_label else recovery_thresholds(state, scores, visits, options, mesh)
+    )
+    return recovery.recover_labels(
+        scores,
+        visits,
+        state.annotations,
+        positive_threshold=positive,
+        negative_threshold=negative,
+        soft=every_label or (options.soft and not handed_out),
+        confidence_power=options.confidence_power,
+        active=state.step >= options.warmup_steps,
+    )
 
 
 def make_predict_step(

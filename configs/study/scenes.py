@@ -5,7 +5,7 @@
 Arguments, after a colon: `main` for the default against known labels alone at 10 and 20 %, three
 seeds; `methods` for every method at 20 %, moderate, two seeds; `quick` for two methods, two seeds
 and little data. On two cores, as two shards with a core each, a cell takes about three minutes:
-`main` two thirds of an hour, `methods` one hour, all of it two days and a half.
+`main` two thirds of an hour, `methods` one hour, all of it a day and a half.
 """
 
 import ml_collections
