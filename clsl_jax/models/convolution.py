@@ -8,7 +8,8 @@ plain form. Measured by `benchmarks/convolutions.py` (2 cores, float32):
 * The gradient of the input at stride 1 is 1.2 times slower than the same convolution, that of the
   output's gradient with the turned kernel, asked for outright.
 * The gradient of a 3x3 kernel at stride 1 is up to 2.5 times faster as nine matrix products, of the
-  input shifted to each place of the kernel with the output's gradient.
+  input shifted to each place of the kernel with the output's gradient. Of 64 channels and fewer it
+  is up to 3 times slower, and such a convolution is left as it is.
 * A 3x3 convolution on a 2x2 map, forward and backward, is a hundred times slower than the same
   number of products elsewhere (512 channels, 16 images: 550 ms instead of 5). There, and only
   there, it is a matrix product over patches.
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 
 # Positions of the output map up to which the patches are taken; from 3x3 on XLA is as fast.
 SMALL_MAP = 4
+# Channels up to which XLA's own gradients of a stride-1 convolution are the faster ones.
+NARROW = 64
 
 
 def conv_general_dilated(
@@ -53,7 +56,7 @@ def conv_general_dilated(
     )
     if kh * kw == 1 or h * w <= SMALL_MAP:
         on_cpu = partial(_by_patches, strides=window_strides, padding=padding, size=(h, w))
-    elif tuple(window_strides) == (1, 1):
+    elif tuple(window_strides) == (1, 1) and min(rhs.shape[2:]) > NARROW:
         on_cpu = partial(_with_turned_kernel, tuple(map(tuple, padding)), tuple(options.items()))
     else:
         return direct(lhs, rhs)

@@ -3,9 +3,12 @@
     python -m clsl_jax.study --config=configs/study/scenes.py --workdir=DIR
 
 Arguments, after a colon: `main` for the default against known labels alone at 10 and 20 %, three
-seeds; `methods` for every method at 20 %, moderate, two seeds; `quick` for two methods, two seeds
-and little data. On two cores, as two shards with a core each, a cell takes about three minutes:
-`main` two thirds of an hour, `methods` one hour, all of it a day and a half.
+seeds; `methods` for every method at 20 %, moderate, two seeds; `fractions` for the default against
+known labels alone at the other fractions, moderate, two seeds; `ablation` for one key changed, and
+each part alone on a bare network, at 20 %, moderate, two seeds; `quick` for two methods, two seeds
+and little data. All but `quick` share their cells in one DIR. On two cores, as two shards with a
+core each, a cell takes two to three minutes: `main`, `methods` and `ablation` an hour each, all of
+it more than a day.
 """
 
 import ml_collections
@@ -13,12 +16,54 @@ import ml_collections
 from clsl_jax import config as config_lib
 from clsl_jax import methods, study
 
+_ARGUMENTS = ("main", "methods", "fractions", "ablation", "quick")
+_HARD = "recovery.soft=False recovery.thresholds"
+_ONLINE = "recovery.mode=online recovery.weight=0.8 recovery.sharpening"
+# The default with one key changed (GCN with two): what each part is worth beside all others.
+CHANGED = {
+    "no_srfl": "model.srfl=False",
+    "no_sgfe": "model.sgfe=False",
+    "no_position_residual": "model.position_residual=False",
+    "no_encoder": "model.encoder_layers=0",
+    "global_branch": "model.global_branch=True",
+    "gcn": "graph.layers=2 graph.refresh=False",
+    "gcn_refreshed": "graph.layers=2",
+    "no_recovery": "recovery.mode=none",
+    "no_statistics": "evaluation.statistics=False",
+    "adaptive": f"{_HARD}=adaptive",
+    "fixed": f"{_HARD}=fixed",
+    "online": f"{_ONLINE}=safe",
+    "online_released": f"{_ONLINE}=released",
+    "no_ema": "optim.ema_decay=0.0",
+    "mean_scale": "loss.scale=mean",
+}
+# Known labels, ASL, backbone, encoder and a 1x1 classifier pooled over positions; then one part.
+BARE = (
+    "evaluation.statistics=False recovery.mode=none loss.scale=mean optim.ema_decay=0.0 "
+    "model.srfl=False model.sgfe=False model.position_residual=False"
+)
+ALONE = {
+    "bare": "",
+    "bare+srfl": "model.srfl=True",
+    "bare+srfl+gcn": "model.srfl=True graph.layers=2",
+    "bare+sgfe": "model.sgfe=True",
+    "bare+sgfe+residual": "model.sgfe=True model.position_residual=True",
+    "bare+global_branch": "model.global_branch=True",
+    "bare+recovery": "recovery.mode=epoch",
+    "bare+adaptive": f"recovery.mode=epoch {_HARD}=adaptive",
+    "bare+online": f"{_ONLINE}=safe",
+    "bare+online_released": f"{_ONLINE}=released",
+    "bare+ema": "optim.ema_decay=0.99",
+    "bare+balanced_scale": "loss.scale=balanced",
+    "bare+statistics": "evaluation.statistics=True",
+}
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the study; `arg` is None, `main`, `methods` or `quick`."""
-    if arg not in (None, "", "main", "methods", "quick"):
+    """Returns the study; `arg` is None or one of `main`, `methods`, `fractions`, ..."""
+    if arg and arg not in _ARGUMENTS:
         raise config_lib.ConfigError(
-            f"configs/study/scenes.py:{arg}: expected nothing, main, methods or quick."
+            f"configs/study/scenes.py:{arg}: expected nothing or one of {', '.join(_ARGUMENTS)}."
         )
     config = study.base_study()
     config.configs = ("configs/scenes.py", "configs/scenes.py:strong")
@@ -29,10 +74,20 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.methods = ("known_asl", "clsl")
         config.known_fractions = (0.1, 0.2)
         config.seeds = (0, 1, 2)
-    if arg == "methods":
+    if arg in ("methods", "fractions", "ablation"):
         config.configs = ("configs/scenes.py",)
         config.known_fractions = (0.2,)
         config.seeds = (0, 1)
+    if arg == "fractions":
+        config.methods = ("known_asl", "clsl")
+        config.known_fractions = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    if arg == "ablation":
+        config.methods = ("clsl",)
+        config.baseline = "clsl"
+        config.variants = (
+            *((name, "clsl", keys) for name, keys in CHANGED.items()),
+            *((name, "clsl", f"{BARE} {keys}") for name, keys in ALONE.items()),
+        )
     if arg == "quick":
         config.configs = ("configs/scenes.py",)
         config.methods = ("known_asl", "clsl")
