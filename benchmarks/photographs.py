@@ -83,6 +83,11 @@ def load_stamps(root: pathlib.Path) -> dict[str, list[Image.Image]]:
                 stamp = stamp.crop(box)
                 stamp.thumbnail((SIZE, SIZE))
                 found[name].append(stamp)
+        if len(found[name]) < 2:
+            raise SystemExit(
+                f"{root}: {len(found[name])} photographs of {name} in {', '.join(folders)}; "
+                "--stamps is the folder that holds animals, food, plants and so on."
+            )
     return found
 
 

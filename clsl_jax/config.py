@@ -110,6 +110,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.loss.eps = 1e-5
     c.loss.margin = 1.0  # of positives under hill and focal_margin, in logits
     c.loss.smoothing = 0.0  # known labels y become (1 - smoothing) y + smoothing / 2
+    # Known labels are scored by the network and label statistics together (a product of experts):
+    # the network learns what the image says beyond what its other labels say.
+    c.loss.statistics = False
     c.loss.scale = "balanced"  # balanced | mean | released
     c.loss.global_weight = 1.0  # of the global branch, except in the released loss
     c.loss.expected_positives = 0.0  # weight of the expected-positive regularisation
@@ -379,13 +382,20 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
         )
     if r.correction != "none" and r.mode != "assume":
         problems.append(f"recovery.correction={r.correction!r} goes with recovery.mode=assume")
-    if r.source != "scores" and r.mode != "epoch":
+    if r.source != "scores" and r.mode not in ("epoch", "none"):
         problems.append(f"recovery.source={r.source!r} goes with recovery.mode=epoch")
     if r.source == "prototypes" and not config.model.srfl:
         problems.append("recovery.source='prototypes' needs the features of model.srfl=True")
     if r.branch != "semantic" and (r.teacher != "ema" or not config.model.global_branch):
         problems.append(
             f"recovery.branch={r.branch!r} needs recovery.teacher=ema and model.global_branch=True"
+        )
+    if config.loss.statistics and (config.loss.name not in ("asl", "bce") or config.loss.clip):
+        problems.append("loss.statistics=True goes with loss.name=asl or bce, and loss.clip=0")
+    if config.loss.statistics and not config.evaluation.statistics:
+        problems.append(
+            "loss.statistics=True leaves to label statistics what they can say: set "
+            "evaluation.statistics=True, so that predictions ask them too"
         )
     whole_batch = {
         "loss.expected_positives": bool(config.loss.expected_positives),

@@ -444,6 +444,7 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         clean_view=r.view == "clean",
         skip_nonfinite=config.optim.skip_nonfinite,
         evaluate_statistics=config.evaluation.statistics,
+        loss_statistics=config.loss.statistics,
         evaluate_ema=config.evaluation.weights == "ema",
     )
 

@@ -136,8 +136,16 @@ def mixture_posterior(
       probabilities [N, C], of a known label as if it were unknown, so that thresholds can be
       calibrated on these; and the components' posterior [N, K].
     """
-    log_on, log_off = jax.nn.log_sigmoid(mixture.logits), jax.nn.log_sigmoid(-mixture.logits)
     ratios = jnp.zeros(annotations.shape) if log_ratios is None else log_ratios
+    log_odds, responsibilities = _others_log_odds(mixture, annotations, ratios)
+    return jax.nn.sigmoid(log_odds + ratios), responsibilities
+
+
+def _others_log_odds(
+    mixture: Mixture, annotations: jax.Array, ratios: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log odds [N, C] of each label without its own evidence; the components' posterior [N, K]."""
+    log_on, log_off = jax.nn.log_sigmoid(mixture.logits), jax.nn.log_sigmoid(-mixture.logits)
 
     def said(on: jax.Array, off: jax.Array) -> jax.Array:
         """Log likelihood [N, C] of what is known or seen of each label in one component."""
@@ -153,11 +161,11 @@ def mixture_posterior(
         # Without the label's own part in the component's share.
         others = jnp.maximum(share[:, None], 1e-30) * jnp.exp(-said(on, off))
         present, absent = totals
-        return (present + others * jnp.exp(on + ratios), absent + others * jnp.exp(off)), None
+        return (present + others * jnp.exp(on), absent + others * jnp.exp(off)), None
 
     start = jnp.zeros(annotations.shape, jnp.float32)
     (present, absent), _ = jax.lax.scan(add, (start, start), (responsibilities.T, log_on, log_off))
-    return present / (present + absent), responsibilities
+    return jnp.log(present) - jnp.log(absent), responsibilities
 
 
 def fit_mixture(
@@ -240,6 +248,30 @@ def informed_probabilities(
     mixture = Mixture(statistics["mixture_prior"], statistics["mixture_logits"])
     ratios = None if scores is None else evidence(scores, statistics["frequencies"], power)
     return mixture_posterior(mixture, annotations, ratios)[0]
+
+
+def others_log_ratios(
+    statistics: Mapping[str, jax.Array], annotations: jax.Array, scores: jax.Array
+) -> jax.Array:
+    """What an image's other labels say of each of its labels, beyond how frequent that label is.
+
+    The log odds of a label given the image's other known labels and, for the other unknown ones,
+    the network's scores, less the log odds of its frequency. Added to what the network says of the
+    label itself it gives `informed_probabilities`.
+
+    Args:
+      statistics: from `fit_statistics`.
+      annotations: [N, C].
+      scores: [N, C], calibrated probabilities.
+
+    Returns:
+      float32 [N, C].
+    """
+    frequencies = statistics["frequencies"]
+    mixture = Mixture(statistics["mixture_prior"], statistics["mixture_logits"])
+    ratios = evidence(scores, frequencies, 1.0)
+    base = jnp.log(frequencies) - jnp.log1p(-frequencies)
+    return _others_log_odds(mixture, annotations, ratios)[0] - base
 
 
 def update_prototypes(

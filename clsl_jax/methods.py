@@ -29,7 +29,12 @@ class Method:
     note: str = ""
 
 
-_ALONE = {"evaluation.statistics": False}  # predictions are the network's alone
+# Label statistics have no part in training or prediction.
+_ALONE = {
+    "evaluation.statistics": False,
+    "loss.statistics": False,
+    "recovery.source": "scores",
+}
 _NEGATIVE = _ALONE | {"recovery.mode": "assume", "recovery.weight": 1.0, "loss.scale": "mean"}
 _BCE = {"loss.name": "bce"}
 _ASL = {"loss.name": "asl"}
@@ -194,6 +199,11 @@ METHODS: Mapping[str, Method] = {
         "known labels, ASL, with label statistics when predicting",
         "this project",
         _KNOWN | _ASL | {"evaluation.statistics": True},
+    ),
+    "known_product": Method(
+        "known labels, ASL, of network and label statistics together",
+        "this project",
+        _KNOWN | _ASL | {"evaluation.statistics": True, "loss.statistics": True},
     ),
     "clsl": Method("CLSL (clsl_jax)", "this project", {}, note="the configuration as it is"),
     "all_known": Method(

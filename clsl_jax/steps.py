@@ -89,11 +89,13 @@ class StepOptions:
     clean_view: bool = True
     skip_nonfinite: int = 0
     evaluate_statistics: bool = False
+    loss_statistics: bool = False
 
     @property
     def needs_statistics(self) -> bool:
         """Whether the state keeps the statistics of the known labels."""
-        return self.evaluate_statistics or self.source in ("statistics", "both")
+        asked = self.evaluate_statistics or self.loss_statistics
+        return asked or self.source in ("statistics", "both")
 
     @property
     def teaches(self) -> bool:
@@ -163,8 +165,11 @@ def make_train_step(
             targets, weights = _targets(
                 state, part["row"], logits, annotations, options, elementwise
             )
+            scored = logits
+            if options.loss_statistics:
+                scored = informed_logits(state.memory, logits, annotations, options)
             loss, terms = losses.clsl_loss(
-                logits,
+                scored,
                 out["global_logits"],
                 annotations,
                 targets,
@@ -353,6 +358,43 @@ def _elementwise_loss(options: StepOptions) -> Callable[[jax.Array, jax.Array], 
 
     # The authors' program puts soft targets into the asymmetric loss itself.
     return elementwise if options.scale == "released" else losses.expected_loss(elementwise)
+
+
+def informed_logits(
+    statistics: Mapping[str, jax.Array],
+    logits: jax.Array,
+    annotations: jax.Array,
+    options: StepOptions,
+) -> jax.Array:
+    """A network's logits with what label statistics make of the image's other labels.
+
+    The two form a product of experts, of which the network alone is trained: a label that its
+    company makes likely teaches it little. Other labels that are unknown count by what the network
+    says of them, as all do in a test image. Where the recovered labels are the network's own
+    (source "scores"), those of unknown labels stay as they are.
+
+    Args:
+      statistics: from `label_statistics.fit_statistics`.
+      logits: [B, C].
+      annotations: [B, C].
+      options: of the run; the loss is asl or bce.
+
+    Returns:
+      float32 [B, C]; calibrated, they are `label_statistics.informed_probabilities`. The gradient
+      of each is that of its own logit.
+
+    Source: Hinton, Training Products of Experts by Minimizing Contrastive Divergence, 2002; Clark
+    et al., Don't Take the Easy Way Out, arXiv 1909.03683 (a fixed expert beside the trained one).
+    """
+    scores = jax.lax.stop_gradient(calibrated(logits, options))
+    ratios = label_statistics.others_log_ratios(statistics, annotations, scores)
+    if options.source == "scores":  # recovered labels are what the network alone says
+        ratios = jnp.where(annotations >= 0, ratios, 0.0)
+    if options.loss_name != "asl":
+        return logits + ratios
+    return losses.asymmetric_shift(
+        logits, ratios, gamma_pos=options.gamma_pos, gamma_neg=options.gamma_neg
+    )
 
 
 def _recovered_scale(step: jax.Array, options: StepOptions) -> jax.Array:

@@ -48,10 +48,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.position_residual = True
     config.model.global_branch = False
 
-    soft_recovery(config, warmup_epochs=8)
+    # Network and label statistics are one product of experts, in training, recovery and prediction.
+    config.loss.statistics = True
     config.evaluation.statistics = True
+    soft_recovery(config, warmup_epochs=8)
+    config.recovery.source = "both"
 
     config.optim.learning_rate = 4e-3
     config.optim.ema_decay = 0.99
+    config.optim.clip_norm = 0.5
     config.evaluation.batch_size = 256
     return config

@@ -185,3 +185,37 @@ def test_prototype_scores_are_cosines():
         cosine = pairwise.cosine_similarity(features[:, c], prototypes[c : c + 1])[:, 0]
         np.testing.assert_allclose(found[:, c], (1 + cosine) / 2, rtol=1e-5)
     np.testing.assert_allclose(ls.prototype_scores(features, jnp.zeros((3, 6))), 0.5)
+
+
+def test_what_other_labels_say_equals_enumeration():
+    """Log odds given the others, whose unknown ones weigh by their scores, less the class's own."""
+    model, (_, annotations) = mixture(5), example(6, n=12)
+    rng = np.random.default_rng(7)
+    frequencies = rng.uniform(0.1, 0.6, C).astype(np.float32)
+    scores = rng.uniform(0.05, 0.95, annotations.shape).astype(np.float32)
+    found = ls.others_log_ratios(
+        {
+            "frequencies": jnp.asarray(frequencies),
+            "mixture_prior": model.log_prior,
+            "mixture_logits": model.logits,
+        },
+        jnp.asarray(annotations),
+        jnp.asarray(scores),
+    )
+    ratios = np.log(scores / (1 - scores)) - np.log(frequencies / (1 - frequencies))
+    for i, row in enumerate(annotations):
+        for c in range(C):
+            asked, said = row.copy(), ratios[i].copy()
+            asked[c], said[c] = -1, 0.0  # neither the label itself nor what its score says
+            p = enumerated(model, asked, said)[c]
+            expected = np.log(p / (1 - p)) - np.log(frequencies[c] / (1 - frequencies[c]))
+            np.testing.assert_allclose(found[i, c], expected, atol=2e-4)
+
+
+def test_independent_labels_say_nothing_of_one_another():
+    _, annotations = example(8)
+    statistics = ls.fit_statistics(jax.random.key(0), jnp.asarray(annotations), 1)
+    scores = np.random.default_rng(9).uniform(size=annotations.shape)
+    found = ls.others_log_ratios(statistics, jnp.asarray(annotations), jnp.asarray(scores))
+    np.testing.assert_allclose(found, np.broadcast_to(found[:1], found.shape), atol=1e-5)
+    assert np.abs(np.asarray(found)).max() < 0.3  # pseudo-counts of both estimates differ

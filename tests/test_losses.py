@@ -507,3 +507,28 @@ def test_smoothing_softens_known_labels_only():
         torch.tensor([0.7, -0.3]), torch.tensor([0.9, 1.0]), reduction="none"
     )
     np.testing.assert_allclose(found, (softened[0] + 0.5 * softened[1]).item(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("gamma_pos", "gamma_neg"), [(0, 2), (0, 0), (1, 4)])
+@pytest.mark.parametrize("ratio", [-15.0, -1.0, 0.0, 0.5, 12.0])
+def test_a_shift_multiplies_the_odds(gamma_pos, gamma_neg, ratio):
+    from clsl_jax.losses import asymmetric_posterior, asymmetric_shift
+
+    named = {"gamma_pos": gamma_pos, "gamma_neg": gamma_neg}
+    logits = jnp.linspace(-6.0, 6.0, 41)
+    found = asymmetric_shift(logits, jnp.full_like(logits, ratio), **named)
+
+    def log_odds(x):  # from the posterior's closed form, in float64
+        p = 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+        return (gamma_neg + 1) * np.log(p) - (gamma_pos + 1) * np.log1p(-p)
+
+    np.testing.assert_allclose(log_odds(found), log_odds(logits) + ratio, atol=2e-5)
+    q = asymmetric_posterior(jnp.float32(0.3), **named)
+    shifted = asymmetric_shift(jnp.float32(0.3), jnp.log(2.0), **named)
+    odds = asymmetric_posterior(shifted, **named)
+    np.testing.assert_allclose(odds / (1 - odds), 2 * q / (1 - q), rtol=1e-4)
+    # The derivative against differences of the function.
+    slope = jax.vmap(jax.grad(lambda x: asymmetric_shift(x, jnp.float32(ratio), **named)))(logits)
+    differences = np.diff(np.asarray(found, np.float64)) / np.diff(np.asarray(logits, np.float64))
+    middle = (np.asarray(slope)[1:] + np.asarray(slope)[:-1]) / 2
+    np.testing.assert_allclose(differences, middle, rtol=2e-2)

@@ -136,6 +136,7 @@ RECOVERIES = [
     {"recovery_mode": "epoch", "teacher": "student", "accumulate": 2, "skip_nonfinite": 1},
     {"recovery_mode": "epoch", "augment": transforms.Augment(flip=True, cutout=0.5)},
     {"recovery_mode": "epoch", "thresholds": "adaptive", "soft": False, "graph_layers": 1},
+    {"thresholds": "none", "source": "both", "loss_statistics": True, "evaluate_statistics": True},
 ]
 
 
@@ -319,6 +320,64 @@ def test_every_label_is_learned_from_and_the_safe_ones_are_handed_out():
     np.testing.assert_array_equal(state.recovered, labels)
     np.testing.assert_array_equal(state.recovered_weight, weight)
     assert 0 < weight.sum() < (~known).sum()
+
+
+@pytest.mark.parametrize("loss_name", ["asl", "bce"])
+@pytest.mark.parametrize("source", ["both", "scores"])
+def test_informed_logits_stand_for_posteriors_given_the_other_labels(loss_name, source):
+    options = make_options(loss_name=loss_name, source=source, loss_statistics=True)
+    annotations = make_labels()[1]
+    statistics = label_statistics.fit_statistics(jax.random.key(1), annotations, 3)
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=annotations.shape), jnp.float32)
+    found = steps.informed_logits(statistics, logits, annotations, options)
+    scores = steps.calibrated(logits, options)
+    expected = label_statistics.informed_probabilities(statistics, annotations, scores)
+    if source == "scores":
+        expected = jnp.where(annotations >= 0, expected, scores)
+    np.testing.assert_allclose(steps.calibrated(found, options), expected, rtol=1e-3, atol=1e-5)
+    # What an unknown label teaches goes to its own logit, not to those that it is judged by.
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=annotations.shape), jnp.float32)
+
+    def taught(logits):
+        return jnp.sum(weights * steps.informed_logits(statistics, logits, annotations, options))
+
+    gradient = np.asarray(jax.grad(taught)(logits)) / np.asarray(weights)
+    slope = 1.0 if loss_name == "bce" else 3 - 2 * jax.nn.sigmoid(logits)
+    new_slope = 1.0 if loss_name == "bce" else 3 - 2 * jax.nn.sigmoid(found)
+    np.testing.assert_allclose(gradient, slope / new_slope * np.ones_like(gradient), rtol=1e-3)
+
+
+def test_known_labels_are_scored_with_statistics():
+    """The loss of a first step without dropout, from the network's own logits."""
+    options = make_options(
+        recovery_mode="none", loss_statistics=True, evaluate_statistics=True, components=3
+    )
+    harness = Harness(options, head_dropout=0.0, global_branch=False)
+    before = jax.device_get(harness.state)
+    batch = make_batch(range(B))
+    logits, _ = harness.model.apply(
+        {"params": before.params["model"], "batch_stats": before.batch_stats},
+        steps.normalize(batch["image"]),
+        before.label_embeddings,
+        before.adjacency,
+        train=True,
+        mutable=["batch_stats"],
+    )[0]
+    annotations = before.annotations[batch["row"]]
+    p = label_statistics.informed_probabilities(
+        before.memory, annotations, steps.calibrated(logits, options)
+    )
+    known = annotations >= 0
+    # The asymmetric loss at the sigmoid s that stands for p: odds(p) = s^3 / (1 - s).
+    odds = np.asarray(p / (1 - p), np.float64)
+    low, high = np.zeros(odds.shape), np.ones(odds.shape)
+    for _ in range(60):
+        s = (low + high) / 2
+        above = s**3 / np.maximum(1 - s, 1e-300) > odds
+        low, high = np.where(above, low, s), np.where(above, s, high)
+    loss = np.where(annotations == 1, -np.log(s), -(s**2) * np.log1p(-s))
+    found = harness.run(1).sums["loss_known"]
+    np.testing.assert_allclose(found, loss[known].mean(), rtol=1e-3)
 
 
 def test_predictions_with_statistics_are_posteriors_of_what_the_network_says():

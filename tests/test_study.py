@@ -1,5 +1,6 @@
 """The study: its grid, what it runs and does not run again, and what its tables say."""
 
+import ast
 import csv
 import json
 import math
@@ -88,9 +89,11 @@ def test_every_method_is_a_valid_configuration(name):
 @pytest.mark.parametrize(
     ("arg", "count"),
     [
-        (None, 2 * 22 * 7 * 5),
+        (None, 2 * 23 * 7 * 5),
         ("main", 2 * 2 * 2 * 3),
-        ("methods", 22 * 2),
+        ("methods", 23 * 2),
+        ("fractions", 3 * 7 * 2),
+        ("ablation", (1 + 17 + 14) * 2),
         ("quick", 2 * 2 * 2),
     ],
 )
@@ -100,14 +103,32 @@ def test_the_study_of_scenes_has_every_method(arg, count):
     study.check(config.to_dict())
     grid = study.cells(config)
     assert len(grid) == count
-    assert arg in ("main", "quick") or {cell.method for cell in grid} == set(methods.METHODS)
+    if not arg or arg == "methods":
+        assert {cell.method for cell in grid} == set(methods.METHODS)
+
+
+@pytest.mark.parametrize("arg", ["main", "methods", "fractions", "ablation"])
+def test_every_cell_of_the_study_of_scenes_is_a_valid_configuration(arg):
+    path = os.path.join(commands.REPOSITORY, "configs", "study", "scenes.py")
+    for cell in study.cells(runpy.run_path(path)["get_config"](arg)):
+        config = runpy.run_path(commands.CONFIG)["get_config"]()
+        settings = dict(setting.split("=", 1) for setting in cell.settings)
+        known = config_lib.flatten(config)
+        values = {
+            key: value if isinstance(known[key], str) else ast.literal_eval(value)
+            for key, value in settings.items()
+        }
+        with config.unlocked():
+            config.update_from_flattened_dict(values)
+        config_lib.validate(config)
+        assert config_lib.flatten(config).items() >= values.items()
 
 
 def test_the_study_of_photographs_takes_its_data():
     path = os.path.join(commands.REPOSITORY, "configs", "study", "photographs.py")
     get_config = runpy.run_path(path)["get_config"]
     grid = study.cells(get_config("somewhere/DATA"))
-    assert len(grid) == 3 * 5
+    assert len(grid) == (len(methods.METHODS) + 3) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in grid)
     with pytest.raises(InputError, match="directory of the prepared data after a colon"):
         get_config()

@@ -18,8 +18,9 @@ from clsl_jax import methods, study
 
 _ARGUMENTS = ("main", "methods", "fractions", "ablation", "quick")
 _HARD = "recovery.soft=False recovery.thresholds"
-_ONLINE = "recovery.mode=online recovery.weight=0.8 recovery.sharpening"
-# The default with one key changed (GCN with two): what each part is worth beside all others.
+_ONLINE = "recovery.mode=online recovery.source=scores recovery.weight=0.8 recovery.sharpening"
+_NO_STATISTICS = "loss.statistics=False evaluation.statistics=False recovery.source=scores"
+# The default with one part changed: what each is worth beside all others.
 CHANGED = {
     "no_srfl": "model.srfl=False",
     "no_sgfe": "model.sgfe=False",
@@ -29,7 +30,9 @@ CHANGED = {
     "gcn": "graph.layers=2 graph.refresh=False",
     "gcn_refreshed": "graph.layers=2",
     "no_recovery": "recovery.mode=none",
-    "no_statistics": "evaluation.statistics=False",
+    "no_statistics": _NO_STATISTICS,
+    "statistics_when_predicting": "loss.statistics=False recovery.source=scores",
+    "own_scores": "recovery.source=scores",
     "adaptive": f"{_HARD}=adaptive",
     "fixed": f"{_HARD}=fixed",
     "online": f"{_ONLINE}=safe",
@@ -39,7 +42,7 @@ CHANGED = {
 }
 # Known labels, ASL, backbone, encoder and a 1x1 classifier pooled over positions; then one part.
 BARE = (
-    "evaluation.statistics=False recovery.mode=none loss.scale=mean optim.ema_decay=0.0 "
+    f"{_NO_STATISTICS} recovery.mode=none loss.scale=mean optim.ema_decay=0.0 "
     "model.srfl=False model.sgfe=False model.position_residual=False"
 )
 ALONE = {
@@ -55,7 +58,8 @@ ALONE = {
     "bare+online_released": f"{_ONLINE}=released",
     "bare+ema": "optim.ema_decay=0.99",
     "bare+balanced_scale": "loss.scale=balanced",
-    "bare+statistics": "evaluation.statistics=True",
+    "bare+statistics_when_predicting": "evaluation.statistics=True",
+    "bare+statistics": "evaluation.statistics=True loss.statistics=True",
 }
 
 
@@ -79,7 +83,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.known_fractions = (0.2,)
         config.seeds = (0, 1)
     if arg == "fractions":
-        config.methods = ("known_asl", "clsl")
+        config.methods = ("known_asl", "known_product", "clsl")
         config.known_fractions = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     if arg == "ablation":
         config.methods = ("clsl",)
