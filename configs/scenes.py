@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Network and label statistics are one product of experts, in training, recovery and prediction.
     config.loss.statistics = True
     config.evaluation.statistics = True
-    soft_recovery(config, warmup_epochs=8)
+    soft_recovery(config, warmup_epochs=2)
     config.recovery.source = "both"
 
     config.optim.learning_rate = 4e-3

@@ -128,7 +128,7 @@ def test_the_study_of_photographs_takes_its_data():
     path = os.path.join(commands.REPOSITORY, "configs", "study", "photographs.py")
     get_config = runpy.run_path(path)["get_config"]
     grid = study.cells(get_config("somewhere/DATA"))
-    assert len(grid) == (len(methods.METHODS) + 3) * 2
+    assert len(grid) == (len(methods.METHODS) + 4) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in grid)
     with pytest.raises(InputError, match="directory of the prepared data after a colon"):
         get_config()

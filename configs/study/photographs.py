@@ -5,8 +5,8 @@
 DATA is the directory of a prepared `table` set whose cells are all filled, made as
 `benchmarks/photographs.py` says with --unknown=0; the study hides 80 % of them from the training
 images. `configs/table.py` is the recipe, with its adaptive thresholds (`clsl`) and with the soft
-labels and label statistics of `configs/scenes.py` (`soft`, `soft_informed`). Two seeds of weights,
-order and mask.
+labels and the product with label statistics of `configs/scenes.py` (`soft`, `product`, both).
+Two seeds of weights, order and mask.
 """
 
 import ml_collections
@@ -15,6 +15,7 @@ from clsl_jax import config as config_lib
 from clsl_jax import methods, study
 
 _SOFT = "recovery.thresholds=none recovery.soft=True"
+_PRODUCT = "loss.statistics=True evaluation.statistics=True recovery.source=both"
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -28,8 +29,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.methods = tuple(methods.METHODS)
     config.variants = (
         ("informed", "clsl", "evaluation.statistics=True"),
+        ("product", "clsl", _PRODUCT),
         ("soft", "clsl", _SOFT),
-        ("soft_informed", "clsl", f"{_SOFT} evaluation.statistics=True"),
+        ("soft_product", "clsl", f"{_SOFT} {_PRODUCT}"),
     )
     config.known_fractions = (0.2,)
     config.seeds = (0, 1)
