@@ -36,7 +36,8 @@ def large_losses(losses: jax.Array, candidates: jax.Array, share: jax.Array | fl
     Args:
       losses: [B, C] of the candidates as they are labelled now.
       candidates: bool [B, C].
-      share: of the candidates, in [0, 1], rounded down to a whole number; may be traced.
+      share: of the candidates, in [0, 1], rounded up to a whole number, so that a small batch is
+        corrected as well; may be traced.
 
     Returns:
       bool [B, C], True at exactly that many candidates; of equal losses the earlier ones.
@@ -48,7 +49,7 @@ def large_losses(losses: jax.Array, candidates: jax.Array, share: jax.Array | fl
     flat = jax.lax.stop_gradient(jnp.where(candidates, losses, -jnp.inf)).ravel()
     order = jnp.argsort(-flat)  # stable
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
-    number = jnp.floor(share * jnp.sum(candidates) + 1e-6)
+    number = jnp.ceil(share * jnp.sum(candidates) - 1e-4)
     return (rank < number).reshape(losses.shape) & candidates
 
 

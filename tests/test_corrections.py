@@ -1,5 +1,7 @@
 """Corrections of assumed negatives against hand arithmetic."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,11 +64,11 @@ def test_what_was_corrected_for_good_stays_and_makes_room_for_the_next():
     np.testing.assert_array_equal(unknown(targets), [[np.nan, 1, np.nan, 0], [0, 0, 1, 0]])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.13, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.13, 0.5, 1.0])
 def test_exactly_the_share_is_taken_even_of_equal_losses(share):
     candidates = np.random.default_rng(0).random((16, 9)) < 0.7
     found = jax.jit(corrections.large_losses)(jnp.ones((16, 9)), candidates, share)
-    assert int(found.sum()) == int(share * candidates.sum() + 1e-6)
+    assert int(found.sum()) == math.ceil(share * int(candidates.sum()) - 1e-4)
     assert not (np.asarray(found) & ~candidates).any()
 
 
