@@ -67,21 +67,24 @@ def conditional_frequencies(annotations: jax.Array, *, prior: float = 1.0) -> ja
 
 
 def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
-    """The largest conditional frequency of each class given one of the image's known positives.
+    """The largest conditional frequency of each class given another of the image's known positives.
 
     Args:
       annotations: [N, C].
 
     Returns:
-      float32 [N, C]; a class's own frequency where an image has no known positive.
+      float32 [N, C], of a known label as if it were unknown, so that thresholds can be calibrated
+      on these; a class's own frequency where an image has no other known positive.
 
     Source: the within-image part of Chen et al., Structured Semantic Transfer for Multi-Label
     Recognition with Partial Labels, arXiv 2112.10941, with frequencies among known
     labels in the place of the co-occurrence that the paper's network learns.
     """
-    conditional = conditional_frequencies(annotations)
+    eye = jnp.eye(annotations.shape[1], dtype=bool)
+    conditional = jnp.where(eye, 0.0, conditional_frequencies(annotations))
     frequencies = label_frequencies(annotations)
     positive = annotations == 1
+    others = jnp.sum(positive, axis=1, keepdims=True) - positive
 
     def add(best: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         present, row = given
@@ -89,7 +92,7 @@ def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
 
     start = jnp.zeros(annotations.shape, jnp.float32)
     best, _ = jax.lax.scan(add, start, (positive.T, conditional))
-    return jnp.where(positive.any(axis=1, keepdims=True), best, frequencies)
+    return jnp.where(others > 0, best, frequencies)
 
 
 def init_mixture(key: jax.Array, annotations: jax.Array, components: int) -> Mixture:

@@ -393,6 +393,7 @@ def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workd
         axes.set(
             xlabel=f"epoch ({100 * smallest:g} % known)", ylabel="positives (%)", ylim=(0, 100)
         )
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
     def calibration(axes: Any, panel: tuple[str, str]) -> None:
         mine = [f for f in found if (f.cell.dataset, f.cell.protocol) == panel]

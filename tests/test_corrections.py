@@ -49,7 +49,7 @@ def test_self_paced_takes_what_the_network_finds_likely():
 
 
 def test_the_largest_losses_are_rejected_or_corrected():
-    """Of six unknown entries 30 % are two, rounded up: logits 3 and 1. A known label is never among them."""
+    """30 % of six unknown entries are two, rounded up: logits 3 and 1; never a known label."""
     targets, weights = corrected_by("reject", share=0.3)
     np.testing.assert_array_equal(unknown(weights), [[np.nan, 0, np.nan, 1], [1, 1, 0, 1]])
     assert not (unknown(targets) > 0).any()
