@@ -519,6 +519,7 @@ def recovery_scores(
         return label_statistics.co_occurrence_scores(state.annotations), visits
     scores = None
     if source == "both":
+        visits = jnp.maximum(visits, state.visits)  # a row without a known label has its scores
         seen = (state.visits > 0)[:, None]
         scores = jnp.where(seen, state.scores, state.memory["frequencies"])
     scores = label_statistics.informed_probabilities(
