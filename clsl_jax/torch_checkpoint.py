@@ -50,7 +50,7 @@ def evaluate_checkpoint(
     config = ml_collections.ConfigDict(config.to_dict())
     # The file has the whole model, as the authors' program builds it and nothing beside it.
     config.model.update({"pretrained": "", "freeze": "none", "position_residual": False})
-    config.evaluation.statistics = False
+    config.evaluation.statistics = config.loss.statistics = False
     config.recovery.source = "scores"
     state_dict = read_weights(path)
     sharding.divide_cpu(config.cpu_devices)
