@@ -32,6 +32,15 @@ class Mixture(NamedTuple):
     logits: jax.Array
 
 
+def _log_odds(probabilities: jax.Array) -> jax.Array:
+    return jnp.log(probabilities) - jnp.log1p(-probabilities)
+
+
+def _mixture_of(statistics: Mapping[str, jax.Array]) -> Mixture:
+    """The mixture of what `fit_statistics` keeps."""
+    return Mixture(statistics["mixture_prior"], statistics["mixture_logits"])
+
+
 def label_frequencies(annotations: jax.Array, *, prior: float = 1.0) -> jax.Array:
     """Share of positives among the known labels of each class.
 
@@ -98,7 +107,7 @@ def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
 def init_mixture(key: jax.Array, annotations: jax.Array, components: int) -> Mixture:
     """Returns equally likely components around the classes' frequencies, drawn apart by `key`."""
     frequencies = label_frequencies(annotations)
-    base = jnp.log(frequencies) - jnp.log1p(-frequencies)
+    base = _log_odds(frequencies)
     apart = jax.random.normal(key, (components, annotations.shape[1]))
     return Mixture(jnp.full(components, -jnp.log(float(components))), base + apart)
 
@@ -119,9 +128,8 @@ def evidence(scores: jax.Array, frequencies: jax.Array, power: jax.Array | float
       float32 [N, C].
     """
     score = jnp.clip(scores.astype(jnp.float32), 1e-6, 1.0 - 1e-6)
-    odds = jnp.log(score) - jnp.log1p(-score)
-    base = jnp.log(frequencies) - jnp.log1p(-frequencies)
-    return jnp.clip(power * (odds - base), -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    log_ratios = power * (_log_odds(score) - _log_odds(frequencies))
+    return jnp.clip(log_ratios, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
 
 
 def mixture_posterior(
@@ -248,9 +256,8 @@ def informed_probabilities(
     Returns:
       float32 [N, C].
     """
-    mixture = Mixture(statistics["mixture_prior"], statistics["mixture_logits"])
     ratios = None if scores is None else evidence(scores, statistics["frequencies"], power)
-    return mixture_posterior(mixture, annotations, ratios)[0]
+    return mixture_posterior(_mixture_of(statistics), annotations, ratios)[0]
 
 
 def others_log_ratios(
@@ -271,10 +278,9 @@ def others_log_ratios(
       float32 [N, C].
     """
     frequencies = statistics["frequencies"]
-    mixture = Mixture(statistics["mixture_prior"], statistics["mixture_logits"])
     ratios = evidence(scores, frequencies, 1.0)
-    base = jnp.log(frequencies) - jnp.log1p(-frequencies)
-    return _others_log_odds(mixture, annotations, ratios)[0] - base
+    log_odds, _ = _others_log_odds(_mixture_of(statistics), annotations, ratios)
+    return log_odds - _log_odds(frequencies)
 
 
 def update_prototypes(
