@@ -143,14 +143,17 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.teacher = "ema"  # whose scores are kept: ema | student
     c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
     c.recovery.momentum = 0.8  # of a row's scores over its visits
-    # fixed | adaptive (per class, calibrated on known entries) | none: every unknown label is its
-    # probability while training, and adaptive thresholds say what is handed out in the end.
+    # fixed | adaptive (per class, so precise) | none: every unknown label is its probability while
+    # training, and adaptive thresholds say what is handed out in the end.
     c.recovery.thresholds = "fixed"
+    # adaptive, none: whose precision it is: known (entries, as labelled) | expected (of the unknown
+    # ones, by their own probabilities).
+    c.recovery.calibration = "known"
     c.recovery.positive_threshold = 0.5  # fixed: a score from here on is a recovered positive
     c.recovery.negative_threshold = 0.5  # fixed: a score below is a recovered negative
     c.recovery.positive_precision = 0.9  # adaptive, none: what the threshold has to reach
     c.recovery.negative_precision = 0.985
-    c.recovery.min_count = 5  # adaptive: known entries a threshold must rest on
+    c.recovery.min_count = 5  # adaptive: entries a threshold must rest on
     c.recovery.soft = True  # recovered labels are the scores themselves; False: 0 and 1
     c.recovery.confidence_power = 1.0  # weight |2q-1|**power of a soft label q
     c.recovery.warmup_epochs = 1  # epochs before the first recovery
@@ -208,6 +211,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "recovery.teacher": ("ema", "student"),
     "recovery.view": ("clean", "augmented"),
     "recovery.thresholds": ("fixed", "adaptive", "none"),
+    "recovery.calibration": ("known", "expected"),
     "evaluation.weights": ("ema", "raw"),
     "evaluation.convention": ("interpolated", "uninterpolated"),
     "evaluation.selection": ("validation", "test"),

@@ -427,6 +427,7 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         thresholds=r.thresholds,
         positive_threshold=r.positive_threshold,
         negative_threshold=r.negative_threshold,
+        calibration=r.calibration,
         positive_precision=r.positive_precision,
         negative_precision=r.negative_precision,
         min_count=r.min_count,

@@ -4,8 +4,9 @@ Two ways, both pure functions of arrays:
 
 * `online_targets` works within a batch, as the CLSL authors' program does.
 * Per epoch: `scatter_scores` averages the model's scores into a matrix with one row per training
-  image, and at the end of an epoch `adaptive_thresholds` and `recover_labels` turn the whole matrix
-  into labels, `recovery_counts` and `recovery_summary` into figures for people.
+  image, and at the end of an epoch `adaptive_thresholds` or `expected_thresholds` and
+  `recover_labels` turn the whole matrix into labels, `recovery_counts` and `recovery_summary` into
+  figures for people.
 
 Every [N, C] array may be sharded by row over any mesh; the functions need no collective but sums of
 per-class integers, so sharding does not change a bit of their results. Known entries are never
@@ -139,25 +140,98 @@ def adaptive_thresholds(
     Raises:
         ValueError: `bins` is no power of two.
     """
-    if bins < 1 or bins & (bins - 1):
-        raise ValueError(f"adaptive_thresholds: bins must be a power of two, found {bins}")
-    counts = _histogram(scores, annotations, visits, bins)  # [C, 2, bins + 1]
+    counts = _histogram(scores, annotations, visits, bins)
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)
-    negatives, positives = counts[:, 0], counts[:, 1]
-    positives_above = jnp.cumsum(positives[:, ::-1], axis=1)[:, ::-1]
-    negatives_above = jnp.cumsum(negatives[:, ::-1], axis=1)[:, ::-1]
-    positives_below = jnp.cumsum(positives, axis=1) - positives
-    negatives_below = jnp.cumsum(negatives, axis=1) - negatives
-    has_positive = positives_above[:, :1] > 0
-    has_negative = negatives_above[:, :1] > 0
+    return _thresholds(
+        counts[:, 1],
+        counts[:, 0] + counts[:, 1],
+        counts.sum(2),
+        positive_precision=positive_precision,
+        negative_precision=negative_precision,
+        min_count=min_count,
+    )
+
+
+def expected_thresholds(
+    scores: jax.Array,
+    annotations: jax.Array,
+    visits: jax.Array,
+    *,
+    positive_precision: jax.Array | float,
+    negative_precision: jax.Array | float,
+    min_count: jax.Array | int = 1,
+    bins: int = 1024,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Thresholds per class whose *expected* precision, by the scores themselves, is a target.
+
+    As `adaptive_thresholds`, but the precision is that of the unknown entries in question: the mean
+    of their scores where ``score >= t``, and of 1 minus their scores where ``score < t``. The known
+    entries flatter a network that was trained on them; its probabilities for the unknown ones,
+    where these are calibrated, do not. A score counts as the middle of its bin, 1 as 1. A class
+    without a known positive or without a known negative recovers nothing: what its scores mean, no
+    entry has said.
+
+    Args:
+        scores: [N, C] float32, calibrated probabilities, clipped to [0, 1] for counting.
+        annotations: [N, C], 1 positive, 0 negative, -1 unknown.
+        visits: [N] integer, 0 where the row has no score yet.
+        positive_precision: target, scalar or [C], may be traced.
+        negative_precision: target, scalar or [C], may be traced.
+        min_count: unknown entries that a threshold must rest on, >= 1, may be traced.
+        bins: resolution, a power of two, so that the edges are exact in float32.
+        axis_name: inside `jax.shard_map`: the mesh axis over which the rows are spread.
+
+    Returns:
+        As `adaptive_thresholds`.
+
+    Raises:
+        ValueError: `bins` is no power of two.
+    """
+    counts = _histogram(scores, annotations, visits, bins, unknown=True)
+    if axis_name is not None:
+        counts = jax.lax.psum(counts, axis_name)
+    middle = jnp.minimum((jnp.arange(bins + 1, dtype=jnp.float32) + 0.5) / bins, 1.0)
+    return _thresholds(
+        counts[:, 2] * middle,
+        counts[:, 2],
+        counts[:, :2].sum(2),
+        positive_precision=positive_precision,
+        negative_precision=negative_precision,
+        min_count=min_count,
+    )
+
+
+def _thresholds(
+    positives: jax.Array,
+    entries: jax.Array,
+    known: jax.Array,
+    *,
+    positive_precision: jax.Array | float,
+    negative_precision: jax.Array | float,
+    min_count: jax.Array | int,
+) -> tuple[jax.Array, jax.Array]:
+    """The lowest and the highest edge beyond which a precision is reached, class by class.
+
+    Args:
+        positives: [C, bins + 1] of each bin, or how many are expected there.
+        entries: [C, bins + 1] integer, positive or not.
+        known: [C, 2] known negatives and known positives.
+        positive_precision, negative_precision, min_count: as in `adaptive_thresholds`.
+    """
+    positives_above, entries_above = (_sums_from(x) for x in (positives, entries))
+    entries_below = entries_above[:, :1] - entries_above
+    negatives_below = entries_below - (positives_above[:, :1] - positives_above)
+    has_negative, has_positive = known[:, :1] > 0, known[:, 1:] > 0
 
     meets_positive = has_negative & _meets(
-        positives_above, negatives_above, positive_precision, min_count
+        positives_above, entries_above, positive_precision, min_count
     )
     meets_negative = has_positive & _meets(
-        negatives_below, positives_below, negative_precision, min_count
+        negatives_below, entries_below, negative_precision, min_count
     )
+    bins = positives.shape[1] - 1
     edges = jnp.arange(bins + 1, dtype=jnp.float32) / bins
     positive = jnp.min(jnp.where(meets_positive, edges, ABOVE_EVERY_SCORE), axis=1)
     negative = jnp.max(jnp.where(meets_negative, edges, BELOW_EVERY_SCORE), axis=1)
@@ -321,34 +395,46 @@ def _rates(counts: RecoveryCounts) -> dict[str, np.ndarray]:
         return {name: top / bottom for name, (top, bottom) in fractions.items()}
 
 
+def _sums_from(bins: jax.Array) -> jax.Array:
+    """What each bin [C, bins] and those above it hold together."""
+    return jnp.cumsum(bins[:, ::-1], axis=1)[:, ::-1]
+
+
 def _meets(
-    right: jax.Array, wrong: jax.Array, precision: jax.Array | float, min_count: jax.Array | int
+    right: jax.Array, total: jax.Array, precision: jax.Array | float, min_count: jax.Array | int
 ) -> jax.Array:
     """Where [C, edges] counts reach a precision (scalar or [C]) and a number of entries."""
     precision = jnp.asarray(precision, jnp.float32)[..., None]
-    total = right + wrong
     reached = right.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32) >= precision
     return reached & (total >= jnp.maximum(min_count, 1))
 
 
 def _histogram(
-    scores: jax.Array, annotations: jax.Array, visits: jax.Array, bins: int
+    scores: jax.Array, annotations: jax.Array, visits: jax.Array, bins: int, unknown: bool = False
 ) -> jax.Array:
-    """Known entries of visited rows by class, label and bin: [C, 2, bins + 1] int32.
+    """Entries of visited rows by class, annotation and bin: [C, 2 or 3, bins + 1] int32.
 
-    Bin k < bins holds k / bins <= score < (k + 1) / bins, the last one the scores of 1.
+    Annotations in the order 0, 1 and, where asked for, unknown. Bin k < bins holds k / bins <= score < (k + 1) / bins,
+    the last one the scores of 1.
+
+    Raises:
+        ValueError: `bins` is no power of two.
     """
+    if bins < 1 or bins & (bins - 1):
+        raise ValueError(f"the bins of thresholds must be a power of two, found {bins}")
     visited = visits > 0
+    kinds = 3 if unknown else 2
 
     def one_class(index: jax.Array) -> jax.Array:
         score = jax.lax.dynamic_index_in_dim(scores, index, axis=1, keepdims=False)
         annotation = jax.lax.dynamic_index_in_dim(annotations, index, axis=1, keepdims=False)
-        counted = (annotation >= 0) & visited & jnp.isfinite(score)
+        kind = jnp.where(annotation < 0, 2, annotation).astype(jnp.int32)
+        counted = (kind < kinds) & visited & jnp.isfinite(score)
         cell = jnp.floor(jnp.clip(score.astype(jnp.float32), 0.0, 1.0) * bins).astype(jnp.int32)
-        cell += (bins + 1) * annotation.astype(jnp.int32)
-        zeros = jnp.zeros(2 * (bins + 1), jnp.int32)
+        cell += (bins + 1) * kind
+        zeros = jnp.zeros(kinds * (bins + 1), jnp.int32)
         return zeros.at[jnp.where(counted, cell, zeros.size)].add(1, mode="drop")
 
     # A loop over classes bounds the memory: indices of [N], never of [N, C].
     counts = jax.lax.map(one_class, jnp.arange(scores.shape[1]))
-    return counts.reshape(-1, 2, bins + 1)
+    return counts.reshape(-1, kinds, bins + 1)

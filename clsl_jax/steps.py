@@ -70,6 +70,7 @@ class StepOptions:
     branch: str = "semantic"
     momentum: float = 0.8
     thresholds: str = "fixed"
+    calibration: str = "known"
     positive_threshold: float = 0.5
     negative_threshold: float = 0.5
     positive_precision: float = 0.9
@@ -544,8 +545,9 @@ def recovery_thresholds(
       mesh: the state's; None if it lies on one device.
     """
     if options.thresholds in ("adaptive", "none"):
+        expected = options.calibration == "expected"
         thresholds = functools.partial(
-            recovery.adaptive_thresholds,
+            recovery.expected_thresholds if expected else recovery.adaptive_thresholds,
             positive_precision=options.positive_precision,
             negative_precision=options.negative_precision,
             min_count=options.min_count,
