@@ -414,8 +414,8 @@ def _histogram(
 ) -> jax.Array:
     """Entries of visited rows by class, annotation and bin: [C, 2 or 3, bins + 1] int32.
 
-    Annotations in the order 0, 1 and, where asked for, unknown. Bin k < bins holds k / bins <= score < (k + 1) / bins,
-    the last one the scores of 1.
+    Annotations in the order 0, 1 and, where asked for, unknown. Bin k < bins holds
+    k / bins <= score < (k + 1) / bins, the last one the scores of 1.
 
     Raises:
         ValueError: `bins` is no power of two.

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from clsl_jax.recovery import (
     RecoveryCounts,
     adaptive_thresholds,
+    expected_thresholds,
     online_targets,
     recover_labels,
     recovery_counts,
@@ -23,6 +24,7 @@ N, C = 16, 3  # one shape for the property tests: one compilation each
 
 jit_recover = jax.jit(recover_labels, static_argnames=("soft",))
 jit_thresholds = jax.jit(adaptive_thresholds, static_argnames=("bins",))
+jit_expected = jax.jit(expected_thresholds, static_argnames=("bins",))
 jit_scatter = jax.jit(scatter_scores)
 
 
@@ -381,6 +383,100 @@ def test_histogram_memory_is_a_column_not_the_matrix():
     assert analysis.temp_size_in_bytes < n * c
 
 
+# expected_thresholds
+
+
+def brute_force_expected(scores, annotations, visits, target, min_count, bins):
+    """As `brute_force_thresholds`, of unknown entries, in float64; also by how much each is met."""
+    edges = np.arange(bins + 1) / bins
+    positive, negative, margins = [], [], []
+    for c in range(scores.shape[1]):
+        seen = (visits > 0) & np.isfinite(scores[:, c])
+        known = annotations[seen, c]
+        score = np.clip(scores[seen & (annotations[:, c] < 0), c], 0, 1)
+        middle = np.minimum((np.floor(score * bins) + 0.5) / bins, 1.0)
+        low, high = 2.0, -1.0
+        for edge in edges:
+            above, below = middle[score >= edge], 1 - middle[score < edge]
+            if len(above) >= max(min_count, 1) and (known == 0).any():
+                margins.append(above.mean() - target[0])
+                if margins[-1] >= 0:
+                    low = min(low, edge)
+            if len(below) >= max(min_count, 1) and (known == 1).any():
+                margins.append(below.mean() - target[1])
+                if margins[-1] >= 0:
+                    high = max(high, edge)
+        positive.append(low)
+        negative.append(high)
+    return np.array(positive), np.array(negative), np.array(margins)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+    matrix,
+    annotation_matrix,
+    visit_vector,
+    st.floats(0, 1, width=32, allow_subnormal=False),
+    st.floats(0, 1, width=32, allow_subnormal=False),
+    st.integers(0, 6),
+)
+def test_expected_thresholds_equal_brute_force(
+    scores, annotations, visits, positive_precision, negative_precision, min_count
+):
+    target = (positive_precision, negative_precision)
+    expected = brute_force_expected(scores, annotations, visits, target, min_count, 16)
+    # Where a mean is the target but for rounding, either edge is right.
+    hypothesis.assume(not (np.abs(expected[2]) < 1e-6).any())
+    positive, negative = jit_expected(
+        scores,
+        annotations,
+        visits,
+        positive_precision=positive_precision,
+        negative_precision=negative_precision,
+        min_count=min_count,
+        bins=16,
+    )
+    np.testing.assert_array_equal(positive, expected[0])
+    np.testing.assert_array_equal(negative, expected[1])
+
+
+def test_expected_thresholds_by_hand():
+    scores = np.array([[0.95], [0.85], [0.7], [0.3], [0.1], [0.05], [0.99], [0.99]], np.float32)
+    annotations = np.array([[-1], [-1], [-1], [-1], [-1], [-1], [0], [1]], np.int8)
+    visits = np.ones(8, np.int32)
+    positive, negative = jit_expected(
+        scores, annotations, visits, positive_precision=0.8, negative_precision=0.9, bins=16
+    )
+    # Middles of the bins, in 32nds: 31, 27, 23, 9, 3, 1. The first three have a mean of 81/96, with
+    # the fourth 90/128; below, 1 minus the last two has one of 60/64, with the fourth 83/96.
+    assert float(positive[0]) == 5 / 16  # the edge above 0.3
+    assert float(negative[0]) == 4 / 16  # the edge below 0.3
+    # What the known entries are labelled does not matter, that both kinds are there does.
+    annotations[6] = 1
+    positive, negative = jit_expected(
+        scores, annotations, visits, positive_precision=0.8, negative_precision=0.9, bins=16
+    )
+    assert float(positive[0]) > 1
+    assert float(negative[0]) == 4 / 16
+
+
+def test_expected_thresholds_keep_their_promise_where_scores_are_calibrated():
+    rng = np.random.default_rng(3)
+    scores = rng.beta(0.3, 0.9, (200_000, 2)).astype(np.float32)
+    labels = rng.random(scores.shape) < scores
+    annotations = np.where(rng.random(scores.shape) < 0.1, labels, -1).astype(np.int8)
+    positive, negative = jit_expected(
+        scores,
+        annotations,
+        np.ones(len(scores), np.int32),
+        positive_precision=0.9,
+        negative_precision=0.985,
+    )
+    for c in range(2):
+        assert abs(labels[scores[:, c] >= positive[c], c].mean() - 0.9) < 0.01
+        assert abs((~labels[scores[:, c] < negative[c], c]).mean() - 0.985) < 0.003
+
+
 # recover_labels
 
 threshold_vector = st.one_of(
@@ -514,7 +610,8 @@ def test_warm_up_and_thresholds_are_traced_not_compiled_in():
     assert recover._cache_size() == 1
 
 
-def test_sharded_recovery_is_bit_equal(mesh):
+@pytest.mark.parametrize("thresholds", [adaptive_thresholds, expected_thresholds])
+def test_sharded_recovery_is_bit_equal(mesh, thresholds):
     rng = np.random.default_rng(5)
     n, c = 256, 7
     scores = rng.random((n, c)).astype(np.float32)
@@ -523,7 +620,7 @@ def test_sharded_recovery_is_bit_equal(mesh):
     visits = rng.integers(0, 3, n).astype(np.int32)
 
     def whole(scores, visits, annotations, labels, precision):
-        positive, negative = adaptive_thresholds(
+        positive, negative = thresholds(
             scores,
             annotations,
             visits,

@@ -291,9 +291,14 @@ def test_the_end_of_an_epoch_done_twice_is_done_once():
     assert_same_trees(once, twice)
 
 
-def test_every_label_is_learned_from_and_the_safe_ones_are_handed_out():
+@pytest.mark.parametrize(
+    ("calibration", "rule"),
+    [("known", recovery.adaptive_thresholds), ("expected", recovery.expected_thresholds)],
+)
+def test_every_label_is_learned_from_and_the_safe_ones_are_handed_out(calibration, rule):
     options = make_options(
         thresholds="none",
+        calibration=calibration,
         confidence_power=0.0,
         total_steps=6,
         positive_precision=0.8,
@@ -309,7 +314,7 @@ def test_every_label_is_learned_from_and_the_safe_ones_are_handed_out():
     )
 
     state = Harness(options).run(6)
-    thresholds = recovery.adaptive_thresholds(
+    thresholds = rule(
         state.scores,
         state.annotations,
         state.visits,

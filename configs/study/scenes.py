@@ -2,13 +2,13 @@
 
     python -m clsl_jax.study --config=configs/study/scenes.py --workdir=DIR
 
-Arguments, after a colon: `main` for the default against known labels alone at 10, 20 and 30 %, five
-seeds; `methods` for every method at 20 %, moderate, two seeds; `fractions` for the default against
-known labels alone at the other fractions, moderate, three seeds; `ablation` for one key changed, and
-each part alone on a bare network, at 20 %, moderate, two seeds; `quick` for two methods, two seeds
-and little data. All but `quick` share their cells in one DIR. On two cores, as two shards with a
-core each, a cell takes two and a half to three and a half minutes: `main` an hour and a half,
-`methods` and `ablation` an hour each, `fractions` forty minutes, all of it a day and a half.
+Arguments, after a colon: `main` for the default against known labels alone at 10, 20 and 30 %,
+five seeds; `methods` for every method at 20 %, moderate, two seeds; `fractions` for the default
+against known labels alone at the other fractions, moderate, three seeds; `ablation` for one key
+changed, and each part alone on a bare network, at 20 %, moderate, two seeds; `quick` for two
+methods, two seeds and little data. All but `quick` share their cells in one DIR. On two cores, as
+two shards with a core each, a cell takes two and a half to three minutes: `main` an hour and a
+half, `methods` and `ablation` an hour each, `fractions` forty minutes, all of it a day and a half.
 """
 
 import ml_collections
