@@ -88,6 +88,8 @@ def write(
         "results": _scored(scores, epochs, built),
     }
     tables = _label_tables(built, state, scores)
+    if tables is not None:
+        result["recovery"].update(expected_precision(built.annotations, *tables))
     pictured = min(config.evaluation.pictures, len(built.dataset.test.labels))
     explained = _explain(built, explain, pictured) if pictured else None
     if jax.process_index() == 0:
@@ -110,6 +112,33 @@ def recovery_line(values: Mapping[str, Any]) -> str:
     found = [values[f"recovery/recovered_{kind}"] for kind in ("positives", "negatives")]
     share = 100 * sum(found) / max(values["recovery/unknown"], 1)
     return f"recovered {found[0]:,} positives, {found[1]:,} negatives ({share:.1f}% of the unknown)"
+
+
+def expected_precision(
+    annotations: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
+) -> dict[str, float | None]:
+    """Returns how many of the recovered labels are right, by their own probabilities.
+
+    Nothing but the network says so; where the unknown labels really are unknown, nobody else can.
+
+    Args:
+      annotations: int8 [N, C], -1 unknown.
+      labels: int8 [N or more, C], with what was recovered; further rows are not looked at.
+      probabilities: float [N or more, C].
+
+    Returns:
+      The mean probability of the labels recovered as positive, and that of the others' opposite;
+      None where there are none.
+    """
+    labels, probabilities = labels[: len(annotations)], probabilities[: len(annotations)]
+    values: dict[str, float | None] = {}
+    for kind, label in (("positive", 1), ("negative", 0)):
+        right = probabilities if label else 1.0 - probabilities
+        taken = (annotations < 0) & (labels == label)
+        values[f"recovery/expected_{kind}_precision"] = (
+            float(right[taken].mean(dtype=np.float64)) if taken.any() else None
+        )
+    return values
 
 
 def _label_tables(
@@ -296,6 +325,13 @@ def _print(
         )
     elif found:
         log.console.print(f"Unknown training labels: {recovery_line(found)}.")
+    expected = [
+        f"{100 * found[key]:.1f} % of the {kind}s"
+        for kind in ("positive", "negative")
+        if found.get(key := f"recovery/expected_{kind}_precision") is not None
+    ]
+    if expected:
+        log.console.print(f"Right by their own probabilities: {', '.join(expected)} recovered.")
     names = [name, PREDICTIONS_NAME]
     if pictured:
         names.append(PICTURES_NAME)

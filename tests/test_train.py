@@ -105,6 +105,11 @@ def test_the_tables_fill_the_unknown_cells_alone(finished):
     sure = unknown & (np.abs(probabilities - 0.5) > 1e-4)
     np.testing.assert_array_equal(filled[sure], probabilities[sure] >= 0.5)
     np.testing.assert_array_equal(filled[-48:], labels)
+    with open(workdir / "results.json", encoding="utf-8") as file:
+        stated = json.load(file)["recovery"]
+    for kind, right in (("positive", probabilities), ("negative", 1 - probabilities)):
+        mean = right[unknown & (filled == (kind == "positive"))].mean()
+        assert stated[f"recovery/expected_{kind}_precision"] == pytest.approx(mean, abs=1e-4)
     # Where the last weights are the best ones, probabilities are those of the predictions, p,
     # calibrated by hand: q / (1 - q) = p^3 / (1 - p) for gamma_neg = 2.
     results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
