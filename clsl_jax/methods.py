@@ -148,6 +148,7 @@ METHODS: Mapping[str, Method] = {
         | {
             "recovery.source": "co_occurrence",
             "recovery.thresholds": "adaptive",
+            "recovery.calibration": "known",
             "recovery.soft": False,
             "recovery.weight": 1.0,
         },
@@ -161,6 +162,7 @@ METHODS: Mapping[str, Method] = {
         | {
             "recovery.source": "prototypes",
             "recovery.thresholds": "adaptive",
+            "recovery.calibration": "known",
             "recovery.soft": False,
             "recovery.weight": 1.0,
         },

@@ -4,8 +4,9 @@
 
 DATA is the directory of a prepared `table` set whose cells are all filled, made as
 `benchmarks/photographs.py` says with --unknown=0; the study hides 80 % of them from the training
-images. `configs/table.py` is the recipe, with its adaptive thresholds (`clsl`) and with the soft
-labels and the product with label statistics of `configs/scenes.py` (`soft`, `product`, both).
+images. `configs/table.py` is the recipe, with its adaptive thresholds (`clsl`), the same by their
+expected precision (`expected`), and with the soft labels and the product with label statistics of
+`configs/scenes.py` (`soft`, `product`, both).
 Two seeds of weights, order and mask.
 """
 
@@ -28,6 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.configs = ("configs/table.py",)
     config.methods = tuple(methods.METHODS)
     config.variants = (
+        ("expected", "clsl", "recovery.calibration=expected"),
         ("informed", "clsl", "evaluation.statistics=True"),
         ("product", "clsl", _PRODUCT),
         ("soft", "clsl", _SOFT),

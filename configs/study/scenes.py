@@ -34,6 +34,7 @@ CHANGED = {
     "statistics_when_predicting": "loss.statistics=False recovery.source=scores",
     "own_scores": "recovery.source=scores",
     "adaptive": f"{_HARD}=adaptive",
+    "adaptive_known": f"{_HARD}=adaptive recovery.calibration=known",
     "fixed": f"{_HARD}=fixed",
     "online": f"{_ONLINE}=safe",
     "online_released": f"{_ONLINE}=released",
