@@ -3,9 +3,10 @@
     python benchmarks/decode.py [--json=FILE] [--workers=N]
 
 Images are made up: noise at many scales with the spectrum of photographs and a little sensor noise,
-as JPEG of quality 90, 500 x 375 and 4000 x 3000. The ways take turns; shown are the median of the
-rounds and the slowest and fastest one. Rates on one core are by the process's CPU time, those of
-the pipeline by the clock. Augmentation: flip, two operations of RandAugment, Cutout.
+as JPEG of quality 90, 500 x 375 and 4000 x 3000, and as WebP of quality 90 and PNG. The ways take
+turns; shown are the median of the rounds and the slowest and fastest one. Rates on one core are by
+the process's CPU time, those of the pipeline by the clock. Augmentation: flip, two operations of
+RandAugment, Cutout.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -29,14 +30,19 @@ from PIL import Image
 from clsl_jax.data import cache, images, pipeline, stored, transforms
 
 IMAGE_SIZE = 448
-SIZES = {"500 x 375": (500, 375), "4000 x 3000": (4000, 3000)}
+KINDS = {
+    "JPEG 500 x 375": ("JPEG", 500, 375),
+    "WebP 500 x 375": ("WebP", 500, 375),
+    "PNG 500 x 375": ("PNG", 500, 375),
+    "JPEG 4000 x 3000": ("JPEG", 4000, 3000),
+}
 AUGMENT = transforms.Augment(flip=True, randaugment_operations=2, cutout=0.5)
 CLASS_NAMES = tuple("abcdefghij")
 Way = Callable[[bytes], np.ndarray]
 
 
-def photograph(width: int, height: int, seed: int) -> bytes:
-    """Returns a JPEG file of quality 90."""
+def photograph(codec: str, width: int, height: int, seed: int) -> bytes:
+    """Returns the file of an image, of quality 90 where its codec knows one."""
     draws = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3), np.float32)
     grain = 2
@@ -52,7 +58,7 @@ def photograph(width: int, height: int, seed: int) -> bytes:
     pixels += 120 + 5 * draws.standard_normal(pixels.shape, np.float32)
     buffer = io.BytesIO()
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    picture.save(buffer, "JPEG", quality=90)
+    picture.save(buffer, codec, quality=90)
     return buffer.getvalue()
 
 
@@ -147,13 +153,21 @@ def prepared_set(encoded: Sequence[bytes]) -> Iterator[tuple[images.Images, imag
 
 
 def whole_pipeline(
-    encoded: Sequence[bytes], workers: Sequence[int], rounds: int, batches: int, batch_size: int
+    encoded: Mapping[str, Sequence[bytes]],
+    workers: Sequence[int],
+    rounds: int,
+    batches: int,
+    batch_size: int,
 ) -> list[dict]:
-    """Rates of augmented batches, from files and from the cache on disk."""
+    """Rates of augmented batches, from files of each kind and from the cache on disk."""
     rates: dict[tuple[str, int], list[float]] = {}
-    with prepared_set(encoded) as (read, held):
+    with contextlib.ExitStack() as stack:
+        sources = {}
+        for kind, files in encoded.items():
+            sources[kind], held = stack.enter_context(prepared_set(files))
+        sources["cache on disk"] = held
         for _ in range(rounds):
-            for name, source in (("ours", read), ("ours, cache on disk", held)):
+            for name, source in sources.items():
                 for count in workers:
                     rate = _pipeline_rate(source, count, batches, batch_size)
                     rates.setdefault((name, count), []).append(rate)
@@ -182,10 +196,10 @@ def _pipeline_rate(source: images.Images, workers: int, batches: int, batch_size
 def show(results: dict) -> None:
     """Prints the tables."""
     console = rich.console.Console()
-    for size, found in results["one_core"].items():
-        kilobytes = results["mean_bytes"][size] / 1000
+    for kind, found in results["one_core"].items():
+        kilobytes = results["mean_bytes"][kind] / 1000
         table = _table(
-            f"JPEG {size} ({kilobytes:.0f} kB) to {IMAGE_SIZE}: images/s on one core",
+            f"{kind} ({kilobytes:.0f} kB) to {IMAGE_SIZE}: images/s on one core",
             ("decode and resize", "and augment"),
         )
         for name in WAYS:
@@ -196,7 +210,7 @@ def show(results: dict) -> None:
             table.add_row(name, _numbers(plain), _numbers(augmented))
         console.print(table)
     table = _table(
-        f"Pipeline on {results['cores']} cores, JPEG 500 x 375, augmented: images/s",
+        f"Pipeline on {results['cores']} cores, augmented: images/s",
         ("worker processes", "images/s"),
     )
     for row in results["pipeline"]:
@@ -226,7 +240,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write all numbers here")
     parser.add_argument("--workers", type=int, default=max(2, cores or 2), help="of the last rows")
     parser.add_argument(
-        "--images", type=int, default=64, help="small JPEGs; 1 large for 16 of them"
+        "--images", type=int, default=64, help="small ones a codec; 1 large for 16 of them"
     )
     parser.add_argument("--rounds", type=int, default=5, help="of each way on one core")
     parser.add_argument("--seconds", type=float, default=0.5, help="CPU time of a round, at least")
@@ -236,21 +250,21 @@ def main() -> None:
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     encoded = {
-        size: [
-            photograph(width, height, seed)
+        kind: [
+            photograph(codec, width, height, seed)
             for seed in range(arguments.images if width < 1000 else max(1, arguments.images // 16))
         ]
-        for size, (width, height) in SIZES.items()
+        for kind, (codec, width, height) in KINDS.items()
     }
     results = {
         "image_size": IMAGE_SIZE,
-        "mean_bytes": {size: statistics.mean(map(len, found)) for size, found in encoded.items()},
+        "mean_bytes": {kind: statistics.mean(map(len, found)) for kind, found in encoded.items()},
         "one_core": {
-            size: one_core(found, arguments.rounds, arguments.seconds)
-            for size, found in encoded.items()
+            kind: one_core(found, arguments.rounds, arguments.seconds)
+            for kind, found in encoded.items()
         },
         "pipeline": whole_pipeline(
-            encoded["500 x 375"],
+            {kind: files for kind, files in encoded.items() if KINDS[kind][1] < 1000},
             sorted({0, 1, arguments.workers}),
             arguments.pipeline_rounds,
             arguments.batches,
