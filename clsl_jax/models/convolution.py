@@ -5,11 +5,13 @@ plain form. Measured by `benchmarks/convolutions.py` (2 cores, float32):
 
 * 1x1: the gradient of the kernel is 2 to 15 times slower than the matrix product it is. In that
   product in turn, XLA transposes its first operand in memory, which had better be the smaller one.
-* The gradient of the input at stride 1 is 1.2 times slower than the same convolution, that of the
-  output's gradient with the turned kernel, asked for outright.
-* The gradient of a 3x3 kernel at stride 1 is up to 2.5 times faster as nine matrix products, of the
-  input shifted to each place of the kernel with the output's gradient. Of 64 channels and fewer it
-  is up to 3 times slower, and such a convolution is left as it is.
+* The gradient of the input is 1.2 times slower than the same convolution, that of the output's
+  gradient with the turned kernel, asked for outright; at stride 2, of which XLA makes a convolution
+  with zeros between the gradients, up to 1.6 times slower than one of each part of the kernel.
+* The gradient of a kernel is up to 2.5 times slower than matrix products of the input, shifted to
+  the places of the kernel, with the output's gradient: one for each place where channels are many
+  and the stride is 1, one for each row of the kernel otherwise. Of few channels on small maps XLA's
+  is the faster one, and such a convolution is left as it is.
 * A 3x3 convolution on a 2x2 map, forward and backward, is a hundred times slower than the same
   number of products elsewhere (512 channels, 16 images: 550 ms instead of 5). There, and only
   there, it is a matrix product over patches.
@@ -24,8 +26,9 @@ import jax.numpy as jnp
 
 # Positions of the output map up to which the patches are taken; from 3x3 on XLA is as fast.
 SMALL_MAP = 4
-# Channels up to which XLA's own gradients of a stride-1 convolution are the faster ones.
+# Channels up to which XLA's own gradients are the faster ones; not of as many products as LARGE.
 NARROW = 64
+LARGE = 2**30
 
 
 def conv_general_dilated(
@@ -56,8 +59,9 @@ def conv_general_dilated(
     )
     if kh * kw == 1 or h * w <= SMALL_MAP:
         on_cpu = partial(_by_patches, strides=window_strides, padding=padding, size=(h, w))
-    elif tuple(window_strides) == (1, 1) and min(rhs.shape[2:]) > NARROW:
-        on_cpu = partial(_with_turned_kernel, tuple(map(tuple, padding)), tuple(options.items()))
+    elif min(rhs.shape[2:]) > NARROW or lhs.shape[0] * h * w * rhs.size >= LARGE:
+        where = tuple(window_strides), tuple(map(tuple, padding)), tuple(options.items())
+        on_cpu = partial(_with_own_gradients, *where)
     else:
         return direct(lhs, rhs)
     return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=direct)
@@ -109,35 +113,76 @@ def _product_backward(saved: Any, grad: jax.Array) -> Any:
 _product.defvjp(_product_forward, _product_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_turned_kernel(
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _with_own_gradients(
+    strides: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
     options: tuple[tuple[str, Any], ...],
     x: jax.Array,
     kernel: jax.Array,
 ) -> jax.Array:
-    """A convolution of stride 1; gradients by a plain convolution (x) and by products (kernel)."""
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, **dict(options))
+    """A convolution; gradients by plain convolutions (x) and by products (kernel)."""
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **dict(options))
 
 
-def _turned_forward(padding: Any, options: Any, x: jax.Array, kernel: jax.Array) -> Any:
-    return _with_turned_kernel(padding, options, x, kernel), (x, kernel)
+def _own_forward(strides: Any, padding: Any, options: Any, x: jax.Array, kernel: jax.Array) -> Any:
+    return _with_own_gradients(strides, padding, options, x, kernel), (x, kernel)
 
 
-def _turned_backward(padding: Any, options: Any, saved: Any, grad: jax.Array) -> Any:
+def _own_backward(
+    strides: Any, padding: Any, options: Any, saved: Any, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    turned = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
-    # So many zeros that the result has the size of x, however uneven those of the forward pass.
-    zeros = [
-        (size - 1 - before, size - 1 - after)
-        for size, (before, after) in zip(kernel.shape[:2], padding, strict=True)
-    ]
-    x_grad = jax.lax.conv_general_dilated(grad, turned, (1, 1), zeros, **dict(options))
+    x_grad = _input_gradient(grad, kernel, x.shape, strides, padding, options)
+    taps = _taps(x, kernel.shape[:2], strides, padding, grad.shape[1:3])
     rows = grad.reshape(-1, grad.shape[-1])
-    taps = _taps(x, kernel.shape[:2], (1, 1), padding, grad.shape[1:3])
-    products = [tap.reshape(-1, tap.shape[-1]).T @ rows for tap in taps]
-    kernel_grad = jnp.stack(products).reshape(kernel.shape)
-    return x_grad, kernel_grad
+    if tuple(strides) == (1, 1) and min(kernel.shape[2:]) > NARROW:
+        products = [tap.reshape(-1, tap.shape[-1]).T @ rows for tap in taps]
+    else:
+        kw = kernel.shape[1]
+        lines = [jnp.concatenate(taps[i : i + kw], -1) for i in range(0, len(taps), kw)]
+        products = [(rows.T @ line.reshape(-1, line.shape[-1])).T for line in lines]
+    return x_grad, jnp.stack(products).reshape(kernel.shape)
 
 
-_with_turned_kernel.defvjp(_turned_forward, _turned_backward)
+_with_own_gradients.defvjp(_own_forward, _own_backward)
+
+
+def _input_gradient(
+    grad: jax.Array,
+    kernel: jax.Array,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    options: Any,
+) -> jax.Array:
+    """Gradient [B, H, W, I] of a convolution's input from that of its output, [B, h, w, O].
+
+    Input pixels whose places, counted with the padding, leave the same rest divided by the stride
+    see the same part of the kernel: a convolution of stride 1 for each rest (there is one at stride
+    1), whose results take turns in the whole.
+    """
+    (sh, sw), (h, w) = strides, grad.shape[1:3]
+    (top, _), (left, _) = padding
+    first = top // sh, left // sw
+    count = (top + shape[1] - 1) // sh + 1 - first[0], (left + shape[2] - 1) // sw + 1 - first[1]
+    lines = []
+    for i in range(sh):
+        line = []
+        for j in range(sw):
+            part = kernel[i::sh, j::sw]
+            if not part.size:  # a kernel smaller than its stride sees nothing here
+                line.append(jnp.zeros((grad.shape[0], *count, shape[3]), grad.dtype))
+                continue
+            turned = jnp.swapaxes(part[::-1, ::-1], 2, 3)
+            zeros = [
+                (places - 1 - start, number - size + start)
+                for places, start, number, size in zip(
+                    part.shape[:2], first, count, (h, w), strict=True
+                )
+            ]
+            line.append(jax.lax.conv_general_dilated(grad, turned, (1, 1), zeros, **dict(options)))
+        lines.append(jnp.stack(line, 3))
+    whole = jnp.stack(lines, 2).reshape(shape[0], count[0] * sh, count[1] * sw, shape[3])
+    top, left = top - first[0] * sh, left - first[1] * sw
+    return whole[:, top : top + shape[1], left : left + shape[2]]
