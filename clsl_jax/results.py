@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -89,7 +89,7 @@ def write(
     }
     tables = _label_tables(built, state, scores)
     if tables is not None:
-        result["recovery"].update(expected_precision(built.annotations, *tables))
+        result["recovery"].update(tables.held_out)
     pictured = min(config.evaluation.pictures, len(built.dataset.test.labels))
     explained = _explain(built, explain, pictured) if pictured else None
     if jax.process_index() == 0:
@@ -114,37 +114,18 @@ def recovery_line(values: Mapping[str, Any]) -> str:
     return f"recovered {found[0]:,} positives, {found[1]:,} negatives ({share:.1f}% of the unknown)"
 
 
-def expected_precision(
-    annotations: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
-) -> dict[str, float | None]:
-    """Returns how many of the recovered labels are right, by their own probabilities.
+class _Tables(NamedTuple):
+    """Labels int8 [N, C] and probabilities [N, C] of all splits; figures of the held-out images."""
 
-    Nothing but the network says so; where the unknown labels really are unknown, nobody else can.
-
-    Args:
-      annotations: int8 [N, C], -1 unknown.
-      labels: int8 [N or more, C], with what was recovered; further rows are not looked at.
-      probabilities: float [N or more, C].
-
-    Returns:
-      The mean probability of the labels recovered as positive, and that of the others' opposite;
-      None where there are none.
-    """
-    labels, probabilities = labels[: len(annotations)], probabilities[: len(annotations)]
-    values: dict[str, float | None] = {}
-    for kind, label in (("positive", 1), ("negative", 0)):
-        right = probabilities if label else 1.0 - probabilities
-        taken = (annotations < 0) & (labels == label)
-        values[f"recovery/expected_{kind}_precision"] = (
-            float(right[taken].mean(dtype=np.float64)) if taken.any() else None
-        )
-    return values
+    labels: np.ndarray
+    probabilities: np.ndarray
+    held_out: dict[str, Any]
 
 
 def _label_tables(
     built: Experiment, state: TrainState | None, scores: Mapping[tuple[str, str], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns labels int8 [N, C] and probabilities [N, C] of all splits, or None.
+) -> _Tables | None:
+    """Returns what goes into the tables of recovered labels, or None where nothing is recovered.
 
     A training image has what was recovered while training; the others have what the last weights
     say, by the same thresholds.
@@ -167,14 +148,42 @@ def _label_tables(
     labels = [label_tables.recovered_labels(built.annotations, recovered, weight)]
     probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
     active = int(state.step) >= built.options.warmup_steps
+    given = []
     for split in splits[1:]:
         predictions = scores["last", split.name]
         probability = np.asarray(steps.stated_probabilities(predictions, built.options))
-        labels.append(
-            label_tables.fill_labels(split.labels, probability, *thresholds, active=active)
-        )
+        unknown = np.full_like(split.labels, partial.UNKNOWN)
+        given.append(label_tables.fill_labels(unknown, probability, *thresholds, active=active))
+        labels.append(np.where(split.labels == partial.UNKNOWN, given[-1], split.labels))
         probabilities.append(probability)
-    return np.concatenate(labels), np.concatenate(probabilities)
+    held_out = held_out_precision(
+        np.concatenate([split.labels for split in splits[1:]]), np.concatenate(given)
+    )
+    return _Tables(np.concatenate(labels), np.concatenate(probabilities), held_out)
+
+
+def held_out_precision(labels: np.ndarray, given: np.ndarray) -> dict[str, Any]:
+    """Returns how right the thresholds of recovery are on images that nothing was trained on.
+
+    It is the one honest estimate where unknown training labels really are unknown.
+
+    Args:
+      labels: int8 [N, C], -1 unknown.
+      given: int8 [N, C], what the thresholds make of every cell, known or not; -1 nothing.
+
+    Returns:
+      `recovery/held_out_positives` and `..._negatives`, how many known cells are given so, and
+      `recovery/held_out_positive_precision` and `..._negative_precision`, the share of these that
+      is labelled so, None of none.
+    """
+    values: dict[str, Any] = {}
+    for kind, label in (("positive", 1), ("negative", 0)):
+        taken = (labels != partial.UNKNOWN) & (given == label)
+        count = int(taken.sum())
+        right = float((labels[taken] == label).mean()) if count else None
+        values[f"recovery/held_out_{kind}s"] = count
+        values[f"recovery/held_out_{kind}_precision"] = right
+    return values
 
 
 def _tabled(built: Experiment) -> list[sources.Split]:
@@ -183,9 +192,7 @@ def _tabled(built: Experiment) -> list[sources.Split]:
     return [s for s in splits if s.name == "train" or s.ids != splits[0].ids]
 
 
-def _write_label_tables(
-    workdir: Workdir, built: Experiment, tables: tuple[np.ndarray, np.ndarray] | None
-) -> None:
+def _write_label_tables(workdir: Workdir, built: Experiment, tables: _Tables | None) -> None:
     if tables is None:
         return
     splits = _tabled(built)
@@ -194,7 +201,7 @@ def _write_label_tables(
         "splits": [split.name for split in splits for _ in split.ids],
         "class_names": built.dataset.class_names,
     }
-    labels, probabilities = tables
+    labels, probabilities, _ = tables
     path = workdir.path(label_tables.RECOVERED_NAME)
     label_tables.write_labels(path, labels, **named)
     path = workdir.path(label_tables.PROBABILITIES_NAME)
@@ -325,13 +332,13 @@ def _print(
         )
     elif found:
         log.console.print(f"Unknown training labels: {recovery_line(found)}.")
-    expected = [
-        f"{100 * found[key]:.1f} % of the {kind}s"
+    right = [
+        f"{100 * found[key]:.1f} % of {found[f'recovery/held_out_{kind}s']:,} {kind}s"
         for kind in ("positive", "negative")
-        if found.get(key := f"recovery/expected_{kind}_precision") is not None
+        if found.get(key := f"recovery/held_out_{kind}_precision") is not None
     ]
-    if expected:
-        log.console.print(f"Right by their own probabilities: {', '.join(expected)} recovered.")
+    if right:
+        log.console.print(f"The same thresholds on held-out images: {', '.join(right)} right.")
     names = [name, PREDICTIONS_NAME]
     if pictured:
         names.append(PICTURES_NAME)
