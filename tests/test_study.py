@@ -90,10 +90,10 @@ def test_every_method_is_a_valid_configuration(name):
     ("arg", "count"),
     [
         (None, 2 * 23 * 7 * 5),
-        ("main", 2 * 2 * 2 * 3),
+        ("main", 2 * 2 * 3 * 5),
         ("methods", 23 * 2),
-        ("fractions", 3 * 7 * 2),
-        ("ablation", (1 + 17 + 14) * 2),
+        ("fractions", 2 * 4 * 3),
+        ("ablation", (1 + 18 + 14) * 2),
         ("quick", 2 * 2 * 2),
     ],
 )
@@ -128,7 +128,7 @@ def test_the_study_of_photographs_takes_its_data():
     path = os.path.join(commands.REPOSITORY, "configs", "study", "photographs.py")
     get_config = runpy.run_path(path)["get_config"]
     grid = study.cells(get_config("somewhere/DATA"))
-    assert len(grid) == (len(methods.METHODS) + 4) * 2
+    assert len(grid) == (len(methods.METHODS) + 5) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in grid)
     with pytest.raises(InputError, match="directory of the prepared data after a colon"):
         get_config()
