@@ -8,7 +8,7 @@ import torch
 from torch_clsl import resnet
 
 from clsl_jax.models import convolution, pretrained
-from clsl_jax.models.resnet import STAGE_SIZES, ResNet, build_backbone
+from clsl_jax.models.resnet import STAGE_SIZES, ResNet, build_backbone, kept_sum
 
 
 @pytest.mark.parametrize("bottleneck", [False, True])
@@ -70,3 +70,24 @@ def test_tiny_maps_give_the_same_convolution_and_gradients(side, stride):
         results.append((y, *pull(jnp.cos(y))))
     for ours, plain in zip(*results, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_kept_in_memory_is_the_rectified_sum():
+    x = jnp.asarray([[[1.0, -2.0]], [[0.0, jnp.nan]], [[3.0, -jnp.inf]]])
+    y = jnp.asarray([[[1.0, 1.0]], [[0.0, 1.0]], [[-5.0, 1.0]]])
+    np.testing.assert_array_equal(kept_sum(x, y), [[[2.0, 0.0]], [[0.0, np.nan]], [[0.0, 0.0]]])
+    ours = jax.grad(lambda x: jnp.sum(kept_sum(x, y) * jnp.arange(1.0, 7.0).reshape(x.shape)))(x)
+    assert ours[0, 0, 0] == 1.0
+    assert ours[0, 0, 1] == ours[1, 0, 0] == ours[2, 0, 0] == ours[2, 0, 1] == 0.0
+
+
+def test_no_block_computes_the_sum_of_another_one_anew():
+    """In a chain of blocks, what XLA reads for a block's sum must not grow with its place."""
+    model = ResNet((6,), (8,), bottleneck=True)
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    apply = jax.jit(lambda variables: model.apply(variables, images, train=False))
+    program = apply.lower(variables).compile().as_text()
+    reads = [line.count("bn3") for line in program.splitlines() if "fusion(" in line]
+    assert max(reads) <= 4  # scale, bias, mean and variance of one norm
+    assert sum(reads) >= 6

@@ -75,7 +75,18 @@ class Block(nn.Module):
         if self.stride != 1 or x.shape[-1] != y.shape[-1]:
             x = _convolution(y.shape[-1], 1, self.stride, self.dtype, "downsample_conv")(x)
             x = BatchNorm(dtype=self.dtype, name="downsample_bn")(x, train=train)
-        return nn.relu(x + y)
+        return jax.lax.platform_dependent(x, y, cpu=kept_sum, default=lambda x, y: nn.relu(x + y))
+
+
+def kept_sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """relu(x + y), both [..., D], in a form that XLA's CPU backend keeps in memory.
+
+    A maximum it would compute anew wherever one is read, from the sums of all blocks before it. It
+    keeps a choice between two arrays, where a matrix product reads it as it is: of two dimensions.
+    """
+    rows = (-1, y.shape[-1])
+    total = x.reshape(rows) + y.reshape(rows)
+    return jnp.where(total <= 0, 0.0, total).reshape(y.shape)  # NaN stays NaN
 
 
 class ResNet(nn.Module):
