@@ -17,9 +17,8 @@ plain form. Measured by `benchmarks/convolutions.py` (2 cores, float32):
   there, it is a matrix product over patches.
 """
 
-import functools
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -67,15 +66,19 @@ def conv_general_dilated(
     direct = partial(
         jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
     )
-    # Sums and differences of inputs cost bits, which narrower types have not got.
-    plain = (kh, kw, *window_strides) == (3, 3, 1, 1) and lhs.dtype == jnp.float32
+    strides, padding = tuple(window_strides), tuple(map(tuple, padding))
+    winograd = (
+        (kh, kw, *strides) == (3, 3, 1, 1)
+        and max(map(max, padding)) <= 2  # so that its gradient is another one
+        and min(rhs.shape[2:]) >= WINOGRAD
+        and lhs.dtype == jnp.float32  # its sums of inputs cost bits that narrower types lack
+    )
     if kh * kw == 1 or h * w <= SMALL_MAP:
-        on_cpu = partial(_by_patches, strides=window_strides, padding=padding, size=(h, w))
-    elif plain and min(rhs.shape[2:]) >= WINOGRAD and max(map(max, padding)) <= 2:
-        on_cpu = partial(_winograd, tuple(map(tuple, padding)))
+        on_cpu = partial(_by_patches, strides=strides, padding=padding, size=(h, w))
+    elif winograd:
+        on_cpu = partial(_winograd, padding)
     elif min(rhs.shape[2:]) > NARROW or lhs.shape[0] * h * w * rhs.size >= LARGE:
-        where = tuple(window_strides), tuple(map(tuple, padding)), tuple(options.items())
-        on_cpu = partial(_with_own_gradients, *where)
+        on_cpu = partial(_with_own_gradients, strides, padding, tuple(options.items()))
     else:
         return direct(lhs, rhs)
     return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=direct)
@@ -203,7 +206,9 @@ def _input_gradient(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _winograd(padding: tuple[tuple[int, int], ...], x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 3x3 convolution of stride 1: in both directions `KERNEL`, `INPUT` and `OUTPUT`.
+    """A 3x3 convolution of stride 1 of x [B, H, W, I], two by two results of it at a time.
+
+    `INPUT`, `KERNEL` and `OUTPUT` act on rows and columns alike, so that there are 4 x 4 products.
 
     Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv 1509.09308.
     """
@@ -258,9 +263,7 @@ def _both_ways(matrix: Matrix, blocks: Any) -> list[list[jax.Array]]:
 
 
 def _sum(factors: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(
-        jnp.add, (f * array for f, array in zip(factors, arrays, strict=True) if f)
-    )
+    return reduce(jnp.add, (f * array for f, array in zip(factors, arrays, strict=True) if f))
 
 
 def _transposed(matrix: Matrix) -> Matrix:
