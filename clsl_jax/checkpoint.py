@@ -9,7 +9,6 @@ import functools
 import logging as stdlib_logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
@@ -65,6 +65,9 @@ class Checkpointer:
     """Saves and restores train states under `directory`.
 
     Keeps the `keep` latest and the one with the highest `selection` metric.
+
+    Raises:
+      CheckpointError: nothing can be kept there.
     """
 
     def __init__(self, directory: str, *, keep: int = 2, read_only: bool = False) -> None:
@@ -77,17 +80,23 @@ class Checkpointer:
             get_metric_fn=_selection, n=1, keep_checkpoints_without_metrics=False
         )
         latest = preservation_policy.LatestN(max(2, keep))
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
-                preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
-                best_fn=_selection,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                create=not read_only,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
+            preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
+            best_fn=_selection,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
         )
+        try:
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        except Exception as error:  # each file system raises its own kinds
+            hint = "expected a directory that can be read and written"
+            if "://" in directory:
+                hint += "; a bucket (gs://...) needs `pip install gcsfs` and credentials"
+            raise CheckpointError(
+                f"Checkpoints cannot be kept in {self._directory}: {_reason(error)} ({hint})."
+            ) from error
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, oldest first."""
@@ -221,9 +230,9 @@ class Checkpointer:
             if step is None or jax.process_count() > 1:
                 raise
             # What is half-written takes the room that the next one needs.
-            for left in os.scandir(self._directory):
+            for left in epath.Path(self._directory).iterdir():
                 if left.name.startswith(f"{step}.orbax-checkpoint-tmp"):
-                    shutil.rmtree(left.path, ignore_errors=True)
+                    left.rmtree(missing_ok=True)
             self._manager.reload()
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be saved in {self._directory}: "
@@ -232,13 +241,13 @@ class Checkpointer:
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            source = os.path.join(self._directory, str(step))
-            target = os.path.join(self._directory, f"damaged-{step}")
+            directory = epath.Path(self._directory)
+            target = directory / f"damaged-{step}"
             suffix = 0
-            while os.path.exists(target):
+            while target.exists():
                 suffix += 1
-                target = os.path.join(self._directory, f"damaged-{step}-{suffix}")
-            os.rename(source, target)
+                target = directory / f"damaged-{step}-{suffix}"
+            (directory / str(step)).rename(target)
             logging.warning("Set the damaged checkpoint aside as %s", target)
         cluster.barrier(f"set aside {step}")
         self._manager.reload()

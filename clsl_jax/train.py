@@ -133,6 +133,11 @@ class _Run:
     ) -> None:
         self.config, self.experiment, self.workdir = config, built, workdir
         self.log, self.guard = log, guard
+        self.checkpointer = Checkpointer(
+            config.checkpoint.dir or workdir.path("checkpoints"),
+            keep=config.checkpoint.keep,
+            read_only=read_only,
+        )
         self.steps: CompiledSteps = compile_steps(
             built, config, report=log.console.print, training=not read_only
         )
@@ -143,11 +148,6 @@ class _Run:
         self.unreadable: set[int] = set()  # rows of training images that could not be read
         self.faulty_steps = 0  # left out, and said so
         self.data: Watched | None = None
-        self.checkpointer = Checkpointer(
-            config.checkpoint.dir or workdir.path("checkpoints"),
-            keep=config.checkpoint.keep,
-            read_only=read_only,
-        )
 
     def close(self) -> None:
         if self.data is not None:

@@ -85,6 +85,14 @@ def test_a_step_can_be_saved_again(tmp_path):
     checkpointer.close()
 
 
+def test_a_place_that_keeps_nothing_is_named(tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(CheckpointError, match=r"cannot be kept in .*/file/below: Not a directory"):
+        Checkpointer(str(tmp_path / "file" / "below"))
+    with pytest.raises(CheckpointError, match=r"in nosuch://bucket/run: .*pip install gcsfs"):
+        Checkpointer("nosuch://bucket/run")
+
+
 def test_nothing_saved(tmp_path):
     checkpointer = Checkpointer(str(tmp_path))
     assert checkpointer.restore_latest(abstract(make_state())) is None
