@@ -1,6 +1,7 @@
 """The whole training step against PyTorch's: images a second, memory, use of the device.
 
     python benchmarks/step.py [--json=FILE] [--quick]
+    python benchmarks/step.py --apart      (each way in a process of its own, still in turn)
     python benchmarks/step.py --classes 20 80 500 --dtype float32 bfloat16 --batch 32 \\
         --peak_tflops 989      (on an accelerator; --batch sweep: doubled until memory ends)
 
@@ -12,11 +13,14 @@ every way, so that what one saves by a better form shows as a higher utilisation
 """
 
 import argparse
+import contextlib
 import gc
+import multiprocessing
 import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share a device
@@ -179,10 +183,55 @@ def compare(options: argparse.Namespace, dtype: str, classes: int, batch: int) -
     """All ways at one size, in alternating rounds."""
     drawn = inputs(batch, options.image_size, classes)
     calls, facts = {}, {}
-    for name, make in makers(options, dtype, drawn):
-        calls[name], facts[name] = prepare(make)
-    times = rounds.alternate(calls, options.rounds)
+    with contextlib.ExitStack() as stack:
+        for name, make in makers(options, dtype, drawn):
+            if options.apart:
+                call = stack.enter_context(Apart(options, dtype, drawn, name))
+                calls[name], facts[name] = call, call.facts
+            else:
+                calls[name], facts[name] = prepare(make)
+        times = rounds.alternate(calls, options.rounds)
     return rows(options, dtype, classes, batch, facts, times)
+
+
+class Apart:
+    """A way in a process of its own, which waits between its turns; call it with nothing."""
+
+    def __init__(self, *way: Any):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, *way), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the end of the other process is the end of the pipe
+        self.facts: dict[str, Any] = self._pipe.recv()
+
+    def __call__(self) -> None:
+        """One step, to its end."""
+        self._pipe.send("step")
+        self._pipe.recv()
+
+    def __enter__(self) -> "Apart":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def serve(
+    pipe: Connection,
+    options: argparse.Namespace,
+    dtype: str,
+    drawn: dict[str, np.ndarray],
+    name: str,
+) -> None:
+    """Makes one way, says what is known of it, and steps whenever it is told to."""
+    call, facts = prepare(dict(makers(options, dtype, drawn))[name])
+    pipe.send(facts)
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            call()
+            pipe.send("done")
 
 
 def sweep(options: argparse.Namespace, dtype: str, classes: int) -> list[dict]:
@@ -296,6 +345,7 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=("ours", "torch"), help="one of the two by itself, in its own process"
     )
+    parser.add_argument("--apart", action="store_true", help="each way in its own process")
     parser.add_argument(
         "--forms", nargs="+", choices=torch_step.FORMS, default=list(torch_step.FORMS)
     )
