@@ -20,7 +20,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share a device
@@ -186,52 +186,31 @@ def compare(options: argparse.Namespace, dtype: str, classes: int, batch: int) -
     with contextlib.ExitStack() as stack:
         for name, make in makers(options, dtype, drawn):
             if options.apart:
-                call = stack.enter_context(Apart(options, dtype, drawn, name))
-                calls[name], facts[name] = call, call.facts
+                spawn = multiprocessing.get_context("spawn")
+                pool = stack.enter_context(ProcessPoolExecutor(1, spawn))
+                facts[name] = pool.submit(begin, options, dtype, drawn, name).result()
+                calls[name] = lambda pool=pool: pool.submit(take_turn).result()
             else:
                 calls[name], facts[name] = prepare(make)
         times = rounds.alternate(calls, options.rounds)
     return rows(options, dtype, classes, batch, facts, times)
 
 
-class Apart:
-    """A way in a process of its own, which waits between its turns; call it with nothing."""
-
-    def __init__(self, *way: Any):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, *way), daemon=True)
-        self._process.start()
-        theirs.close()  # so that the end of the other process is the end of the pipe
-        self.facts: dict[str, Any] = self._pipe.recv()
-
-    def __call__(self) -> None:
-        """One step, to its end."""
-        self._pipe.send("step")
-        self._pipe.recv()
-
-    def __enter__(self) -> "Apart":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pipe.close()
-        self._process.join()
+_apart: list[Callable[[], Any]] = []  # in a process of `--apart`: the way that it runs
 
 
-def serve(
-    pipe: Connection,
-    options: argparse.Namespace,
-    dtype: str,
-    drawn: dict[str, np.ndarray],
-    name: str,
-) -> None:
-    """Makes one way, says what is known of it, and steps whenever it is told to."""
+def begin(
+    options: argparse.Namespace, dtype: str, drawn: dict[str, np.ndarray], name: str
+) -> dict[str, Any]:
+    """Makes the way of this process; returns what is known of it."""
     call, facts = prepare(dict(makers(options, dtype, drawn))[name])
-    pipe.send(facts)
-    with contextlib.suppress(EOFError):
-        while pipe.recv():
-            call()
-            pipe.send("done")
+    _apart.append(call)
+    return facts
+
+
+def take_turn() -> None:
+    """One step of the way of this process, to its end."""
+    _apart[0]()
 
 
 def sweep(options: argparse.Namespace, dtype: str, classes: int) -> list[dict]:

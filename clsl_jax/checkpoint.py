@@ -72,7 +72,8 @@ class Checkpointer:
 
     def __init__(self, directory: str, *, keep: int = 2, read_only: bool = False) -> None:
         # A bucket (gs://...) is no path of this machine.
-        self._directory = directory if "://" in directory else os.path.abspath(directory)
+        bucket = "://" in directory
+        directory = directory if bucket else os.path.abspath(directory)
         self._pending: int | None = None
         stdlib_logging.getLogger("absl").addFilter(_ONE_MESSAGE)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
@@ -89,13 +90,14 @@ class Checkpointer:
             create=not read_only,
         )
         try:
+            self._directory = epath.Path(directory)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except Exception as error:  # each file system raises its own kinds
             hint = "expected a directory that can be read and written"
-            if "://" in directory:
+            if bucket:
                 hint += "; a bucket (gs://...) needs `pip install gcsfs` and credentials"
             raise CheckpointError(
-                f"Checkpoints cannot be kept in {self._directory}: {_reason(error)} ({hint})."
+                f"Checkpoints cannot be kept in {directory}: {_reason(error)} ({hint})."
             ) from error
 
     def steps(self) -> list[int]:
@@ -146,7 +148,7 @@ class Checkpointer:
         Raises:
           CheckpointError: if it is damaged or of another model or format.
         """
-        where = os.path.join(self._directory, str(step))
+        where = self._directory / str(step)
         try:
             meta = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -230,9 +232,10 @@ class Checkpointer:
             if step is None or jax.process_count() > 1:
                 raise
             # What is half-written takes the room that the next one needs.
-            for left in epath.Path(self._directory).iterdir():
+            for left in self._directory.iterdir():
                 if left.name.startswith(f"{step}.orbax-checkpoint-tmp"):
-                    left.rmtree(missing_ok=True)
+                    with contextlib.suppress(OSError):  # that the save failed is what is to be told
+                        left.rmtree(missing_ok=True)
             self._manager.reload()
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be saved in {self._directory}: "
@@ -241,13 +244,12 @@ class Checkpointer:
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            directory = epath.Path(self._directory)
-            target = directory / f"damaged-{step}"
+            target = self._directory / f"damaged-{step}"
             suffix = 0
             while target.exists():
                 suffix += 1
-                target = directory / f"damaged-{step}-{suffix}"
-            (directory / str(step)).rename(target)
+                target = self._directory / f"damaged-{step}-{suffix}"
+            (self._directory / str(step)).rename(target)
             logging.warning("Set the damaged checkpoint aside as %s", target)
         cluster.barrier(f"set aside {step}")
         self._manager.reload()
