@@ -12,13 +12,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh ".${CLSL_EXTRA:+[$CLSL_EXTRA]}"
 
-# Large pages for the arrays of a step, and on a CPU the memory of a step kept for the next one (the
-# other three; docs/performance.md): a step would otherwise fetch its gigabytes anew from the system.
-tunables=glibc.malloc.hugetlb=1
-if [[ -z ${CLSL_EXTRA:-} ]]; then
-  tunables+=:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-fi
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$tunables}
+# Large pages for the arrays of a step, which a CPU would otherwise fetch anew, 4 KiB at a time. For a large
+# network on a CPU, docs/performance.md has a setting that keeps them from step to step.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 processes=1
 if [[ ${1:-} == --processes ]]; then
