@@ -210,8 +210,8 @@ class Checkpointer:
         """Blocks until a save in the background is whole on disk.
 
         Raises:
-          CheckpointError: it cannot be saved; nothing of it is left, and those before it are as
-            they were.
+          CheckpointError: it cannot be saved; those before it are as they were, and on a disk
+            what was written of it is removed as far as it can be.
         """
         with self._failing():
             self._manager.wait_until_finished()
@@ -232,9 +232,9 @@ class Checkpointer:
             if step is None or jax.process_count() > 1:
                 raise
             # What is half-written takes the room that the next one needs.
-            for left in self._directory.iterdir():
-                if left.name.startswith(f"{step}.orbax-checkpoint-tmp"):
-                    with contextlib.suppress(OSError):  # that the save failed is what is to be told
+            with contextlib.suppress(OSError):  # that the save failed is what is to be told
+                for left in self._directory.iterdir():
+                    if left.name.startswith(f"{step}.orbax-checkpoint-tmp"):
                         left.rmtree(missing_ok=True)
             self._manager.reload()
             raise CheckpointError(
