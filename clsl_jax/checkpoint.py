@@ -236,7 +236,7 @@ class Checkpointer:
                 for left in self._directory.iterdir():
                     if left.name.startswith(f"{step}.orbax-checkpoint-tmp"):
                         left.rmtree(missing_ok=True)
-            self._manager.reload()
+                self._manager.reload()
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be saved in {self._directory}: "
                 f"{_reason(error)}."
