@@ -8,12 +8,13 @@
 A step is forward and backward pass, asymmetric loss of both branches at the balanced scale, AdamW,
 moving average of all weights and statistics, and scores scattered into their rows. PyTorch's is in
 `benchmarks/torch_step.py`; bfloat16 is its autocast. The ways take turns, except in a sweep, where
-each has the device to itself. FLOPs are XLA's count of our step before optimisation and stand for
-every way, so that what one saves by a better form shows as a higher utilisation.
+each has the device to itself. FLOPs are PyTorch's count of the products of its network and stand
+for every way, so that what one saves by a better form shows as a higher utilisation.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -89,15 +90,17 @@ class OurStep:
             model, optimizer, steps.StepOptions(steps_per_epoch=100, teacher=teacher)
         )
         start = time.perf_counter()
-        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.batch)
-        self.compiled = lowered.compile()
+        self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - start
-        self.flops = float((lowered.cost_analysis() or {}).get("flops", float("nan")))
         self.parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
 
     def __call__(self) -> None:
-        """One step, to its end."""
-        self.state = jax.block_until_ready(self.compiled(self.state, self.batch))
+        """Begins one step."""
+        self.state = self.compiled(self.state, self.batch)
+
+    def block(self) -> None:
+        """Waits until the device is done."""
+        jax.block_until_ready(self.state)
 
     def memory_mib(self) -> float:
         """Arguments, temporaries and results that reuse no argument, by XLA's analysis."""
@@ -145,18 +148,24 @@ def makers(
             )
 
 
-def prepare(make: Callable[[], Any]) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """Makes a way and runs it once: (call, what is known of it before it is timed)."""
+def prepare(make: Callable[[], Any], steps: int) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Makes a way and runs it once: (call of so many steps, what is known before it is timed)."""
     on_cuda = torch_device() == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     step = make()
-    start = time.perf_counter()
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        step.block()
+        return time.perf_counter() - start
+
+    first = run(1)
     if isinstance(step, OurStep):
-        step()
         facts = {
             "compile_seconds": step.compile_seconds,
-            "flops": step.flops,
             "memory_mib": step.memory_mib(),
             # Of the whole process since its start: of use where this is the only JAX program.
             "peak_of_process_mib": (jax.devices()[0].memory_stats() or {}).get(
@@ -164,19 +173,15 @@ def prepare(make: Callable[[], Any]) -> tuple[Callable[[], Any], dict[str, Any]]
             )
             / MIB,
         }
-        call: Callable[[], Any] = step
     else:
-        call = torch_step.timed(step)
-        call()
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        call()
         facts = {
-            # What the first call takes longer than the second.
-            "compile_seconds": max(0.0, first - (time.perf_counter() - start)),
+            # What the first step takes longer than the second.
+            "compile_seconds": max(0.0, first - run(1)),
             "memory_mib": torch.cuda.max_memory_allocated() / MIB if on_cuda else None,
         }
-    return call, {"parameters": step.parameters, **facts}
+    if on_cuda:
+        torch.cuda.empty_cache()
+    return functools.partial(run, steps), {"parameters": step.parameters, **facts}
 
 
 def compare(options: argparse.Namespace, dtype: str, classes: int, batch: int) -> list[dict]:
@@ -188,10 +193,13 @@ def compare(options: argparse.Namespace, dtype: str, classes: int, batch: int) -
             if options.apart:
                 spawn = multiprocessing.get_context("spawn")
                 pool = stack.enter_context(ProcessPoolExecutor(1, spawn))
-                facts[name] = pool.submit(begin, options, dtype, drawn, name).result()
+                begun = pool.submit(begin, options, dtype, drawn, name)
+                # All compile at once, but on a CPU, whose memory their first steps may exceed.
+                facts[name] = begun.result if torch_device() == "cuda" else begun.result()
                 calls[name] = lambda pool=pool: pool.submit(take_turn).result()
             else:
-                calls[name], facts[name] = prepare(make)
+                calls[name], facts[name] = prepare(make, options.steps)
+        facts = {name: found() if callable(found) else found for name, found in facts.items()}
         times = rounds.alternate(calls, options.rounds)
     return rows(options, dtype, classes, batch, facts, times)
 
@@ -203,13 +211,13 @@ def begin(
     options: argparse.Namespace, dtype: str, drawn: dict[str, np.ndarray], name: str
 ) -> dict[str, Any]:
     """Makes the way of this process; returns what is known of it."""
-    call, facts = prepare(dict(makers(options, dtype, drawn))[name])
+    call, facts = prepare(dict(makers(options, dtype, drawn))[name], options.steps)
     _apart.append(call)
     return facts
 
 
 def take_turn() -> None:
-    """One step of the way of this process, to its end."""
+    """A round of the way of this process, to its end."""
     _apart[0]()
 
 
@@ -217,12 +225,12 @@ def sweep(options: argparse.Namespace, dtype: str, classes: int) -> list[dict]:
     """Every way by itself, the batch doubled until memory ends."""
     found = []
     for name in [name for name, _ in makers(options, dtype, inputs(1, 32, classes))]:
-        batch, flops = 4, None
+        batch = 4
         while True:
             drawn = inputs(batch, options.image_size, classes)
             make = dict(makers(options, dtype, drawn))[name]
             try:
-                call, facts = prepare(make)
+                call, facts = prepare(make, options.steps)
                 times = rounds.alternate({name: call}, options.rounds)
             except Exception as error:  # each framework has its own type, or several
                 if not any(text in str(error) for text in OUT_OF_MEMORY):
@@ -234,7 +242,6 @@ def sweep(options: argparse.Namespace, dtype: str, classes: int) -> list[dict]:
                 release()
                 break
             found += rows(options, dtype, classes, batch, {name: facts}, times)
-            flops = facts.get("flops", flops)
             call = make = None
             release()
             batch *= 2
@@ -260,13 +267,22 @@ def rows(
     times: dict[str, dict],
 ) -> list[dict]:
     """What was found, a row a way."""
-    flops = facts.get(OURS, {}).get("flops")
+    flops = torch_step.model_flops(
+        options.backbone,
+        batch=batch,
+        image_size=options.image_size,
+        classes=classes,
+        embedding_dim=EMBEDDING_DIM,
+        rank=options.rank,
+    )
     found = []
     for name, time_of in times.items():
+        time_of = {key: value / options.steps for key, value in time_of.items()}
         row = {"way": name, "dtype": dtype, "classes": classes, "batch": batch, "fits": True}
         row |= {**facts[name], "milliseconds": time_of}
         row["images_per_second"] = 1e3 * batch / time_of["median"]
-        if flops and options.peak_tflops:
+        row["flops"] = flops
+        if options.peak_tflops:
             row["utilisation"] = flops / (time_of["median"] * 1e9 * options.peak_tflops)
         found.append(row)
     return found
@@ -286,13 +302,14 @@ def show(found: list[dict], title: str) -> None:
             lines.append([*start, "out of memory", *[""] * 6])
             continue
         memory, use = row["memory_mib"], row.get("utilisation")
+        digits = 1 if row["milliseconds"]["median"] < 1000 else 0
         rival = best.get((row["dtype"], row["classes"], row["batch"]))
         lines.append(
             [
                 *start,
                 f"{row['images_per_second']:.2f}",
                 f"{row['images_per_second'] / rival:.2f}" if rival else "",
-                rounds.milliseconds(row["milliseconds"], 0),
+                rounds.milliseconds(row["milliseconds"], digits),
                 f"{row['compile_seconds']:.0f}",
                 "not measured" if memory is None else f"{memory:,.0f}",
                 f"{use:.1%}" if use else "",
@@ -319,6 +336,7 @@ def main() -> None:
     parser.add_argument("--batch", default="4", help="a number, or sweep (accelerators only)")
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="of a round: 10, and 1 on a CPU")
     parser.add_argument("--ema_teacher", action="store_true", help="scores by the moving average")
     parser.add_argument("--torch", nargs="*", choices=modes, help="all, and the first two on a CPU")
     parser.add_argument(
@@ -336,6 +354,7 @@ def main() -> None:
         options.classes, options.dtype = options.classes or [20], options.dtype or ["float32"]
     options.classes = options.classes or ([20, 80] if on_cpu else [20, 80, 500])
     options.dtype = options.dtype or (["float32"] if on_cpu else ["float32", "bfloat16"])
+    options.steps = options.steps or (1 if on_cpu else 10)
     if options.torch is None:
         options.torch = list(torch_step.ways(torch_device()))
     if options.batch == "sweep" and on_cpu:

@@ -8,11 +8,12 @@ of the project's own step; SGFE's attention comes as the equation reads ('direct
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 STAGE_SIZES = {
     "resnet18": (2, 2, 2, 2),
@@ -302,11 +303,22 @@ def ways(device: str) -> dict[str, dict[str, bool]]:
     return modes if device == "cuda" else dict(list(modes.items())[:2])
 
 
-def timed(step: TorchStep) -> Callable[[], None]:
-    """Returns a call that ends when the step is done."""
+def model_flops(name: str, *, batch: int, image_size: int, classes: int, **sizes: int) -> float:
+    """Returns the floating-point operations of a training step's products, two a multiplication.
 
-    def run() -> None:
-        step()
-        step.block()
+    Of the network with SGFE's attention folded, forward and backward; nothing is computed.
 
-    return run
+    Args:
+      name: of the backbone.
+      batch, image_size, classes: of the step.
+      sizes: `embedding_dim` and `rank`.
+    """
+    with torch.device("meta"):
+        network = Network(name, classes, sizes["embedding_dim"], sizes["rank"], "folded")
+        side = math.ceil(image_size / 32)
+        positions = torch.empty(side * side, network.globally.in_features)
+        images = torch.empty(batch, 3, image_size, image_size)
+        with FlopCounterMode(display=False) as counter:
+            z1, z0 = network(images, torch.empty(classes, sizes["embedding_dim"]), positions)
+            (z1.sum() + z0.sum()).backward()
+    return float(counter.get_total_flops())

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clsl_jax.models import alignment
 from clsl_jax.models.alignment import SemanticAttention, bilinear_attention
 from clsl_jax.models.semantic import SplitDense
 
@@ -43,6 +44,31 @@ def test_equals_the_direct_form_with_all_gradients(shared):
         strict=True,
     ):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 20])
+def test_all_classes_at_once_equal_one_at_a_time(classes):
+    # What a GPU does, on the CPU.
+    b, p, r = 2, 5, 6
+    inputs = arrays(classes, (b, p, r), (b, classes, r), (r,))
+    (pull,) = arrays(1, (b, p, classes))
+    one, other = alignment.class_by_class_logits(*inputs), alignment.all_at_once_logits(*inputs)
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
+    for one, other in zip(
+        alignment.class_by_class_gradients(*inputs, pull),
+        alignment.all_at_once_gradients(*inputs, pull),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+
+
+def test_all_at_once_saturates_and_passes_nan_on():
+    visual = jnp.array([[[100.0], [-100.0], [jnp.nan]]])
+    semantic, direction = jnp.full((1, 2, 1), 10.0), jnp.ones(1)
+    found = alignment.all_at_once_logits(visual, semantic, direction)
+    np.testing.assert_array_equal(found[0, :, 0], [1.0, -1.0, np.nan])
+    gradients = alignment.all_at_once_gradients(visual, semantic, direction, jnp.ones((1, 3, 2)))
+    np.testing.assert_array_equal(gradients[0][0, :2], 0.0)
 
 
 def test_bfloat16_sums_in_float32():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from clsl_jax.models import norm
 from clsl_jax.models.norm import BatchNorm, normalize_batch
 
 
@@ -54,7 +55,7 @@ def test_gradients_equal_pytorchs():
     scale, bias = (rng.standard_normal(5).astype(np.float32) for _ in range(2))
 
     def loss(x, scale, bias):
-        return jnp.sum(normalize_batch(x, scale, bias, 1e-5, jnp.float32)[0] * grad)
+        return jnp.sum(normalize_batch(x, scale, bias, jnp.zeros(5), 1e-5, jnp.float32)[0] * grad)
 
     found = jax.grad(loss, argnums=(0, 1, 2))(x, scale, bias)
     tensors = [torch.from_numpy(a.astype(np.float64)).requires_grad_() for a in (x, scale, bias)]
@@ -68,6 +69,19 @@ def test_gradients_equal_pytorchs():
 def test_the_backward_pass_keeps_the_input_as_it_came():
     x = jnp.ones((64, 8), jnp.bfloat16)
     scale = bias = jnp.ones(8)
-    _, pullback = jax.vjp(lambda x: normalize_batch(x, scale, bias, 1e-5, jnp.bfloat16)[0], x)
+    _, pullback = jax.vjp(
+        lambda x: normalize_batch(x, scale, bias, scale, 1e-5, jnp.bfloat16)[0], x
+    )
     kept = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "size", 0) >= x.size]
     assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]
+
+
+def test_one_pass_near_the_shift_gives_both_moments():
+    # What accelerators use: the mean far from 0, the shift off by two standard deviations.
+    x = 1000.0 + np.random.default_rng(3).standard_normal((64, 5, 3)).astype(np.float32)
+    mean, var = norm.one_pass(jnp.asarray(x), jnp.full(3, 1002.0))
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean((0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(var, exact.var((0, 1)), rtol=1e-4)
+    constant = norm.one_pass(jnp.full((4, 3), 0.1), jnp.full(3, 0.7))
+    assert (np.asarray(constant[1]) >= 0).all()  # rounding must not make a square root of it NaN

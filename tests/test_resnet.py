@@ -1,5 +1,7 @@
 """Backbones: shapes, padding as in torch, and the convolution for tiny maps."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,14 @@ import torch
 from torch_clsl import resnet
 
 from clsl_jax.models import convolution, pretrained
-from clsl_jax.models.resnet import STAGE_SIZES, ResNet, build_backbone, kept_sum
+from clsl_jax.models.pooling import max_pool_3x3_stride_2
+from clsl_jax.models.resnet import (
+    STAGE_SIZES,
+    ResNet,
+    build_backbone,
+    kept_sum,
+    rectified_sum,
+)
 
 
 @pytest.mark.parametrize("bottleneck", [False, True])
@@ -70,6 +79,45 @@ def test_tiny_maps_give_the_same_convolution_and_gradients(side, stride):
         results.append((y, *pull(jnp.cos(y))))
     for ours, plain in zip(*results, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(33, 48), (64, 31)])
+@pytest.mark.parametrize(("side", "channels"), [(7, 3), (5, 1), (4, 4), (3, 2)])
+def test_pixels_taken_four_at_a_time_give_the_same_convolution_and_gradients(size, side, channels):
+    # What a GPU does with a stem, on the CPU.
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((2, *size, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((side, side, channels, 6)), jnp.float32)
+    padding, options = ((side // 2,) * 2,) * 2, {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    results = []
+    plain = partial(jax.lax.conv_general_dilated, window_strides=(2, 2), padding=padding, **options)
+    shape = plain(x, kernel).shape[1:3]
+    ours = partial(convolution.space_to_depth, padding=padding, size=shape, options=options)
+    for function in (ours, plain):
+        y, pull = jax.vjp(function, x, kernel)
+        results.append((y, *pull(jnp.cos(y))))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(7, 10), (8, 9)])
+def test_max_pool_and_its_gradient_equal_pytorchs(size):
+    x = np.random.default_rng(3).standard_normal((2, *size, 3)).astype(np.float32)
+    y, pull = jax.vjp(max_pool_3x3_stride_2, jnp.asarray(x))
+    tensor = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
+    expected = torch.nn.functional.max_pool2d(tensor, 3, 2, 1)
+    np.testing.assert_array_equal(y, expected.detach().permute(0, 2, 3, 1))
+    expected.cos().sum().backward()
+    (grad,) = pull(-jnp.sin(y))
+    np.testing.assert_allclose(grad, tensor.grad.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_rectified_sum_of_accelerators():
+    x = jnp.asarray([1.0, 0.0, 3.0, jnp.nan])
+    y = jnp.asarray([1.0, 0.0, -5.0, 1.0])
+    np.testing.assert_array_equal(rectified_sum(x, y), [2.0, 0.0, 0.0, np.nan])
+    grads = jax.grad(lambda x, y: jnp.sum(rectified_sum(x, y)[:3]), (0, 1))(x, y)
+    np.testing.assert_array_equal(grads, [[1.0, 0.0, 0.0, 0.0]] * 2)
 
 
 def test_a_sum_kept_in_memory_is_the_rectified_sum():

@@ -11,13 +11,19 @@ import jax.numpy as jnp
 
 from clsl_jax.models.encoder import TORCH_LINEAR_INIT
 
+# Classes whose tanh a GPU computes at once. In blocks of 32, for 500 classes, XLA did not finish
+# compiling one of the kernels in two minutes (docs/performance.md).
+AT_ONCE = 20
+
 
 @jax.custom_vjp
 def bilinear_attention(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
     """logits[b, p, c] = sum_r direction[r] * tanh(visual[b, p, r] * semantic[b, c, r]).
 
     The tanh of one class at a time is computed, used and thrown away, in the backward pass again,
-    so the largest temporary is [B, P, R] and nothing of [B, C, P, R] is ever in memory.
+    so the largest temporary is [B, P, R] and nothing of [B, C, P, R] is ever in memory. On a CUDA
+    GPU, where that is bound by memory, up to `AT_ONCE` classes are computed at once, and not one
+    tanh is in memory: XLA sums in the kernels that compute it.
 
     Args:
       visual: U x, [B, P, R].
@@ -27,6 +33,16 @@ def bilinear_attention(visual: jax.Array, semantic: jax.Array, direction: jax.Ar
     Returns:
       [B, P, C] float32.
     """
+    special = {"cuda": all_at_once_logits} if semantic.shape[1] <= AT_ONCE else {}
+    return jax.lax.platform_dependent(
+        visual, semantic, direction, default=class_by_class_logits, **special
+    )
+
+
+def class_by_class_logits(
+    visual: jax.Array, semantic: jax.Array, direction: jax.Array
+) -> jax.Array:
+    """`bilinear_attention` for any backend and number of classes, without a gradient."""
 
     def one_class(_: None, semantic_c: jax.Array) -> tuple[None, jax.Array]:
         cross = jnp.tanh(visual * semantic_c[:, None])
@@ -41,7 +57,19 @@ def _attention_forward(visual: jax.Array, semantic: jax.Array, direction: jax.Ar
 
 
 def _attention_backward(saved: Any, grad: jax.Array) -> Any:
-    visual, semantic, direction = saved
+    special = {"cuda": all_at_once_gradients} if saved[1].shape[1] <= AT_ONCE else {}
+    gradients = jax.lax.platform_dependent(
+        *saved, grad, default=class_by_class_gradients, **special
+    )
+    return tuple(
+        gradient.astype(array.dtype) for gradient, array in zip(gradients, saved, strict=True)
+    )
+
+
+def class_by_class_gradients(
+    visual: jax.Array, semantic: jax.Array, direction: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `class_by_class_logits`, float32; `grad` is that of the logits, [B, P, C]."""
 
     def one_class(carry: Any, inputs: Any) -> Any:
         visual_grad, direction_grad = carry
@@ -56,11 +84,45 @@ def _attention_backward(saved: Any, grad: jax.Array) -> Any:
     classes = (jnp.swapaxes(semantic, 0, 1), jnp.moveaxis(grad, -1, 0))
     (visual_grad, direction_grad), semantic_grad = jax.lax.scan(one_class, start, classes)
     scale = direction.astype(jnp.float32)
-    return (
-        (visual_grad * scale).astype(visual.dtype),
-        (jnp.swapaxes(semantic_grad, 0, 1) * scale).astype(semantic.dtype),
-        direction_grad.astype(direction.dtype),
+    return visual_grad * scale, jnp.swapaxes(semantic_grad, 0, 1) * scale, direction_grad
+
+
+def all_at_once_logits(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
+    """`bilinear_attention` for a GPU and few classes, without a gradient."""
+    cross = _tanh_of_products(visual, semantic)
+    return jnp.swapaxes(jnp.sum(cross * direction.astype(jnp.float32), -1), 1, 2)
+
+
+def all_at_once_gradients(
+    visual: jax.Array, semantic: jax.Array, direction: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `all_at_once_logits`, float32; `grad` is that of the logits, [B, P, C]."""
+    # Each sum has a barrier before it, or XLA keeps the tanh from one for the next.
+    inputs = visual.astype(jnp.float32), semantic.astype(jnp.float32), jnp.swapaxes(grad, 1, 2)
+    wide_visual, wide_semantic, slope = jax.lax.optimization_barrier(inputs)
+    cross, slope = _tanh_of_products(wide_visual, wide_semantic), slope[..., None]
+    sums = jax.lax.reduce(
+        ((1.0 - cross * cross) * slope * wide_semantic[:, :, None], cross * slope),
+        (0.0, 0.0),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        (1,),
     )
+    (visual_grad, products), inputs = jax.lax.optimization_barrier((sums, inputs))
+    wide_visual, wide_semantic, slope = inputs
+    cross = _tanh_of_products(wide_visual, wide_semantic)
+    semantic_grad = jnp.sum((1.0 - cross * cross) * slope[..., None] * wide_visual[:, None], 2)
+    scale = direction.astype(jnp.float32)
+    return visual_grad * scale, semantic_grad * scale, jnp.sum(products, (0, 1))
+
+
+def _tanh_of_products(visual: jax.Array, semantic: jax.Array) -> jax.Array:
+    """tanh(visual * semantic) of [B, P, R] and [B, C, R]: [B, C, P, R], float32.
+
+    By an exponential, to an absolute error of 1e-7: XLA thinks `jnp.tanh` too dear to compute it in
+    the kernels that sum, and keeps it in memory.
+    """
+    product = visual[:, None].astype(jnp.float32) * semantic[:, :, None].astype(jnp.float32)
+    return 1.0 - 2.0 / (jnp.exp(2.0 * product) + 1.0)
 
 
 bilinear_attention.defvjp(_attention_forward, _attention_backward)

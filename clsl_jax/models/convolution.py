@@ -1,7 +1,8 @@
 """Convolution that is fast on a CPU as well, forward and backward.
 
 XLA's CPU backend is as fast as any at most convolutions, but not at all; other backends keep the
-plain form. Measured by `benchmarks/convolutions.py` (2 cores, float32):
+plain form, except for a stem's on a GPU (`space_to_depth`). Measured by
+`benchmarks/convolutions.py` (2 cores, float32):
 
 * 3x3 at stride 1, what ResNets mostly are: two by two outputs by 16 products of channels in place
   of 36 (Winograd), forward and backward, take 0.4 to 0.9 of XLA's time; on large maps of few
@@ -32,6 +33,8 @@ WINOGRAD = 32
 # Channels up to which XLA's own gradients are the faster ones; not of as many products as LARGE.
 NARROW = 64
 LARGE = 2**30
+# Channels of the input up to which a GPU's own convolution of stride 2 is slow: of images.
+FEW = 4
 # Winograd's F(2, 3), two neighbouring results of three weights by four products: with d four
 # neighbouring inputs and g the weights, they are OUTPUT ((KERNEL g) * (INPUT d)).
 INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
@@ -74,15 +77,40 @@ def conv_general_dilated(
         and min(rhs.shape[2:]) >= WINOGRAD
         and lhs.dtype == jnp.float32  # its sums of inputs cost bits that narrower types lack
     )
+    special = {}
     if kh * kw == 1 or h * w <= SMALL_MAP:
-        on_cpu = partial(_by_patches, strides=strides, padding=padding, size=(h, w))
+        special["cpu"] = partial(_by_patches, strides=strides, padding=padding, size=(h, w))
     elif winograd:
-        on_cpu = partial(_winograd, padding)
+        special["cpu"] = partial(_winograd, padding)
     elif min(rhs.shape[2:]) > NARROW or lhs.shape[0] * h * w * rhs.size >= LARGE:
-        on_cpu = partial(_with_own_gradients, strides, padding, tuple(options.items()))
-    else:
+        special["cpu"] = partial(_with_own_gradients, strides, padding, tuple(options.items()))
+    if rhs.shape[2] <= FEW and strides == (2, 2):
+        special["cuda"] = partial(space_to_depth, padding=padding, size=(h, w), options=options)
+    if not special:
         return direct(lhs, rhs)
-    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=direct)
+    return jax.lax.platform_dependent(lhs, rhs, default=direct, **special)
+
+
+def space_to_depth(
+    x: jax.Array, kernel: jax.Array, *, padding: Any, size: tuple[int, int], options: Any
+) -> jax.Array:
+    """A convolution of stride 2 as one of stride 1, of the four pixels of each two by two as one.
+
+    The kernel's side is made even by zeros, and its channels `FEW`, so that a pixel has 16.
+    """
+    kh, kw, channels, features = kernel.shape
+    sides = kh + kh % 2, kw + kw % 2
+    kernel = jnp.pad(kernel, ((0, kh % 2), (0, kw % 2), (0, FEW - channels), (0, 0)))
+    kernel = kernel.reshape(sides[0] // 2, 2, sides[1] // 2, 2, FEW, features)
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(sides[0] // 2, sides[1] // 2, -1, features)
+    widths = [(0, 0, 0), (0, FEW - channels, 0)]
+    for n, (before, _), count, side in zip(x.shape[1:3], padding, size, sides, strict=True):
+        widths.insert(-1, (before, 2 * (count - 1) + side - n - before, 0))  # what is seen of it
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
+    b, h, w, _ = x.shape
+    x = x.reshape(b, h // 2, 2, w // 2, 2, FEW).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(b, h // 2, w // 2, 4 * FEW)
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", **options)
 
 
 def _by_patches(

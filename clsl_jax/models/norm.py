@@ -39,7 +39,8 @@ class BatchNorm(nn.Module):
         if not train:
             mean, var = running_mean.value, running_var.value
             return _normalised(x, mean, var, scale, bias, self.epsilon).astype(self.dtype)
-        y, mean, var = normalize_batch(x, scale, bias, self.epsilon, self.dtype)
+        shift = running_mean.value
+        y, mean, var = normalize_batch(x, scale, bias, shift, self.epsilon, self.dtype)
         if not self.is_initializing():
             count = x.size // d
             unbiased = var * (count / max(count - 1, 1))
@@ -55,9 +56,9 @@ def _normalised(
     return (x.astype(jnp.float32) - mean) * gain + bias
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def normalize_batch(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: Any
+    x: jax.Array, scale: jax.Array, bias: jax.Array, shift: jax.Array, epsilon: float, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises by the batch's own statistics, with the gradient in closed form.
 
@@ -67,6 +68,8 @@ def normalize_batch(
     Args:
       x: [..., D].
       scale, bias: float32 [D].
+      shift: float32 [D], about the mean, as the running mean is; see `one_pass`. No result
+        depends on it but by rounding, and it has no gradient.
       epsilon: added to the variance.
       dtype: of the result.
 
@@ -75,15 +78,35 @@ def normalize_batch(
 
     Source: Ioffe and Szegedy, arXiv 1502.03167, section 3.
     """
-    return _forward(x, scale, bias, epsilon, dtype)[0]
+    return _forward(x, scale, bias, shift, epsilon, dtype)[0]
 
 
-def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: Any) -> Any:
+def one_pass(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance by one reading of x, where memory is what bounds.
+
+    E[x^2] - E[x]^2 cancels when the mean is large against the spread; so much the less, the nearer
+    `shift`, which is taken off first, is to the mean.
+
+    Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983.
+    """
+    axes = tuple(range(x.ndim - 1))
+    moved = x.astype(jnp.float32) - shift
+    first, second = jnp.mean(moved, axes), jnp.mean(jnp.square(moved), axes)
+    return shift + first, jnp.maximum(second - jnp.square(first), 0.0)
+
+
+def two_passes(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance, whatever the mean; `shift` is not needed."""
     axes = tuple(range(x.ndim - 1))
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, axes)
-    # Two passes: E[x^2] - E[x]^2 cancels when the mean is large against the spread.
-    var = jnp.mean(jnp.square(wide - mean), axes)
+    return mean, jnp.mean(jnp.square(wide - mean), axes)
+
+
+def _forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, shift: jax.Array, epsilon: float, dtype: Any
+) -> Any:
+    mean, var = jax.lax.platform_dependent(x, shift, cpu=two_passes, default=one_pass)
     y = _normalised(x, mean, var, scale, bias, epsilon).astype(dtype)
     return (y, mean, var), (x, scale, mean, var)
 
@@ -99,7 +122,7 @@ def _backward(epsilon: float, dtype: Any, saved: Any, grads: Any) -> Any:
     scale_grad = jnp.sum(grad * centred, axes) * inverse
     slope = scale_grad * inverse / count
     x_grad = (grad - bias_grad / count - centred * slope) * (scale * inverse)
-    return x_grad.astype(x.dtype), scale_grad, bias_grad
+    return x_grad.astype(x.dtype), scale_grad, bias_grad, jnp.zeros_like(scale)
 
 
 normalize_batch.defvjp(_forward, _backward)

@@ -75,7 +75,7 @@ class Block(nn.Module):
         if self.stride != 1 or x.shape[-1] != y.shape[-1]:
             x = _convolution(y.shape[-1], 1, self.stride, self.dtype, "downsample_conv")(x)
             x = BatchNorm(dtype=self.dtype, name="downsample_bn")(x, train=train)
-        return jax.lax.platform_dependent(x, y, cpu=kept_sum, default=lambda x, y: nn.relu(x + y))
+        return jax.lax.platform_dependent(x, y, cpu=kept_sum, default=rectified_sum)
 
 
 def kept_sum(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -87,6 +87,26 @@ def kept_sum(x: jax.Array, y: jax.Array) -> jax.Array:
     rows = (-1, y.shape[-1])
     total = x.reshape(rows) + y.reshape(rows)
     return jnp.where(total <= 0, 0.0, total).reshape(y.shape)  # NaN stays NaN
+
+
+@jax.custom_vjp
+def rectified_sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """relu(x + y), both [..., D], whose gradient reads the result, which the next block keeps."""
+    return nn.relu(x + y)
+
+
+def _sum_forward(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = rectified_sum(x, y)
+    return total, total
+
+
+def _sum_backward(total: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Behind a barrier, or XLA takes the sign of the sum instead, for which it reads x and y again.
+    grad = jnp.where(jax.lax.optimization_barrier(total) > 0, grad, 0)
+    return grad, grad
+
+
+rectified_sum.defvjp(_sum_forward, _sum_backward)
 
 
 class ResNet(nn.Module):
