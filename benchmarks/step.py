@@ -187,19 +187,19 @@ def prepare(make: Callable[[], Any], steps: int) -> tuple[Callable[[], Any], dic
 def compare(options: argparse.Namespace, dtype: str, classes: int, batch: int) -> list[dict]:
     """All ways at one size, in alternating rounds."""
     drawn = inputs(batch, options.image_size, classes)
-    calls, facts = {}, {}
+    calls, facts, begun = {}, {}, {}
     with contextlib.ExitStack() as stack:
         for name, make in makers(options, dtype, drawn):
             if options.apart:
                 spawn = multiprocessing.get_context("spawn")
                 pool = stack.enter_context(ProcessPoolExecutor(1, spawn))
-                begun = pool.submit(begin, options, dtype, drawn, name)
-                # All compile at once, but on a CPU, whose memory their first steps may exceed.
-                facts[name] = begun.result if torch_device() == "cuda" else begun.result()
+                begun[name] = pool.submit(begin, options, dtype, drawn, name)
+                if torch_device() == "cpu":  # whose memory all first steps at once may exceed
+                    begun[name].result()
                 calls[name] = lambda pool=pool: pool.submit(take_turn).result()
             else:
                 calls[name], facts[name] = prepare(make, options.steps)
-        facts = {name: found() if callable(found) else found for name, found in facts.items()}
+        facts |= {name: future.result() for name, future in begun.items()}
         times = rounds.alternate(calls, options.rounds)
     return rows(options, dtype, classes, batch, facts, times)
 
