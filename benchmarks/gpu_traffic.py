@@ -12,17 +12,17 @@ not change what goes through memory. No step of that program is faster than its 
 """
 
 import argparse
-import collections
-import math
 import re
 
+import hlo
 import jax
 import jax.numpy as jnp
+import new_state
 import rounds
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clsl_jax import optim, steps, train_state
+from clsl_jax import optim, steps
 from clsl_jax.models.clsl import CLSL
 
 H100 = """
@@ -40,10 +40,9 @@ dnn_version_info { major: 9 minor: 13 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "s64": 8, "u64": 8}
-NO_TRAFFIC = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
+NO_TRAFFIC = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 # The second half of what runs beside other kernels, of which the first has been counted.
-NO_TRAFFIC |= {"copy-done", "fusion-done", "async-done"}
+COUNTED = ("copy-done", "fusion-done", "async-done")
 KINDS = (
     ("convolutions", r"__cudnn\$conv"),
     ("matrix products", r"__cublas|__triton_gemm"),
@@ -61,23 +60,11 @@ def program(options: argparse.Namespace) -> str:
     )
     optimizer = optim.adamw_cycled(1e-5)
 
-    def init(embeddings: jax.Array, annotations: jax.Array) -> train_state.TrainState:
-        return train_state.init_state(
-            model,
-            optimizer,
-            seed=0,
-            image_size=64,  # no parameter depends on it
-            label_embeddings=embeddings,
-            annotations=annotations,
-            learn_embeddings=False,
-            graph_threshold=0.4,
-            graph_smoothing=0.25,
-        )
-
     def shape(*size: int, dtype: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=everywhere)
 
     c, side = options.classes, options.image_size
+    init = new_state.initializer(model, optimizer)
     state = jax.eval_shape(init, shape(c, 768, dtype="float32"), shape(1024, c, dtype="int8"))
     state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), state)
     batch = {
@@ -88,14 +75,6 @@ def program(options: argparse.Namespace) -> str:
         model, optimizer, steps.StepOptions(steps_per_epoch=100, teacher="student")
     )
     return jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()
-
-
-def size_of(shapes: str) -> int:
-    """Bytes of all arrays that a type names, as `(f32[64,3]{1,0}, s32[])`."""
-    return sum(
-        BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
-    )
 
 
 def kernels(text: str) -> list[tuple[float, str, str]]:
@@ -124,9 +103,11 @@ def kernels(text: str) -> list[tuple[float, str, str]]:
             elif operation in ("call", "conditional", "async-start"):
                 for called in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line):
                     found += walk(called, times)
-            elif operation not in NO_TRAFFIC:
+            elif operation not in NO_TRAFFIC + COUNTED:
                 read = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-                moved = size_of(types[result]) + sum(size_of(types.get(x, "")) for x in read)
+                moved = hlo.size_of(types[result]) + sum(
+                    hlo.size_of(types.get(x, "")) for x in read
+                )
                 target = re.search(r'custom_call_target="([^"]+)"', line)
                 about = target[1] if target else result
                 kind = next(kind for kind, pattern in KINDS if re.search(pattern, about))
@@ -151,10 +132,10 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=0, help="also print so many kernels")
     options = parser.parse_args()
     found = kernels(program(options))
-    sums = collections.Counter({kind: 0.0 for kind, _ in KINDS})
+    sums = {kind: 0.0 for kind, _ in KINDS}
     for moved, kind, _ in found:
         sums[kind] += moved
-    lines = [(kind, moved) for kind, moved in sums.items()] + [("all", sum(sums.values()))]
+    lines = [*sums.items(), ("all", sum(sums.values()))]
     rows = [
         (kind, f"{moved / 1e9:.1f}", f"{moved / options.bandwidth / 1e9:.1f}")
         for kind, moved in lines

@@ -13,13 +13,13 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import hlo
 import jax
 import jax.numpy as jnp
 import rounds
@@ -33,8 +33,6 @@ CLASSES = (20, 80, 600)
 DEVICES = (1, 8, 64, 256)
 QUICK_IMAGES, QUICK_CLASSES, QUICK_DEVICES = (5_011, 82_081), (20, 80), (1, 8)
 BATCH_A_DEVICE = 32
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "s64": 8, "f64": 8}
 
 
 def scatter(scores: Any, visits: Any, rows: Any, new: Any) -> Any:
@@ -146,28 +144,12 @@ def compiled(n: int, c: int, devices: int) -> dict[str, dict[str, Any]]:
             "arguments_mib": memory.argument_size_in_bytes / MIB,
             "temporaries_mib": memory.temp_size_in_bytes / MIB,
             "outputs_mib": (memory.output_size_in_bytes - memory.alias_size_in_bytes) / MIB,
-            "collectives": collectives(program.as_text()),
+            # One inside a loop counts once: that of the thresholds, whose loop is over classes.
+            "collectives": {
+                kind: {"count": count, "mib": size / MIB}
+                for kind, (count, size) in hlo.collectives(program.as_text()).items()
+            },
         }
-    return found
-
-
-def collectives(text: str) -> dict[str, dict[str, float]]:
-    """Number of each kind of collective in a compiled program and the MiB that they give a device.
-
-    One inside a loop counts once: that of the thresholds, whose loop runs over the classes.
-    """
-    found: dict[str, dict[str, float]] = {}
-    for kind in COLLECTIVES:
-        for line in re.findall(rf"= (.+?) {kind}(?:-start)?\(", text):
-            size = 0
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", line):
-                count = 1
-                for dim in filter(None, dims.split(",")):
-                    count *= int(dim)
-                size += BYTES.get(dtype, 4) * count
-            entry = found.setdefault(kind, {"count": 0, "mib": 0.0})
-            entry["count"] += 1
-            entry["mib"] += size / MIB
     return found
 
 

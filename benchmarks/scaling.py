@@ -11,11 +11,11 @@ device.
 """
 
 import argparse
-import collections
 import json
 import os
-import re
 import time
+
+import hlo
 
 SETTINGS = (
     # name, images, classes
@@ -24,8 +24,6 @@ SETTINGS = (
 )
 LAYOUTS = ((8, 1), (64, 1), (256, 1), (256, 8))  # devices, those along `model`
 QUICK = (("small", 2_000, 24),), ((8, 1), (8, 2))
-TYPES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "s64": 8}
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 HEADER = (
     "| set | images x classes | devices (data x model) | matrices | state and batch "
     "| collectives a step | of a step | of a recovery |"
@@ -33,25 +31,11 @@ HEADER = (
 GIB, MIB = 2**30, 2**20
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """{kind: (how many, bytes of their results on one device)} of a compiled program."""
-    found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for match in re.finditer(rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\(", text):
-        size = 0
-        for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
-            count = 1
-            for dim in filter(None, dims.split(",")):
-                count *= int(dim)
-            size += count * TYPES.get(kind, 4)
-        found[match[2]][0] += 1
-        found[match[2]][1] += size
-    return {kind: (count, size) for kind, (count, size) in found.items()}
-
-
 def measure(images: int, classes: int, devices: int, along_model: int, options: argparse.Namespace):
     """One row: the compiled train step and recovery on a mesh."""
     import jax
     import jax.numpy as jnp
+    import new_state
 
     from clsl_jax import optim, sharding, steps, train_state
     from clsl_jax.models.clsl import CLSL
@@ -65,22 +49,9 @@ def measure(images: int, classes: int, devices: int, along_model: int, options: 
     step_options = steps.StepOptions(steps_per_epoch=100, thresholds="adaptive", soft=False)
     size = options.image_size
 
-    def init(embeddings: jax.Array, annotations: jax.Array) -> train_state.TrainState:
-        return train_state.init_state(
-            model,
-            optimizer,
-            seed=0,
-            image_size=size,
-            label_embeddings=embeddings,
-            annotations=annotations,
-            learn_embeddings=False,
-            graph_threshold=0.4,
-            graph_smoothing=0.25,
-        )
-
     rows = sharding.padded_rows(images)
     state = jax.eval_shape(
-        init,
+        new_state.initializer(model, optimizer),
         jax.ShapeDtypeStruct((classes, 300), jnp.float32),
         jax.ShapeDtypeStruct((rows, classes), jnp.int8),
     )
@@ -110,7 +81,7 @@ def measure(images: int, classes: int, devices: int, along_model: int, options: 
             "seconds_to_compile": time.perf_counter() - start,
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
-            "collectives": collectives(compiled.as_text()),
+            "collectives": hlo.collectives(compiled.as_text()),
         }
     matrices = [getattr(state, name) for name in (*train_state.MATRICES, "visits", "faults")]
     found["matrices"] = sum(

@@ -28,12 +28,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two framework
 
 import jax
 import jax.numpy as jnp
+import new_state
 import numpy as np
 import rounds
 import torch
 import torch_step
 
-from clsl_jax import optim, steps, train_state
+from clsl_jax import optim, steps
 from clsl_jax.models.clsl import CLSL
 
 ROWS, EMBEDDING_DIM, MIB = 1024, 768, 2**20
@@ -66,20 +67,11 @@ class OurStep:
         )
         optimizer = optim.adamw_cycled(1e-5)
 
+        new = new_state.initializer(model, optimizer)
+
         def init(embeddings: jax.Array, annotations: jax.Array) -> Any:
-            state = train_state.init_state(
-                model,
-                optimizer,
-                seed=0,
-                image_size=64,  # no parameter depends on it
-                label_embeddings=embeddings,
-                annotations=annotations,
-                learn_embeddings=False,
-                graph_threshold=0.4,
-                graph_smoothing=0.25,
-            )
             shape = annotations.shape
-            return state.replace(
+            return new(embeddings, annotations).replace(
                 recovered=jnp.full(shape, 0.25), recovered_weight=jnp.full(shape, 0.5)
             )
 

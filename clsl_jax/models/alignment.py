@@ -3,6 +3,7 @@
 Source: CLSL, arXiv 2510.10055; attention after SSGRL, arXiv 1908.07325.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -33,10 +34,14 @@ def bilinear_attention(visual: jax.Array, semantic: jax.Array, direction: jax.Ar
     Returns:
       [B, P, C] float32.
     """
-    special = {"cuda": all_at_once_logits} if semantic.shape[1] <= AT_ONCE else {}
-    return jax.lax.platform_dependent(
-        visual, semantic, direction, default=class_by_class_logits, **special
-    )
+    arrays = visual, semantic, direction
+    return _of_platform(class_by_class_logits, all_at_once_logits, arrays)
+
+
+def _of_platform(any_number: Callable[..., Any], few: Callable[..., Any], arrays: Any) -> Any:
+    """Calls what suits the platform and the number of classes, C of the second array [B, C, R]."""
+    special = {"cuda": few} if arrays[1].shape[1] <= AT_ONCE else {}
+    return jax.lax.platform_dependent(*arrays, default=any_number, **special)
 
 
 def class_by_class_logits(
@@ -57,10 +62,7 @@ def _attention_forward(visual: jax.Array, semantic: jax.Array, direction: jax.Ar
 
 
 def _attention_backward(saved: Any, grad: jax.Array) -> Any:
-    special = {"cuda": all_at_once_gradients} if saved[1].shape[1] <= AT_ONCE else {}
-    gradients = jax.lax.platform_dependent(
-        *saved, grad, default=class_by_class_gradients, **special
-    )
+    gradients = _of_platform(class_by_class_gradients, all_at_once_gradients, (*saved, grad))
     return tuple(
         gradient.astype(array.dtype) for gradient, array in zip(gradients, saved, strict=True)
     )

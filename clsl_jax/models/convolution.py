@@ -103,9 +103,11 @@ def space_to_depth(
     kernel = jnp.pad(kernel, ((0, kh % 2), (0, kw % 2), (0, FEW - channels), (0, 0)))
     kernel = kernel.reshape(sides[0] // 2, 2, sides[1] // 2, 2, FEW, features)
     kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(sides[0] // 2, sides[1] // 2, -1, features)
-    widths = [(0, 0, 0), (0, FEW - channels, 0)]
-    for n, (before, _), count, side in zip(x.shape[1:3], padding, size, sides, strict=True):
-        widths.insert(-1, (before, 2 * (count - 1) + side - n - before, 0))  # what is seen of it
+    rows, columns = (  # what the kernel sees of them
+        (before, 2 * (count - 1) + side - n - before, 0)
+        for n, (before, _), count, side in zip(x.shape[1:3], padding, size, sides, strict=True)
+    )
+    widths = ((0, 0, 0), rows, columns, (0, FEW - channels, 0))
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
     b, h, w, _ = x.shape
     x = x.reshape(b, h // 2, 2, w // 2, 2, FEW).transpose(0, 1, 3, 2, 4, 5)
