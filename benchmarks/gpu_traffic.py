@@ -6,9 +6,10 @@
         python benchmarks/gpu_traffic.py [--classes=20] [--batch=64] [--dtype=bfloat16] [--top=0]
 
 Compiles the step of `benchmarks/step.py` ahead of time for an H100 and sums, over the kernels of
-the optimised program, what each reads and writes; a loop's as often as it turns. Without a device
-XLA times nothing and takes the first way of each convolution and product that it has, which does
-not change what goes through memory. No step of that program is faster than its time at --bandwidth.
+the optimised program, what each reads and writes; a loop's as often as it turns, and of an array
+that it goes through a turn's part. Without a device XLA times nothing and takes the first way of
+each convolution and product that it has, which does not change what goes through memory; their
+workspaces are left out. No step of that program is faster than its time at --bandwidth.
 """
 
 import argparse
@@ -40,9 +41,7 @@ dnn_version_info { major: 9 minor: 13 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-NO_TRAFFIC = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
-# The second half of what runs beside other kernels, of which the first has been counted.
-COUNTED = ("copy-done", "fusion-done", "async-done")
+NO_TRAFFIC = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "async-done")
 KINDS = (
     ("convolutions", r"__cudnn\$conv"),
     ("matrix products", r"__cublas|__triton_gemm"),
@@ -89,7 +88,14 @@ def kernels(text: str) -> list[tuple[float, str, str]]:
         elif name:
             bodies[name].append(line.strip())
 
-    def walk(name: str, times: int) -> list[tuple[float, str, str]]:
+    def walk(name: str, times: int, turns: int = 1) -> list[tuple[float, str, str]]:
+        def size(types: str) -> float:
+            """Bytes of arrays, without workspaces; a turn's part where a loop goes through one."""
+            arrays = re.findall(r"\w+\[[\d,]*\]", re.sub(r", [su]8\[\d+\]", "", types))
+            return sum(
+                hlo.size_of(array) / (turns if f"[{turns}," in array else 1) for array in arrays
+            )
+
         found, types = [], {}
         for line in bodies[name]:
             parts = re.match(r"(?:ROOT )?%([\w.\-]+) = (.+?) ([\w\-]+)\((.*)", line)
@@ -97,17 +103,22 @@ def kernels(text: str) -> list[tuple[float, str, str]]:
                 continue
             result, types[parts[1]], operation, rest = parts.groups()
             if operation == "while":
-                turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
                 body = re.search(r"body=%?([\w.\-]+)", line)
-                found += walk(body[1], times * int(turns[1]) if turns else times)
+                n = int(count[1]) if count else 1
+                found += walk(body[1], times * n, n)
             elif operation in ("call", "conditional", "async-start"):
                 for called in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line):
-                    found += walk(called, times)
-            elif operation not in NO_TRAFFIC + COUNTED:
+                    found += walk(called, times, turns)
+            elif operation not in NO_TRAFFIC:
+                # What runs beside other kernels reads where it starts and writes where it is done.
                 read = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-                moved = hlo.size_of(types[result]) + sum(
-                    hlo.size_of(types.get(x, "")) for x in read
-                )
+                arrays = [types.get(name, "") for name in read]
+                if operation.endswith("-done"):
+                    arrays = [types[result]]
+                elif not operation.endswith("-start"):
+                    arrays.append(types[result])
+                moved = sum(map(size, arrays))
                 target = re.search(r'custom_call_target="([^"]+)"', line)
                 about = target[1] if target else result
                 kind = next(kind for kind, pattern in KINDS if re.search(pattern, about))

@@ -1,5 +1,7 @@
 """SGFE's attention: values and gradients of the direct form without its memory; SRFL's pairs."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,28 +48,38 @@ def test_equals_the_direct_form_with_all_gradients(shared):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("classes", [1, 20])
-def test_all_classes_at_once_equal_one_at_a_time(classes):
+@pytest.mark.parametrize("classes", [1, 20, 21, 80, 101])
+def test_blocks_of_classes_equal_one_at_a_time(classes):
     # What a GPU does, on the CPU.
     b, p, r = 2, 5, 6
     inputs = arrays(classes, (b, p, r), (b, classes, r), (r,))
     (pull,) = arrays(1, (b, p, classes))
-    one, other = alignment.class_by_class_logits(*inputs), alignment.all_at_once_logits(*inputs)
+    one, other = alignment.class_by_class_logits(*inputs), alignment.in_blocks_logits(*inputs)
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
     for one, other in zip(
         alignment.class_by_class_gradients(*inputs, pull),
-        alignment.all_at_once_gradients(*inputs, pull),
+        alignment.in_blocks_gradients(*inputs, pull),
         strict=True,
     ):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 
 
-def test_all_at_once_saturates_and_passes_nan_on():
+@pytest.mark.parametrize(("classes", "block"), [(20, 20), (45, 15), (80, 20)])
+def test_a_gpu_takes_the_classes_in_blocks(classes, block):
+    b, p, r = 2, 7, 11
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((b, p, r), (b, classes, r), (r,))]
+    step = jax.jit(jax.grad(lambda *a: jnp.sum(bilinear_attention(*a)), (0, 1, 2)))
+    text = step.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    at_once = [int(n) for n in re.findall(rf"tensor<{b}x(\d+)x{p}x{r}xf32>", text)]
+    assert max(at_once) == block
+
+
+def test_blocks_of_classes_saturate_and_pass_nan_on():
     visual = jnp.array([[[100.0], [-100.0], [jnp.nan]]])
     semantic, direction = jnp.full((1, 2, 1), 10.0), jnp.ones(1)
-    found = alignment.all_at_once_logits(visual, semantic, direction)
+    found = alignment.in_blocks_logits(visual, semantic, direction)
     np.testing.assert_array_equal(found[0, :, 0], [1.0, -1.0, np.nan])
-    gradients = alignment.all_at_once_gradients(visual, semantic, direction, jnp.ones((1, 3, 2)))
+    gradients = alignment.in_blocks_gradients(visual, semantic, direction, jnp.ones((1, 3, 2)))
     np.testing.assert_array_equal(gradients[0][0, :2], 0.0)
 
 

@@ -3,7 +3,7 @@
 Source: CLSL, arXiv 2510.10055; attention after SSGRL, arXiv 1908.07325.
 """
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from clsl_jax.models.encoder import TORCH_LINEAR_INIT
 
-# Classes whose tanh a GPU computes at once. In blocks of 32, for 500 classes, XLA did not finish
-# compiling one of the kernels in two minutes (docs/performance.md).
+# Classes whose tanh a GPU computes at once. From 32 on, XLA sums over them by a kernel of another
+# kind, which it did not finish compiling in two minutes (docs/performance.md).
 AT_ONCE = 20
 
 
@@ -23,8 +23,8 @@ def bilinear_attention(visual: jax.Array, semantic: jax.Array, direction: jax.Ar
 
     The tanh of one class at a time is computed, used and thrown away, in the backward pass again,
     so the largest temporary is [B, P, R] and nothing of [B, C, P, R] is ever in memory. On a CUDA
-    GPU, where that is bound by memory, up to `AT_ONCE` classes are computed at once, and not one
-    tanh is in memory: XLA sums in the kernels that compute it.
+    GPU, where that is bound by memory, blocks of up to `AT_ONCE` classes are computed at once, and
+    not one tanh is in memory: XLA sums in the kernels that compute it.
 
     Args:
       visual: U x, [B, P, R].
@@ -34,20 +34,15 @@ def bilinear_attention(visual: jax.Array, semantic: jax.Array, direction: jax.Ar
     Returns:
       [B, P, C] float32.
     """
-    arrays = visual, semantic, direction
-    return _of_platform(class_by_class_logits, all_at_once_logits, arrays)
-
-
-def _of_platform(any_number: Callable[..., Any], few: Callable[..., Any], arrays: Any) -> Any:
-    """Calls what suits the platform and the number of classes, C of the second array [B, C, R]."""
-    special = {"cuda": few} if arrays[1].shape[1] <= AT_ONCE else {}
-    return jax.lax.platform_dependent(*arrays, default=any_number, **special)
+    return jax.lax.platform_dependent(
+        visual, semantic, direction, default=class_by_class_logits, cuda=in_blocks_logits
+    )
 
 
 def class_by_class_logits(
     visual: jax.Array, semantic: jax.Array, direction: jax.Array
 ) -> jax.Array:
-    """`bilinear_attention` for any backend and number of classes, without a gradient."""
+    """`bilinear_attention` for any backend, without a gradient."""
 
     def one_class(_: None, semantic_c: jax.Array) -> tuple[None, jax.Array]:
         cross = jnp.tanh(visual * semantic_c[:, None])
@@ -62,7 +57,9 @@ def _attention_forward(visual: jax.Array, semantic: jax.Array, direction: jax.Ar
 
 
 def _attention_backward(saved: Any, grad: jax.Array) -> Any:
-    gradients = _of_platform(class_by_class_gradients, all_at_once_gradients, (*saved, grad))
+    gradients = jax.lax.platform_dependent(
+        *saved, grad, default=class_by_class_gradients, cuda=in_blocks_gradients
+    )
     return tuple(
         gradient.astype(array.dtype) for gradient, array in zip(gradients, saved, strict=True)
     )
@@ -89,32 +86,62 @@ def class_by_class_gradients(
     return visual_grad * scale, jnp.swapaxes(semantic_grad, 0, 1) * scale, direction_grad
 
 
-def all_at_once_logits(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
-    """`bilinear_attention` for a GPU and few classes, without a gradient."""
-    cross = _tanh_of_products(visual, semantic)
-    return jnp.swapaxes(jnp.sum(cross * direction.astype(jnp.float32), -1), 1, 2)
+def in_blocks_logits(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
+    """`bilinear_attention` for a GPU, without a gradient: up to `AT_ONCE` classes at once."""
+
+    def one_block(semantic_k: jax.Array) -> jax.Array:
+        cross = _tanh_of_products(visual, semantic_k)
+        return jnp.sum(cross * direction.astype(jnp.float32), -1)
+
+    return jnp.swapaxes(_joined(jax.lax.map(one_block, _blocks(semantic)), semantic.shape[1]), 1, 2)
 
 
-def all_at_once_gradients(
+def in_blocks_gradients(
     visual: jax.Array, semantic: jax.Array, direction: jax.Array, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of `all_at_once_logits`, float32; `grad` is that of the logits, [B, P, C]."""
-    # Each sum has a barrier before it, or XLA keeps the tanh from one for the next.
-    inputs = visual.astype(jnp.float32), semantic.astype(jnp.float32), jnp.swapaxes(grad, 1, 2)
-    wide_visual, wide_semantic, slope = jax.lax.optimization_barrier(inputs)
-    cross, slope = _tanh_of_products(wide_visual, wide_semantic), slope[..., None]
-    sums = jax.lax.reduce(
-        ((1.0 - cross * cross) * slope * wide_semantic[:, :, None], cross * slope),
-        (0.0, 0.0),
-        lambda a, b: (a[0] + b[0], a[1] + b[1]),
-        (1,),
-    )
-    (visual_grad, products), inputs = jax.lax.optimization_barrier((sums, inputs))
-    wide_visual, wide_semantic, slope = inputs
-    cross = _tanh_of_products(wide_visual, wide_semantic)
-    semantic_grad = jnp.sum((1.0 - cross * cross) * slope[..., None] * wide_visual[:, None], 2)
+    """Gradients of `in_blocks_logits`, float32; `grad` is that of the logits, [B, P, C]."""
+
+    def one_block(carry: Any, inputs: Any) -> Any:
+        # Each sum has a barrier before it, or XLA keeps the tanh from one for the next.
+        arrays = visual.astype(jnp.float32), *inputs
+        wide_visual, semantic_k, slope = jax.lax.optimization_barrier(arrays)
+        cross, slope = _tanh_of_products(wide_visual, semantic_k), slope[..., None]
+        sums = jax.lax.reduce(
+            ((1.0 - cross * cross) * slope * semantic_k[:, :, None], cross * slope),
+            (0.0, 0.0),
+            lambda a, b: (a[0] + b[0], a[1] + b[1]),
+            (1,),
+        )
+        (visual_grad, products), arrays = jax.lax.optimization_barrier((sums, arrays))
+        wide_visual, semantic_k, slope = arrays
+        cross = _tanh_of_products(wide_visual, semantic_k)
+        semantic_grad = jnp.sum((1.0 - cross * cross) * slope[..., None] * wide_visual[:, None], 2)
+        return (carry[0] + visual_grad, carry[1] + jnp.sum(products, (0, 1))), semantic_grad
+
+    start = (jnp.zeros(visual.shape, jnp.float32), jnp.zeros(direction.shape, jnp.float32))
+    classes = (_blocks(semantic.astype(jnp.float32)), _blocks(jnp.swapaxes(grad, 1, 2)))
+    (visual_grad, direction_grad), semantic_grad = jax.lax.scan(one_block, start, classes)
     scale = direction.astype(jnp.float32)
-    return visual_grad * scale, semantic_grad * scale, jnp.sum(products, (0, 1))
+    return (
+        visual_grad * scale,
+        _joined(semantic_grad, semantic.shape[1]) * scale,
+        direction_grad,
+    )
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """[B, C, ...] in the fewest blocks of up to `AT_ONCE` classes, [n, B, K, ...], zeros behind."""
+    c = x.shape[1]
+    n = math.ceil(c / AT_ONCE)
+    k = math.ceil(c / n)
+    padded = jnp.pad(x, [(0, n * k - c if axis == 1 else 0) for axis in range(x.ndim)])
+    return jnp.moveaxis(padded.reshape(x.shape[0], n, k, *x.shape[2:]), 1, 0)
+
+
+def _joined(blocks: jax.Array, classes: int) -> jax.Array:
+    """The inverse of `_blocks`: [B, C, ...]."""
+    n, b, k, *rest = blocks.shape
+    return jnp.moveaxis(blocks, 0, 1).reshape(b, n * k, *rest)[:, :classes]
 
 
 def _tanh_of_products(visual: jax.Array, semantic: jax.Array) -> jax.Array:
