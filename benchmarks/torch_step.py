@@ -292,15 +292,13 @@ class TorchStep:
             torch.cuda.synchronize()
 
 
-def ways(device: str) -> dict[str, dict[str, bool]]:
-    """Returns the modes of a device, as options of `TorchStep`, by name."""
-    modes: dict[str, dict[str, bool]] = {
-        "eager": {"channels_last": False, "compiled": False},
-        "channels_last": {"channels_last": True, "compiled": False},
-        "compile": {"channels_last": False, "compiled": True},
-        "compile_channels_last": {"channels_last": True, "compiled": True},
-    }
-    return modes if device == "cuda" else dict(list(modes.items())[:2])
+# The modes, as options of `TorchStep`.
+WAYS = {
+    "eager": {"channels_last": False, "compiled": False},
+    "channels_last": {"channels_last": True, "compiled": False},
+    "compile": {"channels_last": False, "compiled": True},
+    "compile_channels_last": {"channels_last": True, "compiled": True},
+}
 
 
 def model_flops(name: str, *, batch: int, image_size: int, classes: int, **sizes: int) -> float:
