@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from clsl_jax.models.encoder import TORCH_LINEAR_INIT
 
-# Classes whose tanh a GPU computes at once. From 32 on, XLA sums over them by a kernel of another
-# kind, which it did not finish compiling in two minutes (docs/performance.md).
+# Classes whose tanh a GPU computes at once. Over 32, XLA sums by a kernel of another kind, which it
+# did not finish compiling in two minutes (docs/performance.md).
 AT_ONCE = 20
 
 
@@ -101,9 +101,11 @@ def in_blocks_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `in_blocks_logits`, float32; `grad` is that of the logits, [B, P, C]."""
 
+    wide = visual.astype(jnp.float32)
+
     def one_block(carry: Any, inputs: Any) -> Any:
         # Each sum has a barrier before it, or XLA keeps the tanh from one for the next.
-        arrays = visual.astype(jnp.float32), *inputs
+        arrays = wide, *inputs
         wide_visual, semantic_k, slope = jax.lax.optimization_barrier(arrays)
         cross, slope = _tanh_of_products(wide_visual, semantic_k), slope[..., None]
         sums = jax.lax.reduce(
