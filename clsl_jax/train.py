@@ -160,7 +160,11 @@ class _Run:
     def train(self) -> dict[str, Any]:
         config, built = self.config, self.experiment
         mask_sha256 = self.workdir.save_mask(built.mask, config)
-        annotations_sha256 = partial.mask_sha256(built.annotations)
+        self.meta = {
+            "mask_sha256": mask_sha256,
+            "annotations_sha256": partial.mask_sha256(built.annotations),
+            "fingerprint": built.dataset.fingerprint,
+        }
         restored = self.checkpointer.restore_latest(built.abstract_state)
         if restored is None:
             state, step, epoch_done = built.new_state(self.log.console.print), 0, True
@@ -169,15 +173,10 @@ class _Run:
             epoch_done = meta["epoch_done"]
             self.unreadable = set(meta["unreadable"])
             self.faulty_steps = int(jax.device_get(state.faulty_steps))
-            self._check_labels(meta["annotations_sha256"], annotations_sha256)
+            self._check_data(meta)
             self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
         self.inputs = self._inputs(state)
         self.saved = None if restored is None else (step, epoch_done)
-        self.meta = {
-            "mask_sha256": mask_sha256,
-            "annotations_sha256": annotations_sha256,
-            "fingerprint": built.dataset.fingerprint,
-        }
         self.log.start(step if epoch_done else step - 1)
         data = self.data = self._train_batches(step)
         while step < built.total_steps or not epoch_done:
@@ -436,13 +435,19 @@ class _Run:
             self.log.console.print(f"{error} The run goes on.")
             self.saved = None
 
-    def _check_labels(self, stored: str, found: str) -> None:
-        if stored != found:
-            raise InputError(
-                f"The known labels are not those this run was started with: SHA-256 {found[:12]}…, "
-                f"in the checkpoint {stored[:12]}…. Was the data set, its cache or labels.file "
-                "changed? Restore it, or start anew in another --workdir."
-            )
+    def _check_data(self, stored: Mapping[str, Any]) -> None:
+        """Refuses to go on with other data than those of the checkpoint whose facts are given."""
+        for key, name in {
+            "annotations_sha256": "known labels",
+            "fingerprint": "images and labels of all splits",
+        }.items():
+            if stored[key] != self.meta[key]:
+                raise InputError(
+                    f"The {name} are not those this run was started with: SHA-256 "
+                    f"{self.meta[key][:12]}…, in the checkpoint {stored[key][:12]}…. Was the data "
+                    "set, its cache or labels.file changed? Restore it, or start anew in another "
+                    "--workdir."
+                )
 
     def _check_finite(self, state: TrainState) -> None:
         """Ends the run, or says what was skipped, where a loss or gradient was not finite.

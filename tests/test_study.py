@@ -130,7 +130,10 @@ def test_the_study_of_photographs_takes_its_data():
     grid = study.cells(get_config("somewhere/DATA"))
     assert len(grid) == (len(methods.METHODS) + 5) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in grid)
-    with pytest.raises(InputError, match="directory of the prepared data after a colon"):
+    parts = study.cells(get_config("ablation:somewhere/DATA"))
+    assert len(parts) == (1 + 15 + 11) * 2
+    assert all("data.dir=somewhere/DATA" in cell.settings for cell in parts)
+    with pytest.raises(InputError, match="directory of the prepared data after the colon"):
         get_config()
 
 

@@ -18,6 +18,7 @@ from commands import TINY, environment, run, start
 
 from clsl_jax import experiment, train
 from clsl_jax.data import partial
+from clsl_jax.errors import InputError
 from clsl_jax.writer import read_log
 
 pytestmark = pytest.mark.slow
@@ -274,6 +275,28 @@ def test_hidden_labels_reach_neither_training_nor_selection(in_process, tmp_path
     # The diagnostic does see them: it is the one thing that changes.
     key = "recovery/negative_precision"
     assert rows[0][-1][key] != rows[1][-1][key]
+
+
+def test_going_on_with_other_data_is_refused(in_process, tmp_path, monkeypatch):
+    config = tiny_config(epochs=1)
+    train.train_and_evaluate(config, str(tmp_path))
+    before = (tmp_path / "results.json").read_bytes()
+    load_data = experiment.load_data
+
+    def other_labels(dataset):
+        labels = 1 - dataset.train.labels
+        return dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, labels=labels))
+
+    def other_images(dataset):
+        return dataclasses.replace(dataset, fingerprint="0" * 64)
+
+    for change, named in ((other_labels, "known labels"), (other_images, "images and labels")):
+        monkeypatch.setattr(
+            experiment, "load_data", lambda *given, change=change: change(load_data(*given))
+        )
+        with pytest.raises(InputError, match=f"The {named}.* are not those this run was started"):
+            train.train_and_evaluate(config, str(tmp_path))
+    assert (tmp_path / "results.json").read_bytes() == before
 
 
 SIGNALLED = """

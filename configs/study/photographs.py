@@ -7,23 +7,37 @@ DATA is the directory of a prepared `table` set whose cells are all filled, made
 images. `configs/table.py` is the recipe, with its adaptive thresholds (`clsl`), the same by their
 expected precision (`expected`), and with the soft labels and the product with label statistics of
 `configs/scenes.py` (`soft`, `product`, both).
-Two seeds of weights, order and mask.
+Two seeds of weights, order and mask. `photographs.py:ablation:DATA` has the recipe with one part
+changed, and each part alone on a bare network.
 """
 
 import ml_collections
 
+from clsl_jax import ablation, methods, study
 from clsl_jax import config as config_lib
-from clsl_jax import methods, study
 
 _SOFT = "recovery.thresholds=none recovery.soft=True"
 _PRODUCT = "loss.statistics=True evaluation.statistics=True recovery.source=both"
+# The recipe with one part changed.
+CHANGED = {
+    **ablation.CHANGED,
+    "no_srfl_no_sgfe": "model.srfl=False model.sgfe=False",
+    "no_global_branch": "model.global_branch=False",
+    "position_residual": "model.position_residual=True",
+    "encoder": "model.encoder_layers=1",
+    "soft": _SOFT,
+}
+# A 1x1 classifier pooled over positions, trained on the known labels; then one part.
+ALONE = {**ablation.ALONE, "bare+srfl+sgfe": "model.srfl=True model.sgfe=True"}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the study; `arg` is the directory of the data."""
-    if not arg:
+    """Returns the study; `arg` is the directory of the data, or that behind `ablation:`."""
+    directory = (arg or "").removeprefix("ablation:")
+    if not directory:
         raise config_lib.ConfigError(
-            "configs/study/photographs.py: write the directory of the prepared data after a colon."
+            f"configs/study/photographs.py:{arg or ''}: write the directory of the prepared data "
+            "after the colon, or ablation:DIRECTORY."
         )
     config = study.base_study()
     config.configs = ("configs/table.py",)
@@ -35,10 +49,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         ("soft", "clsl", _SOFT),
         ("soft_product", "clsl", f"{_SOFT} {_PRODUCT}"),
     )
+    if directory != arg:
+        config.methods = ("clsl",)
+        config.baseline = "clsl"
+        bare = f"{ablation.BARE} model.global_branch=False"
+        config.variants = ablation.variants("clsl", CHANGED, ALONE, bare=bare)
     config.known_fractions = (0.2,)
     config.seeds = (0, 1)
     config.settings = (
-        f"data.dir={arg}",
+        f"data.dir={directory}",
         "cpu_devices=1",
         "evaluation.pictures=0",
         "checkpoint.every_epochs=1000",

@@ -13,52 +13,27 @@ half, `methods` and `ablation` an hour each, `fractions` forty minutes, all of i
 
 import ml_collections
 
+from clsl_jax import ablation, methods, study
 from clsl_jax import config as config_lib
-from clsl_jax import methods, study
 
 _ARGUMENTS = ("main", "methods", "fractions", "ablation", "quick")
-_HARD = "recovery.soft=False recovery.thresholds"
-_ONLINE = "recovery.mode=online recovery.source=scores recovery.weight=0.8 recovery.sharpening"
-_NO_STATISTICS = "loss.statistics=False evaluation.statistics=False recovery.source=scores"
 # The default with one part changed: what each is worth beside all others.
 CHANGED = {
-    "no_srfl": "model.srfl=False",
-    "no_sgfe": "model.sgfe=False",
+    **ablation.CHANGED,
     "no_position_residual": "model.position_residual=False",
     "no_encoder": "model.encoder_layers=0",
     "global_branch": "model.global_branch=True",
-    "gcn": "graph.layers=2 graph.refresh=False",
-    "gcn_refreshed": "graph.layers=2",
-    "no_recovery": "recovery.mode=none",
-    "no_statistics": _NO_STATISTICS,
+    "no_statistics": ablation.NO_STATISTICS,
     "statistics_when_predicting": "loss.statistics=False recovery.source=scores",
     "own_scores": "recovery.source=scores",
-    "adaptive": f"{_HARD}=adaptive",
-    "adaptive_known": f"{_HARD}=adaptive recovery.calibration=known",
-    "fixed": f"{_HARD}=fixed",
-    "online": f"{_ONLINE}=safe",
-    "online_released": f"{_ONLINE}=released",
-    "no_ema": "optim.ema_decay=0.0",
-    "mean_scale": "loss.scale=mean",
+    "adaptive": f"{ablation.HARD}=adaptive",
+    "adaptive_known": f"{ablation.HARD}=adaptive recovery.calibration=known",
 }
 # Known labels, ASL, backbone, encoder and a 1x1 classifier pooled over positions; then one part.
-BARE = (
-    f"{_NO_STATISTICS} recovery.mode=none loss.scale=mean optim.ema_decay=0.0 "
-    "model.srfl=False model.sgfe=False model.position_residual=False"
-)
 ALONE = {
-    "bare": "",
-    "bare+srfl": "model.srfl=True",
-    "bare+srfl+gcn": "model.srfl=True graph.layers=2",
-    "bare+sgfe": "model.sgfe=True",
+    **ablation.ALONE,
     "bare+sgfe+residual": "model.sgfe=True model.position_residual=True",
-    "bare+global_branch": "model.global_branch=True",
-    "bare+recovery": "recovery.mode=epoch",
-    "bare+adaptive": f"recovery.mode=epoch {_HARD}=adaptive",
-    "bare+online": f"{_ONLINE}=safe",
-    "bare+online_released": f"{_ONLINE}=released",
-    "bare+ema": "optim.ema_decay=0.99",
-    "bare+balanced_scale": "loss.scale=balanced",
+    "bare+adaptive": f"recovery.mode=epoch {ablation.HARD}=adaptive",
     "bare+statistics_when_predicting": "evaluation.statistics=True",
     "bare+statistics": "evaluation.statistics=True loss.statistics=True",
 }
@@ -90,10 +65,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg == "ablation":
         config.methods = ("clsl",)
         config.baseline = "clsl"
-        config.variants = (
-            *((name, "clsl", keys) for name, keys in CHANGED.items()),
-            *((name, "clsl", f"{BARE} {keys}") for name, keys in ALONE.items()),
-        )
+        config.variants = ablation.variants("clsl", CHANGED, ALONE)
     if arg == "quick":
         config.configs = ("configs/scenes.py",)
         config.methods = ("known_asl", "clsl")

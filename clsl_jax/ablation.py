@@ -1,0 +1,61 @@
+"""The parts of the method, each as the keys that take it out of a recipe or put it in alone.
+
+Studies of an ablation (`configs/study/`) add to these what only their recipe has.
+"""
+
+from collections.abc import Mapping
+
+HARD = "recovery.soft=False recovery.thresholds"
+ONLINE = "recovery.mode=online recovery.source=scores recovery.weight=0.8 recovery.sharpening"
+NO_STATISTICS = "loss.statistics=False evaluation.statistics=False recovery.source=scores"
+
+# A recipe with one part changed: what it is worth beside all others.
+CHANGED: Mapping[str, str] = {
+    "no_srfl": "model.srfl=False",
+    "no_sgfe": "model.sgfe=False",
+    "gcn": "graph.layers=2 graph.refresh=False",
+    "gcn_refreshed": "graph.layers=2",
+    "no_recovery": "recovery.mode=none",
+    "fixed": f"{HARD}=fixed",
+    "online": f"{ONLINE}=safe",
+    "online_released": f"{ONLINE}=released",
+    "no_ema": "optim.ema_decay=0.0",
+    "mean_scale": "loss.scale=mean",
+}
+# The recipe's loss on known labels, its backbone and encoder, a 1x1 classifier of each position.
+BARE = (
+    f"{NO_STATISTICS} recovery.mode=none loss.scale=mean optim.ema_decay=0.0 "
+    "model.srfl=False model.sgfe=False model.position_residual=False"
+)
+# One part on that.
+ALONE: Mapping[str, str] = {
+    "bare": "",
+    "bare+srfl": "model.srfl=True",
+    "bare+srfl+gcn": "model.srfl=True graph.layers=2",
+    "bare+sgfe": "model.sgfe=True",
+    "bare+global_branch": "model.global_branch=True",
+    "bare+recovery": "recovery.mode=epoch",
+    "bare+online": f"{ONLINE}=safe",
+    "bare+online_released": f"{ONLINE}=released",
+    "bare+ema": "optim.ema_decay=0.99",
+    "bare+balanced_scale": "loss.scale=balanced",
+}
+
+
+def variants(
+    method: str, changed: Mapping[str, str], alone: Mapping[str, str], *, bare: str = BARE
+) -> tuple[tuple[str, str, str], ...]:
+    """The variants of a study: each of `changed` on a method, each of `alone` on the bare one.
+
+    Args:
+      method: of `clsl_jax.methods`.
+      changed, alone: {name: "key=value key=value"}.
+      bare: the keys of the bare network.
+
+    Returns:
+      (name, method, keys) of each, as the key `variants` of a study takes them.
+    """
+    return (
+        *((name, method, keys) for name, keys in changed.items()),
+        *((name, method, f"{bare} {keys}") for name, keys in alone.items()),
+    )
