@@ -14,7 +14,7 @@ from clsl_jax.models import graph
 def test_counts_positives_among_known_entries_only():
     annotations = jnp.array([[1, 1, -1], [1, 0, 1], [-1, 1, 1]], jnp.int8)
     pairs, counts = graph.cooccurrence(annotations)
-    np.testing.assert_array_equal(counts, [2, 2, 2])
+    np.testing.assert_array_equal(counts, [[2, 2, 1], [1, 2, 1], [1, 2, 2]])
     np.testing.assert_array_equal(pairs, [[0, 1, 1], [1, 0, 1], [1, 1, 0]])
 
 
@@ -22,8 +22,20 @@ def test_weights_scale_entries():
     labels = jnp.array([[1.0, 0.5], [1.0, 1.0]])
     weight = jnp.array([[1.0, 1.0], [0.0, 1.0]])
     pairs, counts = graph.cooccurrence(labels, weight)
-    np.testing.assert_allclose(counts, [1.0, 1.5])
+    np.testing.assert_allclose(counts, [[1.0, 1.0], [0.5, 1.5]])
     np.testing.assert_allclose(pairs, [[0.0, 0.5], [0.5, 0.0]])
+
+
+def test_hidden_entries_break_no_edge():
+    """Two classes that always occur together, a third that never does: edges as of all labels."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((3000, 3)) < 0.3).astype(np.int8)
+    labels[:, 1] = labels[:, 0]
+    labels[:, 2] *= 1 - labels[:, 0]
+    for known in (1.0, 0.3, 0.1):
+        weight = (rng.random(labels.shape) < known).astype(np.float32)
+        adjacency = graph.label_adjacency(labels * weight, weight, 0.4, 0.25)
+        np.testing.assert_array_equal(np.asarray(adjacency) > 0, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
 
 
 def literal_adjacency(pairs, counts, threshold, smoothing):
@@ -32,8 +44,8 @@ def literal_adjacency(pairs, counts, threshold, smoothing):
     edges = np.zeros((c, c))
     for i in range(c):
         for j in range(c):
-            if i != j and counts[i] > 0:
-                edges[i, j] = float(pairs[i, j] / counts[i] >= threshold)
+            if i != j and counts[i, j] > 0:
+                edges[i, j] = float(pairs[i, j] / counts[i, j] >= threshold)
     weights = np.eye(c)
     for j in range(c):
         weights[:, j] += edges[:, j] * smoothing / (edges[:, j].sum() + 1e-6)
@@ -53,7 +65,7 @@ def test_adjacency_is_the_definition_and_always_finite(annotations, threshold):
     expected = literal_adjacency(np.asarray(pairs), np.asarray(counts), threshold, 0.25)
     np.testing.assert_allclose(weights, expected[0], atol=1e-5)
     np.testing.assert_allclose(adjacency, expected[1], atol=1e-5)
-    for c in np.flatnonzero(np.asarray(counts) == 0):
+    for c in np.flatnonzero((np.asarray(annotations) != 1).all(axis=0)):
         np.testing.assert_array_equal(adjacency[c], np.eye(5)[c])
         np.testing.assert_array_equal(adjacency[:, c], np.eye(5)[c])
 

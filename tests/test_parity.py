@@ -366,7 +366,7 @@ def check_graph(data, config):
     settings = {"threshold": config["threshold"], "smoothing": config["smoothing"]}
     pairs, counts = graph.cooccurrence(data["labels"])
     close(pairs, data["cooccurrence"], TOLERANCE, "cooccurrence")
-    close(counts, data["counts"], TOLERANCE, "counts")
+    close(counts, np.broadcast_to(data["counts"][:, None], counts.shape), TOLERANCE, "counts")
     reweighted = graph.reweighted_adjacency(pairs, counts, **settings)
     close(reweighted, data["reweighted"], TOLERANCE, "reweighted")
     normalized = jax.jit(partial(graph.normalized_adjacency, **settings))(pairs, counts)

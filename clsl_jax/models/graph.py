@@ -3,6 +3,7 @@
 Source: Chen et al., ML-GCN, arXiv 1904.03582.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,23 +14,25 @@ from clsl_jax.models.encoder import TORCH_LINEAR_INIT
 
 
 def cooccurrence(labels: jax.Array, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """How often two classes are positive in one image, and how often each is.
+    """How often two classes are positive in one image, among entries that are known together.
 
     Args:
       labels: [N, C]; annotations (1 positive, 0 negative, -1 unknown) or recovered labels in
-        [0, 1]. What is below 0 counts as not positive.
-      weight: [N, C], how far each entry is to be trusted (0 leaves it out); None trusts all.
+        [0, 1].
+      weight: [N, C], how far each entry is to be trusted, 0 for an unknown one; None trusts all
+        that are not below 0.
 
     Returns:
-      (pairs [C, C] with diagonal 0, counts [C]), float32. A pair weighs the product of its two
-      entries.
+      (pairs, counts), float32 [C, C] each: `pairs[a, b]` counts the images that are positive for a
+      and for b, with diagonal 0, `counts[a, b]` those positive for a in which b is known. An image
+      weighs the product of the two entries' weights.
     """
-    positive = jnp.clip(jnp.asarray(labels).astype(jnp.float32), 0.0, 1.0)
-    if weight is not None:
-        positive = positive * weight.astype(jnp.float32)
-    pairs = jnp.matmul(positive.T, positive, precision=jax.lax.Precision.HIGHEST)
-    c = pairs.shape[0]
-    return pairs * (1.0 - jnp.eye(c, dtype=pairs.dtype)), jnp.sum(positive, 0)
+    labels = jnp.asarray(labels).astype(jnp.float32)
+    weight = (labels >= 0 if weight is None else weight).astype(jnp.float32)
+    positive = jnp.clip(labels, 0.0, 1.0) * weight
+    product = functools.partial(jnp.matmul, positive.T, precision=jax.lax.Precision.HIGHEST)
+    off_diagonal = 1.0 - jnp.eye(labels.shape[1], dtype=jnp.float32)
+    return product(positive) * off_diagonal, product(weight)
 
 
 def reweighted_adjacency(
@@ -37,22 +40,21 @@ def reweighted_adjacency(
 ) -> jax.Array:
     """Binarised and re-weighted correlation with self loops, [C, C] (ML-GCN eq. 7 and 8).
 
-    Row c holds the frequency of each class among the images positive for c; it becomes 1 from
-    `threshold` on, else 0. Each column is then scaled to sum to `smoothing`, and the identity
-    added.
+    Row c holds the frequency of each class among the images positive for c in which it is known; it
+    becomes 1 from `threshold` on, else 0. Each column is then scaled to sum to `smoothing`, and the
+    identity added.
 
     Args:
-      pairs, counts: [C, C] and [C], as `cooccurrence` gives them. A class without a positive has
-        no neighbours.
+      pairs, counts: [C, C] each, as `cooccurrence` gives them. A class without a positive has no
+        neighbours.
       threshold: the least conditional frequency that makes an edge.
       smoothing: weight of all neighbours together, the class itself having 1.
     """
     pairs, counts = jnp.asarray(pairs, jnp.float32), jnp.asarray(counts, jnp.float32)
     c = pairs.shape[0]
-    # Compared without the division, so that a class without a positive cannot give 0 / 0, and
-    # a frequency of exactly the threshold does not depend on rounding.
-    seen = (counts > 0)[:, None]
-    edges = (seen & (pairs >= threshold * counts[:, None])).astype(jnp.float32)
+    # Compared without the division, so that a pair never known together cannot give 0 / 0, and a
+    # frequency of exactly the threshold does not depend on rounding.
+    edges = ((counts > 0) & (pairs >= threshold * counts)).astype(jnp.float32)
     edges = edges * (1.0 - jnp.eye(c, dtype=jnp.float32))
     return edges * smoothing / (jnp.sum(edges, 0, keepdims=True) + 1e-6) + jnp.eye(c)
 
@@ -125,8 +127,9 @@ def label_adjacency(
     Args:
       targets: [N, C] in [0, 1].
       weights: [N, C] in [0, 1]; entries of weight 0 are unknown and do not count.
-      threshold: conditional frequency from which two labels are connected.
+      threshold: conditional frequency from which two labels are connected, among entries that are
+        known together: with few of these, chance connects labels too.
       smoothing: sum of the weights of a label's neighbours.
     """
-    joint, counts = cooccurrence(targets, weights)
-    return normalized_adjacency(joint, counts, threshold=threshold, smoothing=smoothing)
+    pairs, counts = cooccurrence(targets, weights)
+    return normalized_adjacency(pairs, counts, threshold=threshold, smoothing=smoothing)
