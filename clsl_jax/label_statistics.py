@@ -56,79 +56,78 @@ def label_frequencies(annotations: jax.Array, *, prior: float = 1.0) -> jax.Arra
     return (positives + prior) / (known + 2.0 * prior)
 
 
-def conditional_frequencies(annotations: jax.Array, *, prior: float = 1.0) -> jax.Array:
-    """How often a class is positive in images where another one is, among cells known together.
-
-    Args:
-      annotations: [N, C].
-      prior: pseudo-counts by which a frequency is drawn towards the class's own.
-
-    Returns:
-      float32 [C, C]; entry [a, b] estimates P(b | a). The diagonal is 1.
-    """
-    positive = (annotations == 1).astype(jnp.float32)
-    known = (annotations >= 0).astype(jnp.float32)
-    both = positive.T @ positive
-    asked = positive.T @ known
-    shrunk = (both + prior * label_frequencies(annotations)) / (asked + prior)
-    eye = jnp.eye(annotations.shape[1], dtype=bool)
-    return jnp.where(eye, 1.0, shrunk)
-
-
 def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
     """The largest conditional frequency of each class given another of the image's known positives.
 
+    Frequencies are among cells known together, drawn by one pseudo-count towards the class's own.
+
     Args:
       annotations: [N, C].
 
     Returns:
-      float32 [N, C], of a known label as if it were unknown, so that thresholds can be calibrated
-      on these; a class's own frequency where an image has no other known positive.
+      float32 [N, C], of a known label as if it were unknown and had not been counted, so that
+      thresholds can be calibrated on these; a class's own frequency where an image has no other
+      known positive.
 
     Source: the within-image part of Chen et al., Structured Semantic Transfer for Multi-Label
     Recognition with Partial Labels, arXiv 2112.10941, with frequencies among known
     labels in the place of the co-occurrence that the paper's network learns.
     """
-    eye = jnp.eye(annotations.shape[1], dtype=bool)
-    conditional = jnp.where(eye, 0.0, conditional_frequencies(annotations))
     frequencies = label_frequencies(annotations)
     positive = annotations == 1
+    known = (annotations >= 0).astype(jnp.float32)
+    both, asked = _pairs(annotations)
     others = jnp.sum(positive, axis=1, keepdims=True) - positive
 
-    def add(best: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        present, row = given
-        return jnp.where(present[:, None], jnp.maximum(best, row), best), None
+    def add(best: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        number, present, both, asked = given
+        # Of a known cell, without what it has added to the counts itself.
+        rest = jnp.maximum(asked - known, 0.0) + 1.0
+        conditional = (jnp.maximum(both - positive, 0.0) + frequencies) / rest
+        counts = present[:, None] & (jnp.arange(len(both)) != number)
+        return jnp.where(counts, jnp.maximum(best, conditional), best), None
 
     start = jnp.zeros(annotations.shape, jnp.float32)
-    best, _ = jax.lax.scan(add, start, (positive.T, conditional))
+    classes = jnp.arange(annotations.shape[1])
+    best, _ = jax.lax.scan(add, start, (classes, positive.T, both, asked))
     return jnp.where(others > 0, best, frequencies)
 
 
+def _pairs(annotations: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[C, C] each: images positive for a and b, and those positive for a in which b is known."""
+    positive = (annotations == 1).astype(jnp.float32)
+    return positive.T @ positive, positive.T @ (annotations >= 0).astype(jnp.float32)
+
+
 def init_mixture(key: jax.Array, annotations: jax.Array, components: int) -> Mixture:
-    """Returns equally likely components around the classes' frequencies, drawn apart by `key`."""
+    """Returns equally likely components around the classes' frequencies, drawn apart by `key`.
+
+    Args:
+      key: of the draw.
+      annotations: [N, C].
+      components: K.
+    """
     frequencies = label_frequencies(annotations)
     base = _log_odds(frequencies)
     apart = jax.random.normal(key, (components, annotations.shape[1]))
     return Mixture(jnp.full(components, -jnp.log(float(components))), base + apart)
 
 
-def evidence(scores: jax.Array, frequencies: jax.Array, power: jax.Array | float) -> jax.Array:
+def evidence(scores: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Log likelihood ratios of a label's presence that a network's probabilities stand for.
 
-    ``power * (logit(score) - logit(frequency))``: a network that says what is true of the class at
-    large gives no evidence.
+    ``logit(score) - logit(frequency)``: a network that says what is true of the class at large
+    gives no evidence.
 
     Args:
       scores: [N, C], calibrated probabilities.
       frequencies: [C].
-      power: in [0, 1]: how far the network is believed; what it says of an image's labels is not
-        independent of one another.
 
     Returns:
       float32 [N, C].
     """
     score = jnp.clip(scores.astype(jnp.float32), 1e-6, 1.0 - 1e-6)
-    log_ratios = power * (_log_odds(score) - _log_odds(frequencies))
+    log_ratios = _log_odds(score) - _log_odds(frequencies)
     return jnp.clip(log_ratios, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
 
 
@@ -144,8 +143,9 @@ def mixture_posterior(
         alone.
 
     Returns:
-      probabilities [N, C], of a known label as if it were unknown, so that thresholds can be
-      calibrated on these; and the components' posterior [N, K].
+      probabilities [N, C], of a known label as if it were unknown, but that the mixture was fitted
+      with it: thresholds calibrated on known labels flatter a mixture of few. And the components'
+      posterior [N, K].
     """
     ratios = jnp.zeros(annotations.shape) if log_ratios is None else log_ratios
     log_odds, responsibilities = _others_log_odds(mixture, annotations, ratios)
@@ -242,8 +242,6 @@ def informed_probabilities(
     statistics: Mapping[str, jax.Array],
     annotations: jax.Array,
     scores: jax.Array | None = None,
-    *,
-    power: float = 1.0,
 ) -> jax.Array:
     """Probability of each unknown label given the image's known labels and a network's scores.
 
@@ -251,12 +249,11 @@ def informed_probabilities(
       statistics: from `fit_statistics`.
       annotations: [N, C].
       scores: [N, C], calibrated probabilities; a class's frequency says nothing. None for none.
-      power: of `evidence`.
 
     Returns:
       float32 [N, C].
     """
-    ratios = None if scores is None else evidence(scores, statistics["frequencies"], power)
+    ratios = None if scores is None else evidence(scores, statistics["frequencies"])
     return mixture_posterior(_mixture_of(statistics), annotations, ratios)[0]
 
 
@@ -278,7 +275,7 @@ def others_log_ratios(
       float32 [N, C].
     """
     frequencies = statistics["frequencies"]
-    ratios = evidence(scores, frequencies, 1.0)
+    ratios = evidence(scores, frequencies)
     log_odds, _ = _others_log_odds(_mixture_of(statistics), annotations, ratios)
     return log_odds - _log_odds(frequencies)
 

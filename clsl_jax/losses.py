@@ -258,6 +258,49 @@ def _asymmetric_log_odds(
     return negative - positive
 
 
+def hill_posterior(logits: jax.Array, *, margin: float = 1.0, gamma: float = 2.0) -> jax.Array:
+    """Probability of a positive that a network trained by `hill_loss` stands for (turn 1.5).
+
+    Where positives are found with probability q, the expected gradient of the loss vanishes at the
+    logit x with ``q / (1 - q) = l'(x, 0) / -l'(x, 1)``.
+
+    Args:
+        logits: any shape.
+        margin, gamma: of the loss.
+
+    Returns:
+        float32 in [0, 1], same shape.
+    """
+    logits = logits.astype(jnp.float32)
+    negative = jnp.log(3.0) + 2.0 * (jax.nn.log_sigmoid(logits) + jax.nn.log_sigmoid(-logits))
+    return jax.nn.sigmoid(negative - _log_focal_margin_slope(logits - margin, gamma))
+
+
+def focal_margin_posterior(
+    logits: jax.Array, *, margin: float = 1.0, gamma: float = 2.0
+) -> jax.Array:
+    """`hill_posterior` for `focal_margin_loss`.
+
+    Args:
+        logits: any shape.
+        margin, gamma: of the loss.
+
+    Returns:
+        float32 in [0, 1], same shape.
+    """
+    logits = logits.astype(jnp.float32)
+    # A negative is a positive of the other sign without a margin.
+    negative = _log_focal_margin_slope(-logits, gamma)
+    return jax.nn.sigmoid(negative - _log_focal_margin_slope(logits - margin, gamma))
+
+
+def _log_focal_margin_slope(logits: jax.Array, gamma: float) -> jax.Array:
+    """log of the derivative's size of -(1 - m)^gamma log m, m = sigmoid(logits), by the logits."""
+    log_m, missed = jax.nn.log_sigmoid(logits), jax.nn.sigmoid(-logits)
+    rest = missed - gamma * jnp.exp(log_m) * log_m
+    return gamma * jax.nn.log_sigmoid(-logits) + jnp.log(jnp.maximum(rest, 1e-37))
+
+
 def asymmetric_shift(
     logits: jax.Array, log_ratio: jax.Array, *, gamma_pos: float = 0.0, gamma_neg: float = 2.0
 ) -> jax.Array:

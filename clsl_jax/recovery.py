@@ -16,6 +16,7 @@ Letters: N training images (padded rows: no visit, every annotation unknown), B 
 Annotations are 1 positive, 0 negative, -1 unknown.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -67,7 +68,11 @@ def scatter_scores(
 
 
 def online_targets(
-    semantic_logits: jax.Array, annotations: jax.Array, *, sharpening: str = "safe"
+    semantic_logits: jax.Array,
+    annotations: jax.Array,
+    *,
+    sharpening: str = "safe",
+    probabilities: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid,
 ) -> jax.Array:
     """Targets of the global branch from the semantic branch of the same batch.
 
@@ -79,6 +84,8 @@ def online_targets(
         semantic_logits: [B, C], z1.
         annotations: [B, C], 1 positive, 0 negative, -1 unknown.
         sharpening: ``safe`` or ``released``.
+        probabilities: that logits stand for under the loss, in place of the sigmoid: what
+            `losses.expected_loss` takes for a target is how often the label is positive.
 
     Returns:
         [B, C] float32 in [0, 1], without gradient: the label where known.
@@ -95,7 +102,7 @@ def online_targets(
     elif sharpening != "released":
         raise ValueError(f"sharpening {sharpening!r} is unknown: use 'safe' or 'released'")
     return jnp.where(
-        annotations >= 0, annotations.astype(jnp.float32), jax.nn.sigmoid(logits * sharpness)
+        annotations >= 0, annotations.astype(jnp.float32), probabilities(logits * sharpness)
     )
 
 
@@ -192,11 +199,12 @@ def expected_thresholds(
     counts = _histogram(scores, annotations, visits, bins, unknown=True)
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)
+    rarer = jnp.min(counts[:, :2].sum(2), axis=1, keepdims=True)
     middle = jnp.minimum((jnp.arange(bins + 1, dtype=jnp.float32) + 0.5) / bins, 1.0)
     return _thresholds(
         counts[:, 2] * middle,
         counts[:, 2],
-        counts[:, :2].sum(2),
+        jnp.repeat(rarer, 2, axis=1),
         positive_precision=positive_precision,
         negative_precision=negative_precision,
         min_count=min_count,

@@ -21,12 +21,11 @@ from clsl_jax import (
     sharding,
 )
 from clsl_jax.data import transforms
+from clsl_jax.models.efficientnet import IMAGENET_MEAN, IMAGENET_STD
 from clsl_jax.models.graph import label_adjacency
 from clsl_jax.train_state import SUM_NAMES, TrainState, with_backbone
 
 Batch = Mapping[str, jax.Array]
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _AUGMENTATION = 2**31 - 1  # folded into a step's key; dropout has the key itself or its parts
 
 
@@ -65,7 +64,6 @@ class StepOptions:
     estimate_rate: float = 1.0
     source: str = "scores"
     components: int = 12
-    evidence_power: float = 1.0
     teacher: str = "ema"
     branch: str = "semantic"
     momentum: float = 0.8
@@ -100,8 +98,14 @@ class StepOptions:
 
     @property
     def teaches(self) -> bool:
-        """Whether each step scatters scores into the matrix."""
+        """Whether labels are recovered into the matrix."""
         return self.recovery_mode in ("epoch", "estimate")
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether each step scatters scores into the matrix."""
+        from_scores = self.source in ("scores", "both", "prototypes")
+        return self.recovery_mode == "estimate" or (self.recovery_mode == "epoch" and from_scores)
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -203,7 +207,7 @@ def make_train_step(
             )
             logits, sound, targets, semantic = kept
             found = {"sound": sound}
-            if options.recovery_mode == "epoch":
+            if options.keeps_scores and options.recovery_mode == "epoch":
                 found["taught"] = _teach(model, state, part, logits, semantic, options)
             elif options.recovery_mode == "estimate":
                 annotations = state.annotations[part["row"]]
@@ -238,7 +242,7 @@ def make_train_step(
         kept = jnp.where(finite, rows, -1) if options.skip_nonfinite else rows
         scores, visits = state.scores, state.visits
         recovered, memory = state.recovered, state.memory
-        if options.teaches:
+        if options.keeps_scores:
             momentum = options.momentum if options.recovery_mode == "epoch" else 0.0
             scores, visits = recovery.scatter_scores(
                 scores, visits, kept, found["taught"], momentum
@@ -428,11 +432,18 @@ def _targets(
             share=options.correction_rate * growing,
             active=epoch > 0,
         )
-        return targets, weights * (options.assumed_weight or 1.0 / (annotations.shape[1] - 1))
+        return targets, weights * (options.assumed_weight or 1.0 / max(annotations.shape[1] - 1, 1))
     if options.recovery_mode == "estimate":
         return _estimates(state, rows), jnp.ones(annotations.shape, jnp.float32)
     if options.recovery_mode == "online":
-        targets = recovery.online_targets(logits, annotations, sharpening=options.sharpening)
+        # The released scale takes soft targets into the asymmetric loss as they are.
+        released = options.scale == "released"
+        targets = recovery.online_targets(
+            logits,
+            annotations,
+            sharpening=options.sharpening,
+            probabilities=jax.nn.sigmoid if released else lambda z: calibrated(z, options),
+        )
         return targets, (annotations < 0).astype(jnp.float32)
     return state.recovered[rows], state.recovered_weight[rows]
 
@@ -481,17 +492,37 @@ def _teach(
 
 
 def calibrated(logits: jax.Array, options: StepOptions) -> jax.Array:
-    """Returns the probabilities that logits stand for under the loss they were trained by."""
-    if options.loss_name != "asl":
-        return jax.nn.sigmoid(logits)
+    """Returns the probabilities that logits stand for under the loss they were trained by.
+
+    Args:
+      logits: any shape.
+      options: of the run.
+
+    Returns:
+      float32 in [0, 1], same shape.
+    """
+    if options.loss_name == "bce":
+        return jax.nn.sigmoid(logits.astype(jnp.float32))
+    if options.loss_name == "hill":
+        return losses.hill_posterior(logits, margin=options.margin)
+    if options.loss_name == "focal_margin":
+        return losses.focal_margin_posterior(logits, margin=options.margin)
     return losses.asymmetric_posterior(
         logits, gamma_pos=options.gamma_pos, gamma_neg=options.gamma_neg, clip=options.clip
     )
 
 
 def stated_probabilities(predictions: jax.Array, options: StepOptions) -> jax.Array:
-    """Returns the calibrated probabilities that predictions of `make_predict_step` stand for."""
-    if options.evaluate_statistics or options.loss_name != "asl":
+    """Returns the calibrated probabilities that predictions of `make_predict_step` stand for.
+
+    Args:
+      predictions: any shape, in [0, 1].
+      options: of the run.
+
+    Returns:
+      float32 in [0, 1], same shape.
+    """
+    if options.evaluate_statistics or options.loss_name == "bce":
         return jnp.asarray(predictions, jnp.float32)
     p = jnp.clip(jnp.asarray(predictions, jnp.float32), 1e-7, 1.0 - 1e-7)
     return calibrated(jnp.log(p) - jnp.log1p(-p), options)
@@ -523,10 +554,7 @@ def recovery_scores(
         visits = jnp.maximum(visits, state.visits)  # a row without a known label has its scores
         seen = (state.visits > 0)[:, None]
         scores = jnp.where(seen, state.scores, state.memory["frequencies"])
-    scores = label_statistics.informed_probabilities(
-        state.memory, state.annotations, scores, power=options.evidence_power
-    )
-    return scores, visits
+    return label_statistics.informed_probabilities(state.memory, state.annotations, scores), visits
 
 
 def recovery_thresholds(

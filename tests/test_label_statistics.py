@@ -33,24 +33,41 @@ def mixture(seed):
 def test_frequencies_by_hand():
     annotations = jnp.array([[1, 0, -1], [1, -1, -1], [0, 1, -1]], jnp.int8)
     np.testing.assert_allclose(ls.label_frequencies(annotations), [3 / 5, 2 / 4, 1 / 2])
-    found = ls.conditional_frequencies(annotations)
-    # P(1 | 0): images 0 and 1 have label 0; label 1 is known in image 0 alone, and negative there.
-    np.testing.assert_allclose(found[0, 1], (0 + 0.5) / (1 + 1), rtol=1e-6)
-    # P(0 | 1): image 2 has label 1, and label 0 is negative there.
-    np.testing.assert_allclose(found[1, 0], (0 + 0.6) / (1 + 1), rtol=1e-6)
-    np.testing.assert_allclose(found[2], [0.6, 0.5, 1.0], rtol=1e-6)  # never positive: the prior
+    found = np.asarray(ls.co_occurrence_scores(annotations))
+    # Label 1 of image 1, unknown, given label 0: known beside it in image 0 alone, negative there.
+    np.testing.assert_allclose(found[1, 1], (0 + 0.5) / (1 + 1), rtol=1e-6)
+    # Of image 0, where it is that cell itself: nothing is left but the pseudo-count.
+    np.testing.assert_allclose(found[0, 1], 0.5, rtol=1e-6)
+    # No other known positive in the image: how frequent the class is.
+    np.testing.assert_allclose(found[[0, 1], 0], 0.6, rtol=1e-6)
 
 
 def test_co_occurrence_scores_take_the_best_known_positive():
-    annotations = jnp.asarray(example(0)[1])
-    conditional = np.asarray(ls.conditional_frequencies(annotations))
+    annotations = np.asarray(example(0)[1])
     found = np.asarray(ls.co_occurrence_scores(annotations))
     frequencies = np.asarray(ls.label_frequencies(annotations))
-    for row, scores in zip(np.asarray(annotations), found, strict=True):
-        for c in range(C):  # a known positive does not speak for itself
-            given_by = [other for other in np.flatnonzero(row == 1) if other != c]
-            expected = conditional[given_by, c].max() if given_by else frequencies[c]
-            np.testing.assert_allclose(scores[c], expected, rtol=1e-6)
+    for n, row in enumerate(annotations):
+        for c in range(C):  # a known label speaks neither for itself nor in the counts
+            rest = np.delete(annotations, n, axis=0) if row[c] >= 0 else annotations
+            expected = [
+                ((rest[rest[:, other] == 1, c] == 1).sum() + frequencies[c])
+                / ((rest[rest[:, other] == 1, c] >= 0).sum() + 1)
+                for other in np.flatnonzero(row == 1)
+                if other != c
+            ]
+            best = max(expected, default=frequencies[c])
+            np.testing.assert_allclose(found[n, c], best, rtol=1e-5)
+
+
+def test_co_occurrence_scores_promise_nothing_where_nothing_is_to_be_found():
+    """Independent labels: known cells are scored as low as unknown ones, and no lower."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((2000, 20)) < 0.2).astype(np.int8)
+    known = rng.random(labels.shape) < 0.1
+    scores = np.asarray(ls.co_occurrence_scores(np.where(known, labels, -1).astype(np.int8)))
+    assert scores[known & (labels == 1)].mean() == pytest.approx(
+        scores[known & (labels == 0)].mean(), abs=0.02
+    )
 
 
 def enumerated(model, row, ratios):
@@ -131,11 +148,10 @@ def test_statistics_tell_more_than_frequencies_where_labels_occur_together():
 def test_evidence_of_a_score_that_is_the_frequency_is_none():
     frequencies = jnp.array([0.2, 0.5])
     scores = jnp.array([[0.2, 0.5], [0.5, 0.2], [1.0, 0.0]])
-    found = np.asarray(ls.evidence(scores, frequencies, 1.0))
+    found = np.asarray(ls.evidence(scores, frequencies))
     np.testing.assert_allclose(found[0], 0, atol=1e-5)
     np.testing.assert_allclose(found[1], [np.log(4), -np.log(4)], rtol=1e-5)
     np.testing.assert_allclose(found[2], [12, -12])
-    np.testing.assert_allclose(ls.evidence(scores, frequencies, 0.5)[1], found[1] / 2, rtol=1e-5)
 
 
 def test_statistics_are_kept_as_plain_arrays_and_read_back():

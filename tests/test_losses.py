@@ -17,7 +17,9 @@ from clsl_jax.losses import (
     clsl_loss,
     expected_positives_loss,
     focal_margin_loss,
+    focal_margin_posterior,
     hill_loss,
+    hill_posterior,
     known_loss,
     recovered_loss,
 )
@@ -532,3 +534,25 @@ def test_a_shift_multiplies_the_odds(gamma_pos, gamma_neg, ratio):
     differences = np.diff(np.asarray(found, np.float64)) / np.diff(np.asarray(logits, np.float64))
     middle = (np.asarray(slope)[1:] + np.asarray(slope)[:-1]) / 2
     np.testing.assert_allclose(differences, middle, rtol=2e-2)
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("loss", "posterior"),
+    [(hill_loss, hill_posterior), (focal_margin_loss, focal_margin_posterior)],
+)
+def test_posteriors_are_where_the_expected_gradient_vanishes(loss, posterior, margin):
+    logits = jnp.linspace(-8.0, 8.0, 65)
+    q = posterior(logits, margin=margin)
+
+    def slope(target):
+        targets = jnp.full_like(logits, target)
+        return jax.grad(lambda x: jnp.sum(loss(x, targets, margin=margin)))(logits)
+
+    positive, negative = slope(1.0), slope(0.0)
+    pull = q * positive + (1.0 - q) * negative
+    np.testing.assert_allclose(pull / (jnp.abs(positive) + negative), 0, atol=2e-5)
+    assert (np.diff(q) >= 0).all()
+    assert q[0] < 0.01 < 0.99 < q[-1]
+    extreme = posterior(jnp.array([-1e4, 1e4]), margin=margin)
+    assert np.isfinite(np.asarray(extreme)).all()

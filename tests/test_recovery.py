@@ -398,11 +398,13 @@ def brute_force_expected(scores, annotations, visits, target, min_count, bins):
         low, high = 2.0, -1.0
         for edge in edges:
             above, below = middle[score >= edge], 1 - middle[score < edge]
-            if len(above) >= max(min_count, 1) and (known == 0).any():
+            if not ((known == 0).any() and (known == 1).any()):
+                continue
+            if len(above) >= max(min_count, 1):
                 margins.append(above.mean() - target[0])
                 if margins[-1] >= 0:
                     low = min(low, edge)
-            if len(below) >= max(min_count, 1) and (known == 1).any():
+            if len(below) >= max(min_count, 1):
                 margins.append(below.mean() - target[1])
                 if margins[-1] >= 0:
                     high = max(high, edge)
@@ -457,7 +459,7 @@ def test_expected_thresholds_by_hand():
         scores, annotations, visits, positive_precision=0.8, negative_precision=0.9, bins=16
     )
     assert float(positive[0]) > 1
-    assert float(negative[0]) == 4 / 16
+    assert float(negative[0]) < 0
 
 
 def test_expected_thresholds_keep_their_promise_where_scores_are_calibrated():

