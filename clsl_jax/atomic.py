@@ -2,8 +2,13 @@
 
 import contextlib
 import os
+import pathlib
 import secrets
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+
+_STALE_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
@@ -25,6 +30,14 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
+
+
+def sweep(paths: Iterable[pathlib.Path]) -> None:
+    """Removes those of `paths` that nobody has written to for a day: a killed process left them."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -23,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from clsl_jax import cluster, sharding
 from clsl_jax.errors import InputError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 class _OneMessage(stdlib_logging.Filter):
@@ -53,12 +53,12 @@ def _checksum(x: jax.Array) -> jax.Array:
     width = x.dtype.itemsize
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
     words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    # One place number an axis: no flattening, which would gather a sharded matrix.
-    weight = jnp.ones((), jnp.uint32)
-    for axis in range(words.ndim):
-        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        weight = weight * (2 * place + 1) + place
-    return jnp.sum(words * (2 * weight + 1), dtype=jnp.uint32)
+    # Place numbers by axis: no flattening, which would gather a sharded matrix.
+    place = jnp.zeros((), jnp.uint32)
+    for axis, length in enumerate(words.shape):
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place = place * jnp.uint32(length) + along
+    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
 
 class Checkpointer:
@@ -75,6 +75,7 @@ class Checkpointer:
         bucket = "://" in directory
         directory = directory if bucket else os.path.abspath(directory)
         self._pending: int | None = None
+        self._read_only = read_only
         stdlib_logging.getLogger("absl").addFilter(_ONE_MESSAGE)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
         best = preservation_policy.BestN(
@@ -148,31 +149,41 @@ class Checkpointer:
         Raises:
           CheckpointError: if it is damaged or of another model or format.
         """
-        where = self._directory / str(step)
-        try:
-            meta = self._manager.restore(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            ).meta
-            if meta.get("format") != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"format {meta.get('format')!r}, this program reads {FORMAT_VERSION}"
-                )
-            state = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-            ).state
-            found = _checksums(state)
-            if found != meta["checksums"]:
-                wrong = sum(a != b for a, b in zip(found, meta["checksums"], strict=False))
-                raise CheckpointError(f"{wrong} arrays are not what was saved (checksum)")
-        except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-            raise CheckpointError(f"Checkpoint {where} cannot be used: {_reason(error)}") from error
+        unusable = f"Checkpoint {self._directory / str(step)} cannot be used"
+
+        def read() -> tuple[Any, dict[str, Any]]:
+            try:
+                meta = self._manager.restore(
+                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+                ).meta
+                if meta.get("format") != FORMAT_VERSION:
+                    raise CheckpointError(
+                        f"format {meta.get('format')!r}, this program reads {FORMAT_VERSION}"
+                    )
+                state = self._manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+                ).state
+            except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
+                raise CheckpointError(f"{unusable}: {_reason(error)}") from error
+            return state, meta
+
+        try:  # all processes go on from it, or none
+            state, meta = cluster.agree(read)
+        except CheckpointError:
+            raise
+        except InputError as error:  # of another process
+            raise CheckpointError(f"{unusable}: {error}") from error
+        found = _checksums(state)
+        if found != meta["checksums"]:
+            wrong = sum(a != b for a, b in zip(found, meta["checksums"], strict=False))
+            raise CheckpointError(f"{unusable}: {wrong} arrays are not what was saved (checksum)")
         return state, meta
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
         """Returns (state, meta, step) of the newest sound checkpoint, or None if there is none.
 
-        A damaged one is named in the log and set aside as `damaged-STEP`, then the one before it
-        is tried.
+        A damaged one is named in the log, and the one before it is tried; where this may write, the
+        damaged one is set aside as `damaged-STEP`.
 
         Raises:
           CheckpointError: if there are checkpoints and all are damaged.
@@ -186,7 +197,7 @@ class Checkpointer:
                 errors.append((step, str(error)))
                 logging.warning("%s. Trying the one before it.", error)
                 continue
-            for bad, _ in errors:
+            for bad, _ in () if self._read_only else errors:
                 self._set_aside(bad)
             return state, meta, step
         if errors:

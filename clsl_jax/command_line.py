@@ -1,10 +1,12 @@
 """What the commands share: flags, and one message with exit status 2 for unusable input."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import ml_collections
 from absl import app, flags, logging
 
+from clsl_jax import config as config_lib
 from clsl_jax.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -14,7 +16,7 @@ Explain = Callable[[Exception, Sequence[str]], str | None]
 
 def run(
     define_flags: Callable[[], None],
-    work: Callable[[Sequence[str]], None],
+    work: Callable[[Sequence[str]], int | None],
     *,
     explain: Explain = lambda error, argv: None,
 ) -> None:
@@ -22,8 +24,8 @@ def run(
 
     Args:
       define_flags: defines the command's flags.
-      work: does it, given the arguments that are no flags; an `InputError` that it raises is
-        printed without a traceback, and the exit status is 2.
+      work: does it, given the arguments that are no flags, and returns the exit status (None: 0);
+        an `InputError` that it raises is printed without a traceback, and the exit status is 2.
       explain: `explain(error, argv)` gives a better message for an error in reading the flags, or
         None: then absl's own errors speak for themselves and others keep their traceback.
     """
@@ -31,10 +33,9 @@ def run(
     def main(argv: Sequence[str]) -> int | None:
         logging.set_verbosity(logging.WARNING)
         try:
-            work(argv[1:])
+            return work(argv[1:])
         except InputError as error:
             return _refuse(str(error))
-        return None
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
@@ -55,6 +56,59 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
     """Raises InputError if a command that takes flags alone was given anything else."""
     if arguments:
         raise InputError(f"Unexpected argument {arguments[0]!r}: write --flag=value.")
+
+
+def given_config(values: flags.FlagValues) -> ml_collections.ConfigDict | None:
+    """Returns what --config=FILE gives; None without that flag.
+
+    Raises:
+      InputError: there is no such file, or it gives something else.
+    """
+    config = values.config
+    if config is None or isinstance(config, ml_collections.ConfigDict):
+        return config
+    # What ml_collections gives for a file that is not there; any use of it raises.
+    what = "there is no such file"
+    if isinstance(config, (Mapping, list, tuple, str, int, float)):
+        what = f"get_config() returns a {type(config).__name__}, expected a ConfigDict"
+    raise InputError(f"--config={values['config'].config_filename}: {what}.")
+
+
+def explain_config(base: Callable[[], ml_collections.ConfigDict], *, file: str) -> Explain:
+    """Returns the `explain` of a command whose --config has the keys of `base()`; see `file`."""
+
+    def explain(error: Exception, argv: Sequence[str]) -> str | None:
+        if isinstance(error, (OSError, SyntaxError, ImportError)):
+            return f"The configuration file cannot be read: {error}"
+        if "Traceback" in str(error):  # raised inside the configuration file
+            kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
+            if kind.endswith(("ConfigError", "InputError")):
+                return message
+            return f"{_config_file(argv)}: {kind}: {message}"
+        if isinstance(error, (AttributeError, LookupError, TypeError, ValueError)):
+            if unknown := _unknown_key(argv, base(), file):
+                return unknown
+            if isinstance(error, ValueError):  # of absl, such as --noflag=value
+                return str(error)
+            if isinstance(error, (AttributeError, KeyError)):
+                return f"{_config_file(argv)} cannot be used: {type(error).__name__}: {error}"
+        return None
+
+    return explain
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    return next((a.lstrip("-") for a in argv if a.lstrip("-").startswith("config=")), "--config")
+
+
+def _unknown_key(argv: Sequence[str], base: ml_collections.ConfigDict, file: str) -> str | None:
+    """Returns the message for the first override of a key that does not exist, if there is one."""
+    known = config_lib.flatten(base)
+    for argument in argv:
+        _, found, key = argument.split("=", 1)[0].partition("config.")
+        if found and key not in known:
+            return config_lib.unknown_key_message(key, base, file=file)
+    return None
 
 
 def _refuse(message: str) -> int:

@@ -70,20 +70,22 @@ def compile_steps(
         step = steps.make_train_step(
             built.step_model, built.optimizer, built.options, mesh=built.mesh
         )
-        train = _compile(step, (state, batch), shardings, report, donate_argnums=0)
-        _check_memory(train, built, config, batch, report)
+        train_step = jax.jit(step, out_shardings=shardings, donate_argnums=0)
+        train = _compile(train_step, (state, batch), report)
+        _check_memory(train, train_step, built, config, batch, report)
+        recover_step = steps.make_recover(built.options, mesh=built.mesh)
         recover = _compile(
-            steps.make_recover(built.options, mesh=built.mesh),
-            (state,),
-            shardings,
-            report,
-            donate_argnums=0,
+            jax.jit(recover_step, out_shardings=shardings, donate_argnums=0), (state,), report
         )
     weights = evaluation_weights(state, ema=built.options.evaluate_ema)
     predict_step = steps.make_predict_step(built.step_model, built.options, mesh=built.mesh)
-    predict = _compile(predict_step, (weights, images(built.eval_batch_size)), examples, report)
+    predict = _compile(
+        jax.jit(predict_step, out_shardings=examples),
+        (weights, images(built.eval_batch_size)),
+        report,
+    )
     matrices = (state.recovered, state.recovered_weight, state.annotations, state.annotations)
-    count = _compile(_count, matrices, alike, lambda line: None)
+    count = jax.jit(_count, out_shardings=alike).lower(*matrices).compile()
     explain_step = steps.make_predict_step(built.model, built.options, explain=True)
     explain = jax.jit(explain_step, out_shardings=alike)
     return CompiledSteps(train, recover, predict, count, explain)
@@ -91,6 +93,7 @@ def compile_steps(
 
 def _check_memory(
     train: Any,
+    train_step: Any,
     built: Experiment,
     config: ml_collections.ConfigDict,
     batch: dict[str, jax.ShapeDtypeStruct],
@@ -98,7 +101,7 @@ def _check_memory(
 ) -> None:
     """Raises InputError, naming the largest batch that fits, where the train step does not.
 
-    XLA's figures are known before anything is run.
+    XLA's figures are known before anything is run. `train` is `train_step` compiled for `batch`.
     """
     room = _room(built, config)
     needed = _peak(train)
@@ -112,12 +115,7 @@ def _check_memory(
             name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=x.sharding)
             for name, x in batch.items()
         }
-        step = steps.make_train_step(
-            built.step_model, built.optimizer, built.options, mesh=built.mesh
-        )
-        shardings = jax.tree.map(lambda x: x.sharding, built.abstract_state)
-        jitted = jax.jit(step, out_shardings=shardings, donate_argnums=0)
-        return _peak(jitted.lower(built.abstract_state, smaller).compile())
+        return _peak(train_step.lower(built.abstract_state, smaller).compile())
 
     fits = largest_that_fits(peak, room, failed=(built.batch_size, needed), multiple=multiple)
     remedy = f"The largest batch_size that fits is {fits}. " if fits else "No batch fits. "
@@ -186,18 +184,13 @@ def _count(
 
 
 def _compile(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    out_shardings: Any,
-    report: Callable[[str], None],
-    **options: Any,
+    jitted: Any, arguments: tuple[Any, ...], report: Callable[[str], None]
 ) -> Callable[..., Any]:
     start = time.perf_counter()
-    jitted = jax.jit(function, out_shardings=out_shardings, **options)
     compiled = jitted.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    line = f"compiled {function.__name__} in {seconds:.1f} s"
+    line = f"compiled {jitted.__name__} in {seconds:.1f} s"
     if memory is not None:
         held = memory.argument_size_in_bytes / 2**20
         scratch = memory.temp_size_in_bytes / 2**20

@@ -48,7 +48,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.data.strength = "moderate"  # of co-occurrence in `scenes`: moderate | strong
     c.data.sizes = ()  # train, validation and test images of `scenes`; (): its own
     c.data.validation_fraction = 0.1  # of the training images, where a set has no validation split
-    c.data.without_labels = "keep"  # images without any positive label, in every split: keep | drop
+    # Images that have no positive label and no unknown one, in every split: keep | drop.
+    c.data.without_labels = "keep"
     c.data.max_unreadable = 0.01  # share of the training images above which a run ends
     # Decoded images kept: auto (in memory if all of them fit) | none | memory | disk.
     c.data.cache = "auto"
@@ -138,7 +139,6 @@ def base_config() -> ml_collections.ConfigDict:
     # alone, by a mixture model) | both | co_occurrence (of two labels) | prototypes (features).
     c.recovery.source = "scores"
     c.recovery.components = 12  # statistics, both, evaluation.statistics: of the mixture
-    c.recovery.evidence_power = 1.0  # both: how far the network is believed, 0 to 1
     c.recovery.branch = "semantic"  # whose scores a teacher gives: semantic | global | mean
     c.recovery.teacher = "ema"  # whose scores are kept: ema | student
     c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
@@ -224,6 +224,8 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("cpu_devices", 1, 256),
     ("mesh.model", 1, None),
     ("seed", 0, 2**32 - 1),
+    ("data.seed", 0, 2**32 - 1),
+    ("labels.seed", 0, 2**32 - 1),
     ("data.image_size", 8, 8192),
     ("data.validation_fraction", 0, 0.9),
     ("data.workers", 0, 1024),
@@ -239,6 +241,7 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("model.feature_cache_gb", 0, None),
     ("model.encoder_layers", 0, None),
     ("model.encoder_heads", 1, None),
+    ("model.encoder_mlp", 1, None),
     ("model.encoder_dropout", 0, 0.99),
     ("model.head_dropout", 0, 0.99),
     ("model.rank", 1, None),
@@ -246,10 +249,13 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("graph.layers", 0, None),
     ("graph.threshold", 0, 1),
     ("graph.smoothing", 0, 1),
+    ("loss.gamma_pos", 0, None),
+    ("loss.gamma_neg", 0, None),
     ("loss.clip", 0, 0.999),
     ("loss.eps", 1e-30, 0.1),
     ("loss.margin", 0, None),
     ("loss.smoothing", 0, 1),
+    ("loss.global_weight", 0, None),
     ("loss.expected_positives", 0, None),
     ("loss.positives_per_image", 0, None),
     ("recovery.assumed", 0, 1),
@@ -258,10 +264,11 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("recovery.correction_rate", 0, 1),
     ("recovery.estimate_rate", 0, None),
     ("recovery.components", 1, None),
-    ("recovery.evidence_power", 0, 1),
     ("recovery.weight", 0, None),
     ("recovery.ramp_epochs", 0, None),
     ("recovery.momentum", 0, 0.9999),
+    ("recovery.positive_threshold", 0, 1),
+    ("recovery.negative_threshold", 0, 1),
     ("recovery.positive_precision", 0, 1),
     ("recovery.negative_precision", 0, 1),
     ("recovery.min_count", 1, None),
@@ -283,7 +290,8 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("checkpoint.keep", 2, None),
 )
 
-# Keys that change neither the numbers of a run nor what its checkpoint holds.
+# Keys that change neither the weights nor what a checkpoint holds. Of the saved epochs the best is
+# chosen: checkpoint.every_epochs says which these are.
 SAFE_TO_CHANGE = (
     "data.dir",
     "data.workers",
@@ -326,11 +334,13 @@ def near_keys(key: str, keys: Iterable[str], count: int = 3) -> list[str]:
     return list(dict.fromkeys(same_last + by_name + by_last))[:count]
 
 
-def unknown_key_message(key: str, config: Mapping[str, Any]) -> str:
-    """Returns the message for an override of a key that does not exist."""
+def unknown_key_message(
+    key: str, config: Mapping[str, Any], *, file: str = "clsl_jax/config.py"
+) -> str:
+    """Returns the message for an override of a key that does not exist; `file` has all keys."""
     near = near_keys(key, flatten(config))
     hint = f" Near ones: {', '.join(near)}." if near else ""
-    return f"There is no configuration key '{key}'.{hint} All keys: clsl_jax/config.py."
+    return f"There is no configuration key '{key}'.{hint} All keys: {file}."
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

@@ -322,9 +322,12 @@ def luminance(levels: jax.Array) -> jax.Array:
 
 def _mean(grey: jax.Array) -> jax.Array:
     """The mean [] of int32 [S, S], rounded half up."""
-    # Unsigned sums hold up to 2,900 x 2,900 pixels.
-    total = grey.astype(jnp.uint32).sum(dtype=jnp.uint32)
-    return ((2 * total + grey.size) // (2 * grey.size)).astype(jnp.int32)
+    # In wholes and remainders by row, since a sum of all levels overflows 32 bits.
+    height, width = grey.shape
+    rows = grey.astype(jnp.uint32).sum(axis=1, dtype=jnp.uint32)
+    wholes, rest = jnp.sum(rows // width), jnp.sum(rows % width)
+    rest = 2 * (width * (wholes % height) + rest) + grey.size
+    return (wholes // height + rest // (2 * grey.size)).astype(jnp.int32)
 
 
 def histogram(image: jax.Array) -> jax.Array:

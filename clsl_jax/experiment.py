@@ -1,9 +1,10 @@
 """From a configuration to everything a run needs: data, known labels, model, optimiser, steps."""
 
+import contextlib
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -127,6 +128,12 @@ def build(
     dataset = load_data(config, report)
     labels = dataset.train.labels
     steps_per_epoch = pipeline.steps_per_epoch(len(labels), batch_size=config.batch_size)
+    rows, along_data = sharding.padded_rows(len(labels)), mesh.shape["data"]
+    if rows % along_data:
+        raise InputError(
+            f"{rows:,} rows of labels do not spread over {along_data} devices: use 1, 2, 4, 8 or "
+            "another power of two of them, or set mesh.model so that so many are left along data."
+        )
     if steps_per_epoch == 0:
         raise InputError(
             f"batch_size={config.batch_size} is larger than the training split of "
@@ -138,12 +145,17 @@ def build(
     pretrained = config.model.pretrained
     features_shape, backbone_shapes = (), {}
     if pretrained:
-        features_shape, backbone_shapes = train_state.backbone_shapes(model, config.data.image_size)
+        with _building():
+            features_shape, backbone_shapes = train_state.backbone_shapes(
+                model, config.data.image_size
+            )
     caches_features = _caches_features(config, features_shape, dataset)
     options = dataclasses.replace(
         step_options(config, steps_per_epoch),
         positives_per_image=_positives_per_image(config, annotations),
     )
+    if options.needs_statistics:
+        _check_statistics(annotations, dataset.class_names)
     schedule = optim.one_cycle(
         config.optim.learning_rate,
         config.epochs * steps_per_epoch,
@@ -175,10 +187,11 @@ def build(
 
     shapes = (
         jax.ShapeDtypeStruct(embeddings.shape, jnp.float32),
-        jax.ShapeDtypeStruct((sharding.padded_rows(len(labels)), labels.shape[1]), jnp.int8),
+        jax.ShapeDtypeStruct((rows, labels.shape[1]), jnp.int8),
         backbone_shapes,
     )
-    abstract = jax.eval_shape(init, *shapes)
+    with _building():
+        abstract = jax.eval_shape(init, *shapes)
     shardings = train_state.state_shardings(abstract, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
@@ -208,6 +221,14 @@ def build(
         batch_size=config.batch_size,
         eval_batch_size=eval_batch_size,
     )
+
+
+@contextlib.contextmanager
+def _building() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"No network can be built of the keys model.*: {error}") from error
 
 
 def backbone_file(pretrained: str, backbone: str) -> str:
@@ -309,11 +330,38 @@ def _positives_per_image(config: ml_collections.ConfigDict, annotations: np.ndar
     return float((positives / np.maximum(positives + negatives, 1)).sum())
 
 
+def _check_statistics(annotations: np.ndarray, class_names: Sequence[str]) -> None:
+    """Refuses label statistics of classes that by the known labels are always there."""
+    always = (annotations == 1).any(axis=0) & ~(annotations == 0).any(axis=0)
+    names = [class_names[c] for c in np.flatnonzero(always)]
+    if names:
+        raise InputError(
+            "Label statistics (loss.statistics, evaluation.statistics, recovery.source=statistics "
+            "or both) need known negatives beside known positives, and there are none of "
+            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}: label some images as "
+            "negative for these, or turn them off."
+        )
+
+
 def _check_selection(
     config: ml_collections.ConfigDict, dataset: sources.Dataset, annotations: np.ndarray
 ) -> None:
-    """Refuses to let the hidden labels of the training images pick an epoch."""
+    """Refuses splits that cannot pick an epoch, or would by hidden labels of training images."""
     train = dataset.train
+    for name in sources.SPLITS:
+        split = getattr(dataset, name)
+        if not len(split.labels):
+            raise InputError(
+                f"The {name} split has no image. It takes some: prepare the data with rows for it, "
+                f"or raise data.validation_fraction={config.data.validation_fraction}."
+            )
+        scored = name == config.evaluation.selection
+        if scored and not ((split.labels == 1) & ~split.difficult).any():
+            raise InputError(
+                f"No image of the {name} split is labelled as positive for any class, so that no "
+                "epoch could be picked by it: label some of its images, or pick by another split "
+                "(evaluation.selection)."
+            )
     if (
         config.evaluation.selection == "validation"
         and dataset.validation.ids == train.ids
@@ -417,7 +465,6 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         estimate_rate=r.estimate_rate,
         source=r.source,
         components=r.components,
-        evidence_power=r.evidence_power,
         branch=r.branch,
         recovery_weight=r.weight,
         ramp_steps=round(r.ramp_epochs * steps_per_epoch),
@@ -454,6 +501,7 @@ def needs_clean_view(options: steps.StepOptions, config: ml_collections.ConfigDi
     """Returns whether batches carry the image before augmentation as well."""
     return (
         options.recovery_mode == "epoch"
+        and options.keeps_scores
         and options.teacher == "ema"
         and config.recovery.view == "clean"
         and not augmentation(config).is_identity

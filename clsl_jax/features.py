@@ -46,6 +46,7 @@ def cached_features(
     batch_size: int,
     directory: str | os.PathLike,
     report: Callable[[str], None] = lambda line: None,
+    poll: Callable[[], None] = lambda: None,
 ) -> sources.Dataset:
     """Returns a data set whose images are features, from disk or computed now.
 
@@ -58,6 +59,7 @@ def cached_features(
       batch_size: over all devices.
       directory: of the files; made if it does not exist.
       report: takes a line where something is computed.
+      poll: called before each batch; may raise to stop, and the split is computed again next time.
 
     Returns:
       The same splits; `images[i]` is {"image": float16 [h, w, D], "row": i}. A training image that
@@ -92,7 +94,7 @@ def cached_features(
         path = pathlib.Path(directory) / f"{dataset.name}-{split.name}-{name}.npy"
         if not _everywhere(path.is_file()):
             report(f"{split.name}: computing the features of {len(split.labels):,} images once")
-            _write(path, split, lambda batch: compute(frozen, batch), mesh, batch_size)
+            _write(path, split, lambda batch: compute(frozen, batch), mesh, batch_size, poll)
         source = split.images.images if split.name == "train" else split.images
         found: images.Images = FeatureFile(path, source)
         if split.name == "train":
@@ -152,14 +154,17 @@ def _write(
     compute: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
     batch_size: int,
+    poll: Callable[[], None],
 ) -> None:
     """Computes a split's features; the file appears in one step, when it is whole."""
     rows: np.ndarray | None = None
     written = np.zeros(len(split.labels), bool)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.sweep(path.parent.glob("*.partial-*"))
         with atomic.replacing(path) as partial:
             for batch in evaluate.batches(split, mesh=mesh, batch_size=batch_size):
+                poll()
                 found, place, valid = evaluate.gather(
                     (compute(batch["image"]), batch["row"], batch["valid"])
                 )

@@ -42,6 +42,7 @@ def picture_sheet(
       shown_classes: heat maps an image.
       title: of the sheet.
     """
+    shown_classes = min(shown_classes, len(class_names))
     blocks = 2 if len(images) > 1 else 1
     panels = 1 + (shown_classes if heat is not None else 0)
     rows = -(-len(images) // blocks)

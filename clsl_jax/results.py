@@ -13,7 +13,7 @@ import numpy as np
 from clsl_jax import atomic, evaluate, experiment, label_tables, npz, report, sharding, steps
 from clsl_jax.data import partial, sources
 from clsl_jax.experiment import Experiment
-from clsl_jax.score import score_convention
+from clsl_jax.score import percent, score_convention
 from clsl_jax.train_state import TrainState
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import LOG_NAME, RunLog, read_log
@@ -93,12 +93,13 @@ def write(
     pictured = min(config.evaluation.pictures, len(built.dataset.test.labels))
     explained = _explain(built, explain, pictured) if pictured else None
     if jax.process_index() == 0:
-        atomic.write_text(workdir.path(name), json.dumps(result, indent=2, sort_keys=True) + "\n")
         _write_predictions(workdir.path(PREDICTIONS_NAME), built, scores["best", "test"])
         _write_label_tables(workdir, built, tables)
         if explained is not None:
             note = f"weights of epoch {epochs['best']}"
             _write_pictures(workdir.path(PICTURES_NAME), built, explained, note)
+        # Last: where it is, everything is.
+        atomic.write_text(workdir.path(name), json.dumps(result, indent=2, sort_keys=True) + "\n")
     _print(log, result, workdir, name, tables=tables, pictured=explained is not None)
     return result
 
@@ -128,7 +129,7 @@ def _label_tables(
     """Returns what goes into the tables of recovered labels, or None where nothing is recovered.
 
     A training image has what was recovered while training; the others have what the last weights
-    say, by the same thresholds.
+    say, by the same thresholds, where these are on a network's probabilities.
     """
     splits = _tabled(built)
     cells = sum(split.labels.size for split in splits)
@@ -147,7 +148,9 @@ def _label_tables(
     kept, visits, recovered, weight = (x[:count] for x in found)
     labels = [label_tables.recovered_labels(built.annotations, recovered, weight)]
     probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
-    active = int(state.step) >= built.options.warmup_steps
+    # Thresholds on scores of another kind say nothing of what the network says.
+    fits = built.options.source in ("scores", "both")
+    active = fits and int(state.step) >= built.options.warmup_steps
     given = []
     for split in splits[1:]:
         predictions = scores["last", split.name]
@@ -245,7 +248,8 @@ def _best_on_test(workdir: Workdir, convention: str) -> dict[str, Any] | None:
     """
     key = f"test/mAP_{convention}"
     path = workdir.path(LOG_NAME)
-    rows = [row for row in read_log(path) if key in row] if os.path.exists(path) else []
+    rows = read_log(path) if os.path.exists(path) else []
+    rows = [row for row in rows if row.get(key) is not None]
     if not rows:
         return None
     best = max(rows, key=lambda row: row[key])
@@ -314,7 +318,7 @@ def _print(
         at = row["threshold_0.5"]
         numbers = (row["mAP"], at["CF1"], at["OF1"], row["top_3"]["CF1"], row["top_3"]["OF1"])
         label = f"{row['split']}, {row['weights']} (epoch {row['epoch']})"
-        rows.append((label, *(f"{100 * number:.2f}" for number in numbers)))
+        rows.append((label, *(percent(number) for number in numbers)))
     header = ("percent", "mAP", "CF1", "OF1", "top-3 CF1", "top-3 OF1")
     labels = result["labels"]
     share = labels["known_entries"] / labels["entries"]

@@ -22,7 +22,6 @@ from rich.table import Table
 from clsl_jax import atomic, command_line, metrics, npz
 from clsl_jax.errors import InputError
 
-AP_CONVENTIONS = ("interpolated", "uninterpolated")
 DIFFICULT = ("ignored", "negative")
 WITHOUT_LABELS = ("kept", "dropped")
 THRESHOLD, TOP_K = 0.5, 3
@@ -123,7 +122,7 @@ def score_convention(
         "ignored_entries": int(skipped.sum()),
     }
     groups = {f"threshold_{threshold}": {"threshold": threshold}, f"top_{top_k}": {"top_k": top_k}}
-    if not kept.any():
+    if skipped.all():  # no image, or no label
         nothing = dict.fromkeys(_NAMES)
         return result | {
             "mAP": None,
@@ -131,8 +130,8 @@ def score_convention(
             **{name: dict(nothing) for name in groups},
         }
     ap = metrics.average_precision(scores, labels, skipped, convention=convention)
-    mean = metrics.mean_average_precision(scores, labels, skipped, convention=convention)
-    result["mAP"] = _number(mean)
+    scored = ap[np.isfinite(ap)]
+    result["mAP"] = float(scored.mean()) if scored.size else None
     result["AP"] = {name: _number(v) for name, v in zip(class_names, ap, strict=True)}
     for name, how in groups.items():
         found = metrics.classification_metrics(scores, labels, skipped, **how)
@@ -164,7 +163,7 @@ def score_file(path: str) -> dict[str, Any]:
             without_labels=without_labels,
         )
         for difficult, without_labels, convention in itertools.product(
-            DIFFICULT, WITHOUT_LABELS, AP_CONVENTIONS
+            DIFFICULT, WITHOUT_LABELS, metrics.CONVENTIONS
         )
     ]
     with open(path, "rb") as file:
@@ -184,18 +183,18 @@ def score_file(path: str) -> dict[str, Any]:
 def tables(scored: Mapping[str, Any]) -> list[Table]:
     """Returns the tables of mean AP and of the classification metrics, in percent."""
     by = {(r["difficult"], r["without_labels"], r["AP_convention"]): r for r in scored["results"]}
-    precision = _table("Mean average precision, percent", "images", *AP_CONVENTIONS)
+    precision = _table("Mean average precision, percent", "images", *metrics.CONVENTIONS)
     decisions = _table("Precision, recall and F1, percent", "predicted", *_NAMES)
     for difficult, without_labels in itertools.product(DIFFICULT, WITHOUT_LABELS):
-        rows = [by[difficult, without_labels, convention] for convention in AP_CONVENTIONS]
+        rows = [by[difficult, without_labels, convention] for convention in metrics.CONVENTIONS]
         precision.add_row(
-            difficult, without_labels, str(rows[0]["images"]), *(_percent(r["mAP"]) for r in rows)
+            difficult, without_labels, str(rows[0]["images"]), *(percent(r["mAP"]) for r in rows)
         )
         for name, shown in (
             (f"threshold_{THRESHOLD}", f"above {THRESHOLD}"),
             (f"top_{TOP_K}", f"and top {TOP_K}"),
         ):
-            numbers = (_percent(rows[0][name][key]) for key in _NAMES)
+            numbers = (percent(rows[0][name][key]) for key in _NAMES)
             decisions.add_row(difficult, without_labels, shown, *numbers)
     return [precision, decisions]
 
@@ -209,7 +208,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share of 1 as text, 12.34; a dash where there is none."""
     return "–" if value is None else f"{100 * value:.2f}"
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clsl_jax.errors import InputError
 
-ROW_MULTIPLE = 256  # any mesh of up to 256 devices divides padded matrices
+ROW_MULTIPLE = 256  # divided by the devices along `data`, where these are a power of two
 
 
 def divide_cpu(devices: int) -> None:

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -50,7 +50,7 @@ def base_study() -> ml_collections.ConfigDict:
     # Method and "key=value": an ablation's row is a method with keys of its own, under a new name.
     c.variants = ()  # (name, method, "key=value key=value ...") each
     c.convention = "interpolated"  # of average precision in tables
-    c.weights = "best"  # best | last: of which epoch
+    c.weights = "best"  # best | last: of which epoch; the best of those that are saved
     # (name, data set, protocol, known fraction, mAP in percent, source) each; tables mark them.
     c.published = ()
     return c
@@ -297,6 +297,38 @@ def define_flags() -> None:
     flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
 
 
+def _is_text(entry: Any) -> bool:
+    return isinstance(entry, str)
+
+
+def _is_variant(entry: Any) -> bool:
+    return isinstance(entry, (tuple, list)) and len(entry) == 3 and all(map(_is_text, entry))
+
+
+def _is_published(entry: Any) -> bool:
+    if not isinstance(entry, (tuple, list)) or len(entry) != 6:
+        return False
+    *texts, fraction, percent, source = entry
+    numbers = isinstance(fraction, (int, float)) and isinstance(percent, (int, float))
+    return numbers and all(map(_is_text, (*texts, source)))
+
+
+# Key of a study: what its entries are.
+_ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("configs", "methods", "protocols", "settings"), (_is_text, "text")),
+    "known_fractions": (
+        lambda entry: isinstance(entry, (int, float)) and 0 <= entry <= 1,
+        "number from 0 to 1",
+    ),
+    "seeds": (lambda entry: isinstance(entry, int) and 0 <= entry < 2**32, "number from 0 on"),
+    "variants": (_is_variant, '(name, method, "key=value ...")'),
+    "published": (
+        _is_published,
+        "(name, data set, protocol, known fraction, mAP in percent, source)",
+    ),
+}
+
+
 def check(study: Mapping[str, Any]) -> None:
     """Refuses keys that a study does not have, and values of another kind.
 
@@ -312,6 +344,10 @@ def check(study: Mapping[str, Any]) -> None:
         for key, is_list in ((k, isinstance(base[k], tuple)) for k in study)
         if isinstance(study[key], (tuple, list)) != is_list
     ]
+    for key, (fits, expected) in _ENTRIES.items():
+        if isinstance(study[key], (tuple, list)):
+            strange = [entry for entry in study[key] if not fits(entry)]
+            wrong += [f"{key}: {entry!r} is no {expected}" for entry in strange]
     if study["convention"] not in ("interpolated", "uninterpolated"):
         wrong.append(f"convention={study['convention']!r}: interpolated or uninterpolated")
     if study["weights"] not in ("best", "last"):
@@ -326,16 +362,22 @@ def work(arguments: Sequence[str]) -> None:
 
     command_line.refuse_arguments(arguments)
     values = flags.FLAGS
-    if not values.workdir or values.config is None:
+    study = command_line.given_config(values)
+    if not values.workdir or study is None:
         raise InputError("--config=configs/study/NAME.py and --workdir=DIR are needed.")
-    study = values.config
     check(study)
     grid = cells(study)
     shard = parse_shard(values.shard)
     console = Console(highlight=False, soft_wrap=True)
     failed: dict[Cell, str] = {}
     if values.mode == "run":
-        os.makedirs(values.workdir, exist_ok=True)
+        try:
+            os.makedirs(values.workdir, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--workdir={values.workdir} cannot be written to ({error.strerror}): name a "
+                "directory of yours."
+            ) from None
         try:
             failed = run_cells(grid, values.workdir, console, shard)
         except Stopped:
@@ -349,7 +391,11 @@ def work(arguments: Sequence[str]) -> None:
 
 def cli() -> None:
     """Entry point of the console script."""
-    command_line.run(define_flags, work)
+    command_line.run(
+        define_flags,
+        work,
+        explain=command_line.explain_config(base_study, file="clsl_jax/study.py"),
+    )
 
 
 if __name__ == "__main__":

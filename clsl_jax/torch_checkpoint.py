@@ -15,6 +15,7 @@ from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment
 from clsl_jax.models import pretrained
 from clsl_jax.models.weights_file import read_weights
+from clsl_jax.train_state import evaluation_weights
 from clsl_jax.workdir import CONFIG_NAME, Workdir
 from clsl_jax.writer import RunLog
 
@@ -111,4 +112,12 @@ def _weights(
         "adjacency": adjacency,
         "statistics": {},
     }
-    return sharding.put_replicated(built.mesh, weights)
+    # As the compiled steps expect them: wide ones are divided over `model`.
+    placed = evaluation_weights(built.abstract_state, ema=built.options.evaluate_ema)
+    return jax.tree.map(
+        lambda x, like: jax.make_array_from_callback(
+            np.shape(x), like.sharding, lambda i: np.asarray(x)[i]
+        ),
+        weights,
+        placed,
+    )

@@ -20,7 +20,7 @@ from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment
 from clsl_jax.preemption import Preempted, PreemptionGuard
 from clsl_jax.recovery import recovery_summary
-from clsl_jax.score import score_convention
+from clsl_jax.score import percent, score_convention
 from clsl_jax.train_state import TrainState, evaluation_weights
 from clsl_jax.workdir import EMBEDDINGS_NAME, Workdir
 from clsl_jax.writer import RunLog
@@ -42,14 +42,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     config_lib.validate(config)
     sharding.divide_cpu(config.cpu_devices)
     with Workdir(workdir) as where, PreemptionGuard() as guard:
-        cluster.agree(lambda: where.adopt(config))
+        cluster.agree(lambda: where.check(config))
         log = RunLog(workdir)
         log.console.print(f"clsl_jax: {config.data.name}, workdir {workdir}{_processes()}")
         built = _build(config, where, log)
+        where.adopt(config)
         where.save_embeddings(built.label_embeddings, built.dataset.class_names)
         run = _Run(config, built, where, log, guard)
         try:
-            with _full_disk(workdir):
+            with _unwritable(workdir):
                 return run.train()
         except Preempted as stopped:
             log.console.print(f"{stopped} Run the same command to go on.")
@@ -79,7 +80,7 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
     built = _build(config, where, log)
     run = _Run(config, built, where, log, None, read_only=True)
     try:
-        with _full_disk(workdir):
+        with _unwritable(workdir):
             return run.evaluate()
     finally:
         run.close()
@@ -100,16 +101,21 @@ def _build(config: ml_collections.ConfigDict, where: Workdir, log: RunLog) -> Ex
     return built
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 @contextlib.contextmanager
-def _full_disk(workdir: str) -> Iterator[None]:
+def _unwritable(workdir: str) -> Iterator[None]:
     """Says in a line that something cannot be written: older checkpoints are still there."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if error.errno not in (*_NO_ROOM, *_NOT_ALLOWED):
             raise
+        remedy = "Make room" if error.errno in _NO_ROOM else "Make it writable for you"
         raise InputError(
-            f"{error.filename or workdir} cannot be written ({error.strerror}). Make room and run "
+            f"{error.filename or workdir} cannot be written ({error.strerror}). {remedy} and run "
             "the same command again: it goes on from the last checkpoint."
         ) from error
 
@@ -133,8 +139,9 @@ class _Run:
     ) -> None:
         self.config, self.experiment, self.workdir = config, built, workdir
         self.log, self.guard = log, guard
+        self.checkpoints = config.checkpoint.dir or workdir.path("checkpoints")
         self.checkpointer = Checkpointer(
-            config.checkpoint.dir or workdir.path("checkpoints"),
+            self.checkpoints,
             keep=config.checkpoint.keep,
             read_only=read_only,
         )
@@ -160,11 +167,7 @@ class _Run:
     def train(self) -> dict[str, Any]:
         config, built = self.config, self.experiment
         mask_sha256 = self.workdir.save_mask(built.mask, config)
-        self.meta = {
-            "mask_sha256": mask_sha256,
-            "annotations_sha256": partial.mask_sha256(built.annotations),
-            "fingerprint": built.dataset.fingerprint,
-        }
+        self.meta = {"mask_sha256": mask_sha256, **self._data_facts()}
         restored = self.checkpointer.restore_latest(built.abstract_state)
         if restored is None:
             state, step, epoch_done = built.new_state(self.log.console.print), 0, True
@@ -194,6 +197,11 @@ class _Run:
         built = self.experiment
         if not built.caches_features:
             return built.dataset
+
+        def poll() -> None:
+            if self._stop_requested():
+                raise Preempted("Stopped by SIGTERM while features were computed.")
+
         return features.cached_features(
             built.dataset,
             built.model,
@@ -203,6 +211,7 @@ class _Run:
             batch_size=built.eval_batch_size,
             directory=sources.cache_directory() / "features",
             report=self.log.console.print,
+            poll=poll,
         )
 
     def _train_batches(self, start: int) -> Watched:
@@ -380,7 +389,7 @@ class _Run:
         ]
         for name in ("validation", "test"):
             if f"{name}/mAP_{convention}" in values:
-                parts.append(f"{name} mAP {100 * values[f'{name}/mAP_{convention}']:.2f}")
+                parts.append(f"{name} mAP {percent(values[f'{name}/mAP_{convention}'])}")
         if "recovery/unknown" in values:
             parts.append(results.recovery_line(values))
         parts.append(f"{timing['images_per_second']:.0f} images/s")
@@ -435,18 +444,25 @@ class _Run:
             self.log.console.print(f"{error} The run goes on.")
             self.saved = None
 
+    def _data_facts(self) -> dict[str, str]:
+        built = self.experiment
+        return {
+            "annotations_sha256": partial.mask_sha256(built.annotations),
+            "fingerprint": built.dataset.fingerprint,
+        }
+
     def _check_data(self, stored: Mapping[str, Any]) -> None:
-        """Refuses to go on with other data than those of the checkpoint whose facts are given."""
-        for key, name in {
+        """Refuses other data than those of the checkpoint whose facts are given."""
+        names = {
             "annotations_sha256": "known labels",
             "fingerprint": "images and labels of all splits",
-        }.items():
-            if stored[key] != self.meta[key]:
+        }
+        for key, found in self._data_facts().items():
+            if stored[key] != found:
                 raise InputError(
-                    f"The {name} are not those this run was started with: SHA-256 "
-                    f"{self.meta[key][:12]}…, in the checkpoint {stored[key][:12]}…. Was the data "
-                    "set, its cache or labels.file changed? Restore it, or start anew in another "
-                    "--workdir."
+                    f"The {names[key]} are not those this run was started with: SHA-256 "
+                    f"{found[:12]}…, in the checkpoint {stored[key][:12]}…. Was the data set, its "
+                    "cache or labels.file changed? Restore it, or start anew in another --workdir."
                 )
 
     def _check_finite(self, state: TrainState) -> None:
@@ -483,10 +499,9 @@ class _Run:
     def evaluate(self) -> dict[str, Any]:
         restored = self.checkpointer.restore_latest(self.experiment.abstract_state)
         if restored is None:
-            raise CheckpointError(
-                f"{self.workdir.path('checkpoints')} holds no checkpoint: train first."
-            )
+            raise CheckpointError(f"{self.checkpoints} holds no checkpoint: train first.")
         state, meta, step = restored
+        self._check_data(meta)
         self.inputs = self._inputs(state)
         self.meta = meta
         self.unreadable = set(meta["unreadable"])

@@ -59,15 +59,18 @@ class Workdir:
         if self._lock is not None:
             self._lock.close()
 
-    def adopt(self, config: ml_collections.ConfigDict) -> None:
-        """Writes the configuration down, or checks it against the one the run was started with.
+    def check(self, config: ml_collections.ConfigDict) -> None:
+        """Checks the configuration against the one that the run here was started with, if any.
 
         Raises:
-          InputError: if the run here was started with another one, naming the keys.
+          InputError: if it was started with another one, naming the keys.
         """
         if os.path.exists(self.path(CONFIG_NAME)):
             stored = self.stored_config(self._directory)
             config_lib.check_resume(stored, config, self._directory)
+
+    def adopt(self, config: ml_collections.ConfigDict) -> None:
+        """Writes the configuration down: from now on the directory is of this run."""
         if jax.process_index() == 0:
             atomic.write_text(self.path(CONFIG_NAME), config_lib.to_json(config))
 

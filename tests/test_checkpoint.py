@@ -60,6 +60,11 @@ def test_checksums_do_not_depend_on_devices_and_see_any_change():
     changed = np.asarray(checksums(swapped)) != np.asarray(one)
     # Leaves come in the order of their names: half, labels, matrix, step, weights.
     assert changed.tolist() == [False, False, True, False, False]
+    square = np.random.default_rng(0).random((4, 4), np.float32)
+    moved = square.copy()
+    moved[0, 3], moved[1, 1] = square[1, 1], square[0, 3]
+    found = {tuple(np.asarray(checksums([x])).tolist()) for x in (square, square.T, moved)}
+    assert len(found) == 3
 
 
 def test_keeps_the_latest_two_and_the_best(tmp_path):
@@ -143,6 +148,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
     save(checkpointer, 2)
     assert checkpointer.restore_latest(abstract(make_state()))[2] == 2
     checkpointer.close()
+
+
+def test_a_reader_moves_nothing(tmp_path):
+    writer = Checkpointer(str(tmp_path))
+    for step in (1, 2):
+        save(writer, step)
+    writer.close()
+    victim = next(p for p in (tmp_path / "2" / "state").rglob("*") if p.is_file())
+    victim.unlink()
+    before = sorted(os.listdir(tmp_path))
+    reader = Checkpointer(str(tmp_path), read_only=True)
+    assert reader.restore_latest(abstract(make_state()))[2] == 1
+    reader.close()
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_all_damaged_is_an_error_and_nothing_is_moved(tmp_path):

@@ -349,3 +349,13 @@ def test_wrong_images_are_named():
     for images in (np.zeros((1, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), _noise(1)[:, :9]):
         with pytest.raises(ValueError, match="uint8"):
             device_transforms.augment_images(jax.random.key(0), jnp.asarray(images), EVERYTHING)
+
+
+def test_the_mean_of_an_image_of_any_size():
+    """Above 2,900 pixels a side the sum of its levels does not fit into 32 bits."""
+    rng = np.random.default_rng(0)
+    for shape in ((3, 5), (64, 64), (3000, 3000)):
+        for low, high in ((0, 256), (255, 256)):
+            grey = rng.integers(low, high, shape).astype(np.int32)
+            expected = (2 * int(grey.sum()) + grey.size) // (2 * grey.size)
+            assert int(device_transforms._mean(jnp.asarray(grey))) == expected

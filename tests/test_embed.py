@@ -377,6 +377,7 @@ def _cut(path: pathlib.Path, length: int) -> None:
         (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot be used as a tokenizer"),
         (lambda f: _rewrite_config(f, model_type="roberta"), "'roberta', only 'bert'"),
         (lambda f: _rewrite_config(f, hidden_act="silu"), "hidden_act is 'silu'"),
+        (lambda f: _rewrite_config(f, hidden_act=[]), "hidden_act is \\[\\]"),
         (lambda f: _rewrite_config(f, hidden_size=None), "hidden_size is None"),
         (lambda f: _rewrite_config(f, num_attention_heads=5), "not a multiple"),
         (lambda f: _rewrite_config(f, intermediate_size=24), r"\(20, 12\), config.json says \(24"),
@@ -424,6 +425,14 @@ def test_sentence_folders_state_their_pooling(tmp_path: pathlib.Path) -> None:
         transformer.sentence_pooling(_stages(tmp_path, *stages, pooling_mode_max_tokens=True))
     with pytest.raises(InputError, match="Dense"):
         transformer.sentence_pooling(_stages(tmp_path, "Transformer", "Pooling", "Dense", **mean))
+    folder = pathlib.Path(_stages(tmp_path, *stages, **mean))
+    (folder / "1_Pooling" / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="holds no configuration"):
+        transformer.sentence_pooling(str(folder))
+    modules = [{"type": f"a.{kind}", "path": 1} for kind in stages]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(InputError, match="the stages are unreadable"):
+        transformer.sentence_pooling(str(folder))
 
 
 def test_sentence_package() -> None:

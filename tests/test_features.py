@@ -124,7 +124,7 @@ def test_the_head_starts_alike_with_and_without_given_backbone():
 def compute(tmp_path):
     model, mesh = make_model(), sharding.make_mesh(jax.devices()[:2])
 
-    def go(dataset, seed=1):
+    def go(dataset, seed=1, **how):
         lines = []
         made = features.cached_features(
             dataset,
@@ -135,10 +135,30 @@ def compute(tmp_path):
             batch_size=4,
             directory=tmp_path / "features",
             report=lines.append,
+            **how,
         )
         return made, lines
 
     return go
+
+
+def test_a_stop_leaves_nothing_and_what_a_kill_left_is_swept(compute, tmp_path):
+    calls = []
+
+    def poll():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compute(make_dataset(), poll=poll)
+    assert list((tmp_path / "features").iterdir()) == []
+    (tmp_path / "features" / "toy-train-0.npy.partial-1-aa").write_bytes(b"long ago")
+    (tmp_path / "features" / "toy-train-0.npy.partial-2-bb").write_bytes(b"just now")
+    os.utime(tmp_path / "features" / "toy-train-0.npy.partial-1-aa", (0, 0))
+    assert len(compute(make_dataset())[1]) == 3
+    names = [path.name for path in (tmp_path / "features").iterdir()]
+    assert [name for name in names if "partial" in name] == ["toy-train-0.npy.partial-2-bb"]
 
 
 def test_features_are_computed_once(compute, tmp_path):

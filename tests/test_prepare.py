@@ -1,6 +1,7 @@
 """Preparing as such: broken images, copies, being killed, and what the command refuses."""
 
 import json
+import os
 import time
 
 import numpy as np
@@ -207,6 +208,17 @@ def test_a_shard_that_was_cut_off_is_written_again(tmp_path):
     assert again.ids.tolist() == [str(row) for row in range(30)]
     with pytest.raises(ValueError, match="no example"):
         shards.write_split(tmp_path, "none", [], lambda example: b"")
+
+
+def test_what_is_gone_on_with_is_not_swept_away(tmp_path):
+    (tmp_path / ".incomplete-mine").mkdir()
+    (tmp_path / ".incomplete-mine" / "a shard").write_bytes(b"whole")
+    (tmp_path / ".incomplete-other").mkdir()
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    with stored._staging(tmp_path, "mine") as staging:
+        assert (staging / "a shard").read_bytes() == b"whole"
+        assert [path.name for path in tmp_path.iterdir()] == [staging.name]
 
 
 def test_two_processes_do_not_write_the_same_content_at_once(tmp_path):

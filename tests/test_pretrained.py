@@ -164,14 +164,14 @@ def test_graph_may_be_kept_where_the_authors_have_none():
 
 def test_classifier_is_dropped_on_request_only(caplog):
     variables = whole()
-    ours = fill({k: v["backbone"] for k, v in variables.items()}, seed=1)
+    backbone = {kind: tree["backbone"] for kind, tree in variables.items()}
+    ours = fill(backbone, seed=1)
     state = pretrained.export_torch(ours, layout=TorchLayout(backbone=""))
     state |= {"fc.weight": np.zeros((10, 8)), "fc.bias": np.zeros(10)}
     with pytest.raises(InputError, match=r"2 left over.*fc.bias, fc.weight"):
-        pretrained.import_backbone(state, variables)
+        pretrained.import_torch(state, backbone)
     with caplog.at_level(logging.INFO):
-        loaded = pretrained.import_backbone(state, variables, drop=("fc.",))
+        loaded = pretrained.import_torch(state, backbone, drop=("fc.",))
     assert "fc.weight, fc.bias" in caplog.text
-    assert_same(loaded["params"]["backbone"], ours["params"])
-    assert_same(loaded["batch_stats"]["backbone"], ours["batch_stats"])
-    assert_same(loaded["params"]["encoder"], variables["params"]["encoder"])
+    assert_same(loaded["params"], ours["params"])
+    assert_same(loaded["batch_stats"], ours["batch_stats"])

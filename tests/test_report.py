@@ -7,18 +7,20 @@ import pytest
 from clsl_jax.report import picture_sheet
 
 
-@pytest.mark.parametrize(("count", "with_heat"), [(1, True), (5, True), (4, False)])
-def test_sheet(tmp_path, count, with_heat):
+@pytest.mark.parametrize(
+    ("count", "with_heat", "classes"), [(1, True, 6), (5, True, 6), (4, False, 6), (2, True, 1)]
+)
+def test_sheet(tmp_path, count, with_heat, classes):
     rng = np.random.default_rng(0)
     images = np.full((count, 32, 32, 3), (250, 10, 200), np.uint8)
     path = tmp_path / "sheet.png"
     picture_sheet(
         str(path),
         images=images,
-        labels=rng.integers(-1, 2, (count, 6)).astype(np.int8),
-        probabilities=rng.random((count, 6)),
-        heat=rng.random((count, 4, 4, 6)) if with_heat else None,
-        class_names=[f"class {c}" for c in range(6)],
+        labels=rng.integers(-1, 2, (count, classes)).astype(np.int8),
+        probabilities=rng.random((count, classes)),
+        heat=rng.random((count, 4, 4, classes)) if with_heat else None,
+        class_names=[f"class {c}" for c in range(classes)],
         title="title",
     )
     sheet = cv2.imread(str(path))[:, :, ::-1]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
-from clsl_jax import score
+from clsl_jax import metrics, score
 from clsl_jax.errors import InputError
 
 # Class a, from the best score down: 0.9 positive, 0.8 difficult, 0.7 negative, 0.6 positive,
@@ -77,7 +77,7 @@ def test_conventions_of_ap_differ() -> None:
         convention: score.score_convention(scores, labels, nothing, ["a"], convention=convention)[
             "mAP"
         ]
-        for convention in score.AP_CONVENTIONS
+        for convention in metrics.CONVENTIONS
     }
     assert found == pytest.approx({"interpolated": 2 / 3, "uninterpolated": (1 / 2 + 2 / 3) / 2})
 

@@ -70,6 +70,12 @@ def test_a_study_that_cannot_be_run_is_refused(changes, message):
         ({"method": ("a",)}, "no study key 'method'"),
         ({"seeds": "0"}, "seeds='0': expected several"),
         ({"weights": "test"}, "best or last"),
+        ({"known_fractions": ("a",)}, "known_fractions: 'a' is no number from 0 to 1"),
+        ({"known_fractions": (float("nan"),)}, "nan is no number from 0 to 1"),
+        ({"seeds": (0, -1)}, "seeds: -1 is no number"),
+        ({"methods": (1,)}, "methods: 1 is no text"),
+        ({"variants": ("a",)}, "variants: 'a' is no"),
+        ({"published": (("a", "scenes", "uniform", 0.1, 50.0),)}, "published: "),
     ],
 )
 def test_study_keys_are_checked(changes, message):

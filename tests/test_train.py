@@ -318,8 +318,8 @@ main.cli()
 def test_sigterm_in_evaluation(shared, finished, tmp_path):
     """The command itself, but that the signal is sent just where epoch 2 is evaluated."""
     workdir = tmp_path / "run"
-    status, out, err = run(shared, workdir, program=SIGNALLED)
-    assert status == 0, err
+    status, out, err = run(shared, workdir, "--stopped_status=75", program=SIGNALLED)
+    assert status == 75, err
     assert "Stopped by SIGTERM after step 12" in out
     assert newest_step(workdir) == 12
     assert len(read_log(workdir / "log.jsonl")) == 1

@@ -13,18 +13,17 @@ import os
 import pathlib
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from clsl_jax import atomic
 from clsl_jax.data import images as images_lib
 from clsl_jax.data.images import Images
 from clsl_jax.errors import InputError
 
 KINDS = ("memory", "disk")
-_STALE_SECONDS = 24 * 3600
 _INCOMPLETE = ".incomplete-"
 
 
@@ -198,7 +197,7 @@ def _write(images: Images, path: pathlib.Path, shape: tuple[int, ...]) -> None:
     """Writes the file beside its place and moves it there; the first to finish wins."""
     with _unwritable(path, shape):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
+        atomic.sweep(path.parent.glob(f"{_INCOMPLETE}*"))
         unique = f"{_INCOMPLETE}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
         partial = path.with_name(unique)
         file = open(partial, "w+b")  # noqa: SIM115
@@ -277,11 +276,3 @@ def _unwritable(path: pathlib.Path, shape: tuple[int, ...]) -> Iterator[None]:
             f"written ({error.strerror or error}); make room, lower data.cache_gb, name another "
             "directory by the environment variable CLSL_CACHE_DIR, or use data.cache=none."
         ) from error
-
-
-def _sweep(directory: pathlib.Path) -> None:
-    """Removes what processes killed long ago left behind."""
-    for path in directory.glob(f"{_INCOMPLETE}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()

@@ -21,7 +21,6 @@ PREPARED_NAMES = ("voc2007", "voc2012", "coco2014", "nuswide", "vg500", "table")
 NAMES = ("scenes", *PREPARED_NAMES)
 CACHES = ("auto", "none", *cache_lib.KINDS)
 WITHOUT_LABELS = ("keep", "drop")
-# In the order in which they are given room in a cache: training reads its images most often.
 
 
 @dataclasses.dataclass(frozen=True)

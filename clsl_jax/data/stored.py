@@ -20,7 +20,6 @@ import os
 import pathlib
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import dataset_info, example_serializer
 from tensorflow_datasets.core import splits as tfds_splits
 
+from clsl_jax import atomic
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import shards
 from clsl_jax.data.shards import Example
@@ -37,7 +37,6 @@ from clsl_jax.errors import InputError
 DIFFICULT = 2
 INDEX_NAME = "index.npz"
 _INCOMPLETE = ".incomplete-"
-_STALE_SECONDS = 24 * 3600
 
 
 def prepare(
@@ -188,7 +187,7 @@ def _staging(home: pathlib.Path, resume: str) -> Iterator[pathlib.Path]:
     staging = home / f"{_INCOMPLETE}{resume or f'{os.getpid()}-{secrets.token_hex(4)}'}"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        _sweep(home)
+        atomic.sweep(path for path in home.glob(f"{_INCOMPLETE}*") if path != staging)
         staging.mkdir(exist_ok=bool(resume))
         lock = open(staging / "lock", "w")  # noqa: SIM115
     except OSError as error:
@@ -208,16 +207,6 @@ def _staging(home: pathlib.Path, resume: str) -> Iterator[pathlib.Path]:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sweep(home: pathlib.Path) -> None:
-    """Removes what processes killed long ago left behind."""
-    for path in home.glob(f"{_INCOMPLETE}*"):
-        try:
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-        except FileNotFoundError:
-            pass
 
 
 @dataclasses.dataclass(frozen=True)

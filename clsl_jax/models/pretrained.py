@@ -169,27 +169,6 @@ def import_torch(
     return traverse_util.unflatten_dict(filled)
 
 
-def import_backbone(
-    state: Mapping[str, Any], variables: Variables, *, drop: Sequence[str] = ()
-) -> dict[str, Any]:
-    """`CLSL` variables whose backbone has the values of a bare ResNet's state dict.
-
-    Args:
-      state: a torchvision ResNet's state dict.
-      variables: `params` and `batch_stats` of a `CLSL`.
-      drop: as in `import_torch`; ('fc.',) leaves the classifier out.
-
-    Raises:
-      InputError: as in `import_torch`.
-    """
-    backbone = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
-    loaded = import_torch(state, backbone, drop=drop)
-    return {
-        kind: {**tree, "backbone": loaded[kind]} if kind in loaded else tree
-        for kind, tree in variables.items()
-    }
-
-
 def export_torch(
     variables: Variables, *, layout: TorchLayout = DEFAULT_LAYOUT
 ) -> dict[str, np.ndarray]:

@@ -166,7 +166,7 @@ def build_backbone(
     remat: bool = False,
     name: str | None = None,
 ) -> nn.Module:
-    """The network of that name: 'resnet18', '34', '50', '101', '152' or 'small'.
+    """The network of that name: one of `BACKBONES`.
 
     'small' is for images of 64 pixels on a CPU: a 5x5 stem of half the first width and two stages,
     output stride 8 (a third width makes it 16).
@@ -180,9 +180,11 @@ def build_backbone(
       name: the module's name inside its parent.
 
     Raises:
-      ValueError: the name is none of these.
+      ValueError: the name is none of these, or an EfficientNet shall have other widths or stages.
     """
     if backbone == "efficientnet_lite0":
+        if widths or stage_sizes:
+            raise ValueError(f"{backbone} has widths and stage sizes of its own: leave them out.")
         return EfficientNetLite0(dtype=dtype, remat=remat, name=name)
     if backbone not in STAGE_SIZES:
         raise ValueError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")

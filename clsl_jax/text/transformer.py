@@ -92,7 +92,7 @@ def sentence_pooling(folder: str) -> tuple[str, bool]:
     modules = _read_json(folder, "modules.json")
     try:
         kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-        paths = [module["path"] for module in modules]
+        paths = [os.path.join(folder, module["path"]) for module in modules]
     except (TypeError, KeyError, AttributeError):
         kinds, paths = [], []
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
@@ -100,12 +100,12 @@ def sentence_pooling(folder: str) -> tuple[str, bool]:
             f"{os.path.join(folder, 'modules.json')}: the stages are "
             f"{', '.join(kinds) or 'unreadable'}; expected Transformer, Pooling, perhaps Normalize."
         )
-    pooling = _read_json(folder, os.path.join(paths[1], "config.json"))
+    pooling = _read_config(paths[1])
     chosen = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(chosen) != 1 or chosen[0] not in known:
         raise InputError(
-            f"{os.path.join(folder, paths[1], 'config.json')}: pools by "
+            f"{os.path.join(paths[1], 'config.json')}: pools by "
             f"{', '.join(chosen) or 'nothing'}; one of {', '.join(known)} is expected."
         )
     return known[chosen[0]], kinds[-1] == "Normalize"

@@ -56,6 +56,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.variants = ablation.variants("clsl", CHANGED, ALONE, bare=bare)
     config.known_fractions = (0.2,)
     config.seeds = (0, 1)
+    config.weights = "last"  # the only ones that are saved: no epoch is picked
     config.settings = (
         f"data.dir={directory}",
         "cpu_devices=1",

@@ -49,6 +49,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.configs = ("configs/scenes.py", "configs/scenes.py:strong")
     config.methods = tuple(methods.METHODS)
     config.known_fractions = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    config.weights = "last"  # the only ones that are saved: no epoch is picked
     config.settings = ("evaluation.pictures=0", "checkpoint.every_epochs=1000")
     if arg == "main":
         config.methods = ("known_asl", "clsl")
