@@ -11,9 +11,9 @@ The recipe starts from ImageNet weights and from embeddings of the label texts; 
 weights and embeddings are random.
 
 `released` is the authors' recipe, loss scale and recovery included; without it, the same model and
-schedule with this project's loss scale and recovery. Hardware: one GPU of 80 GB. Source of the
-numbers: the CLSL authors' released program. Published, all at 10 % known: 82.6 mAP (backbone not
-stated).
+schedule with this project's loss scale and recovery. Hardware: one GPU of 80 GB; on several, a
+batch that spreads over them, such as --config.batch_size=64. Source of the numbers: the CLSL
+authors' released program. Published, all at 10 % known: 82.6 mAP (backbone not stated).
 """
 
 import ml_collections

@@ -7,7 +7,7 @@ venv=${CLSL_VENV:-$root/.venv}
 
 find_python() {
   local candidate
-  for candidate in ${CLSL_PYTHON:-} python3 python3.12 python3.11 python; do
+  for candidate in ${CLSL_PYTHON:-} python3.12 python3.11 python3 python; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null; then
       echo "$candidate"
       return

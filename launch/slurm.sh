@@ -2,11 +2,13 @@
 # Trains under Slurm, one task a GPU; stopped or preempted, the job queues itself again and goes on.
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh \
-#       --config=configs/coco.py --workdir=/shared/runs/coco --config.data.dir=/shared/coco
+#       --config=configs/coco.py --config.batch_size=64 --workdir=/shared/runs/coco \
+#       --config.data.dir=/shared/coco
 #   sbatch --nodes=1 --ntasks=2 launch/slurm.sh --workdir=/shared/runs/cpu     two CPU processes
 #
-# The repository, its environment and --workdir must lie where every node sees them. Make the
-# environment once beforehand, on a node with network: CLSL_EXTRA=cuda12 bash launch/local.sh
+# The repository, its environment and --workdir must lie where every node sees them, and the batch must
+# spread over all devices. Make the environment once beforehand, on a node with network:
+# bash -c "source launch/environment.sh '.[cuda12]'"
 # CLSL_VENV names it (default .venv). What the tasks share by environment:
 #   JAX_COMPILATION_CACHE_DIR   compiled steps (default WORKDIR/../compiled), so that a restart takes
 #                               seconds; CLSL_CACHE_DIR: decoded images and features of frozen backbones

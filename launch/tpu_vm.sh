@@ -2,15 +2,16 @@
 # Trains on a TPU VM or a slice of many hosts; a host that is taken away and comes back goes on.
 #
 #   bash launch/tpu_vm.sh --tpu=NAME --zone=ZONE --bucket=gs://BUCKET/RUN -- \
-#       --config=configs/coco.py --config.data.dir=/mnt/data/coco
+#       --config=configs/coco.py --config.batch_size=64 --config.data.dir=/mnt/data/coco
 #
 # Copies this repository to every host, sets the environment up there (once), and starts one process
 # a host; JAX finds the others by itself. Needs `gcloud`, logged in. --dry-run prints the commands.
 #   --bucket   checkpoints (checkpoint.dir) and compiled steps; the workdir itself, with log and
 #              results, is ~/runs/RUN on host 0
 #   --project  of the TPU, if not gcloud's own
-# What follows `--` goes to clsl_jax.main. If a host is lost, all processes end; this script waits
-# until the TPU is READY again and starts them anew, from the last checkpoint, up to 20 times.
+# What follows `--` goes to clsl_jax.main; the batch must spread over all chips. If a host is lost or
+# gets SIGTERM, all processes end; this script waits until the TPU is READY again and starts them anew,
+# from the last checkpoint, up to 20 times.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -51,14 +52,14 @@ arguments=$(printf '%q ' --workdir="runs/$(basename "$bucket")" \
   --config.checkpoint.dir="$bucket/checkpoints" "$@")
 train="cd clsl_jax && source launch/environment.sh && cd .. && ln -sfn clsl_jax/configs configs \
 && JAX_COMPILATION_CACHE_DIR=$bucket/compiled PYTHONUNBUFFERED=1 \
-python -m clsl_jax.main --distributed $arguments"
+python -m clsl_jax.main --distributed --stopped_status=75 $arguments"
 
 for ((attempt = 0; attempt <= 20; attempt++)); do
   run gcloud compute tpus tpu-vm scp "$archive" "$tpu:clsl_jax.tgz" "${where[@]}" --worker=all
   on_all "$set_up"
   code=0
   on_all "$train" || code=$?
-  # 0: done, or stopped by SIGTERM with everything saved; 2: refused, and would be again.
+  # 0: done; 2: refused, and would be again. 75, stopped by SIGTERM, goes on like all others.
   if ((code == 0 || code == 2)) || $dry; then exit "$code"; fi
   echo "The processes ended with status $code; waiting until $tpu is READY."
   until [[ $(gcloud compute tpus tpu-vm describe "$tpu" "${where[@]}" --format='value(state)') == READY ]]; do
