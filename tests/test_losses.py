@@ -38,6 +38,7 @@ def fixtures(kind):
         with np.load(path) as data:
             if json.loads(str(data["config"]))["kind"] == kind:
                 found.append(pytest.param(path, id=path.stem))
+    assert found, f"{PARITY} has no fixture of kind {kind}"
     return found
 
 
