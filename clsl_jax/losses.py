@@ -240,13 +240,15 @@ def asymmetric_posterior(
         float32 in [0, 1], same shape.
     """
     return jax.nn.sigmoid(
-        _asymmetric_log_odds(logits.astype(jnp.float32), gamma_pos, gamma_neg, clip)
+        asymmetric_log_odds(logits, gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip)
     )
 
 
-def _asymmetric_log_odds(
-    logits: jax.Array, gamma_pos: float, gamma_neg: float, clip: float = 0.0
+def asymmetric_log_odds(
+    logits: jax.Array, *, gamma_pos: float = 0.0, gamma_neg: float = 2.0, clip: float = 0.0
 ) -> jax.Array:
+    """Log odds of `asymmetric_posterior`, float32, of the same arguments."""
+    logits = logits.astype(jnp.float32)
     log_p, log_not = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     focus, margin = log_p, 0.0
     if clip > 0:
@@ -258,8 +260,8 @@ def _asymmetric_log_odds(
     return negative - positive
 
 
-def hill_posterior(logits: jax.Array, *, margin: float = 1.0, gamma: float = 2.0) -> jax.Array:
-    """Probability of a positive that a network trained by `hill_loss` stands for (turn 1.5).
+def hill_log_odds(logits: jax.Array, *, margin: float = 1.0, gamma: float = 2.0) -> jax.Array:
+    """Log odds of a positive that a network trained by `hill_loss` stands for (turn 1.5).
 
     Where positives are found with probability q, the expected gradient of the loss vanishes at the
     logit x with ``q / (1 - q) = l'(x, 0) / -l'(x, 1)``.
@@ -269,29 +271,29 @@ def hill_posterior(logits: jax.Array, *, margin: float = 1.0, gamma: float = 2.0
         margin, gamma: of the loss.
 
     Returns:
-        float32 in [0, 1], same shape.
+        float32, same shape.
     """
     logits = logits.astype(jnp.float32)
     negative = jnp.log(3.0) + 2.0 * (jax.nn.log_sigmoid(logits) + jax.nn.log_sigmoid(-logits))
-    return jax.nn.sigmoid(negative - _log_focal_margin_slope(logits - margin, gamma))
+    return negative - _log_focal_margin_slope(logits - margin, gamma)
 
 
-def focal_margin_posterior(
+def focal_margin_log_odds(
     logits: jax.Array, *, margin: float = 1.0, gamma: float = 2.0
 ) -> jax.Array:
-    """`hill_posterior` for `focal_margin_loss`.
+    """`hill_log_odds` for `focal_margin_loss`.
 
     Args:
         logits: any shape.
         margin, gamma: of the loss.
 
     Returns:
-        float32 in [0, 1], same shape.
+        float32, same shape.
     """
     logits = logits.astype(jnp.float32)
     # A negative is a positive of the other sign without a margin.
     negative = _log_focal_margin_slope(-logits, gamma)
-    return jax.nn.sigmoid(negative - _log_focal_margin_slope(logits - margin, gamma))
+    return negative - _log_focal_margin_slope(logits - margin, gamma)
 
 
 def _log_focal_margin_slope(logits: jax.Array, gamma: float) -> jax.Array:
@@ -323,14 +325,15 @@ def asymmetric_shift(
         p = jax.nn.sigmoid(x)
         return (gamma_neg + 1.0) * (1.0 - p) + (gamma_pos + 1.0) * p
 
+    log_odds = functools.partial(asymmetric_log_odds, gamma_pos=gamma_pos, gamma_neg=gamma_neg)
     logits = logits.astype(jnp.float32)
-    goal = _asymmetric_log_odds(logits, gamma_pos, gamma_neg) + log_ratio
+    goal = log_odds(logits) + log_ratio
     fixed_goal = jax.lax.stop_gradient(goal)
     x = jax.lax.stop_gradient(logits + log_ratio / slope(logits))
     for _ in range(_NEWTON_STEPS):
-        x = x - (_asymmetric_log_odds(x, gamma_pos, gamma_neg) - fixed_goal) / slope(x)
+        x = x - (log_odds(x) - fixed_goal) / slope(x)
     x = jax.lax.stop_gradient(x)
-    return x + (goal - _asymmetric_log_odds(x, gamma_pos, gamma_neg)) / slope(x)
+    return x + (goal - log_odds(x)) / slope(x)
 
 
 def known_loss(

@@ -16,7 +16,6 @@ Letters: N training images (padded rows: no visit, every annotation unknown), B 
 Annotations are 1 positive, 0 negative, -1 unknown.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -72,7 +71,6 @@ def online_targets(
     annotations: jax.Array,
     *,
     sharpening: str = "safe",
-    probabilities: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid,
 ) -> jax.Array:
     """Targets of the global branch from the semantic branch of the same batch.
 
@@ -81,11 +79,10 @@ def online_targets(
     flips: ``sigmoid(z1 * max(1, |max_c z1|))``.
 
     Args:
-        semantic_logits: [B, C], z1.
+        semantic_logits: [B, C], z1; where the loss takes a target for how often a label is positive
+            (`losses.expected_loss`), the log odds that they stand for.
         annotations: [B, C], 1 positive, 0 negative, -1 unknown.
         sharpening: ``safe`` or ``released``.
-        probabilities: that logits stand for under the loss, in place of the sigmoid: what
-            `losses.expected_loss` takes for a target is how often the label is positive.
 
     Returns:
         [B, C] float32 in [0, 1], without gradient: the label where known.
@@ -102,7 +99,7 @@ def online_targets(
     elif sharpening != "released":
         raise ValueError(f"sharpening {sharpening!r} is unknown: use 'safe' or 'released'")
     return jnp.where(
-        annotations >= 0, annotations.astype(jnp.float32), probabilities(logits * sharpness)
+        annotations >= 0, annotations.astype(jnp.float32), jax.nn.sigmoid(logits * sharpness)
     )
 
 

@@ -437,13 +437,8 @@ def _targets(
         return _estimates(state, rows), jnp.ones(annotations.shape, jnp.float32)
     if options.recovery_mode == "online":
         # The released scale takes soft targets into the asymmetric loss as they are.
-        released = options.scale == "released"
-        targets = recovery.online_targets(
-            logits,
-            annotations,
-            sharpening=options.sharpening,
-            probabilities=jax.nn.sigmoid if released else lambda z: calibrated(z, options),
-        )
+        stated = logits if options.scale == "released" else stated_log_odds(logits, options)
+        targets = recovery.online_targets(stated, annotations, sharpening=options.sharpening)
         return targets, (annotations < 0).astype(jnp.float32)
     return state.recovered[rows], state.recovered_weight[rows]
 
@@ -501,13 +496,18 @@ def calibrated(logits: jax.Array, options: StepOptions) -> jax.Array:
     Returns:
       float32 in [0, 1], same shape.
     """
+    return jax.nn.sigmoid(stated_log_odds(logits, options))
+
+
+def stated_log_odds(logits: jax.Array, options: StepOptions) -> jax.Array:
+    """The log odds of `calibrated`, float32."""
     if options.loss_name == "bce":
-        return jax.nn.sigmoid(logits.astype(jnp.float32))
+        return logits.astype(jnp.float32)
     if options.loss_name == "hill":
-        return losses.hill_posterior(logits, margin=options.margin)
+        return losses.hill_log_odds(logits, margin=options.margin)
     if options.loss_name == "focal_margin":
-        return losses.focal_margin_posterior(logits, margin=options.margin)
-    return losses.asymmetric_posterior(
+        return losses.focal_margin_log_odds(logits, margin=options.margin)
+    return losses.asymmetric_log_odds(
         logits, gamma_pos=options.gamma_pos, gamma_neg=options.gamma_neg, clip=options.clip
     )
 

@@ -16,10 +16,10 @@ from clsl_jax.losses import (
     binary_cross_entropy,
     clsl_loss,
     expected_positives_loss,
+    focal_margin_log_odds,
     focal_margin_loss,
-    focal_margin_posterior,
+    hill_log_odds,
     hill_loss,
-    hill_posterior,
     known_loss,
     recovered_loss,
 )
@@ -539,12 +539,12 @@ def test_a_shift_multiplies_the_odds(gamma_pos, gamma_neg, ratio):
 
 @pytest.mark.parametrize("margin", [0.0, 1.0])
 @pytest.mark.parametrize(
-    ("loss", "posterior"),
-    [(hill_loss, hill_posterior), (focal_margin_loss, focal_margin_posterior)],
+    ("loss", "log_odds"),
+    [(hill_loss, hill_log_odds), (focal_margin_loss, focal_margin_log_odds)],
 )
-def test_posteriors_are_where_the_expected_gradient_vanishes(loss, posterior, margin):
+def test_stated_odds_are_where_the_expected_gradient_vanishes(loss, log_odds, margin):
     logits = jnp.linspace(-8.0, 8.0, 65)
-    q = posterior(logits, margin=margin)
+    q = jax.nn.sigmoid(log_odds(logits, margin=margin))
 
     def slope(target):
         targets = jnp.full_like(logits, target)
@@ -555,5 +555,5 @@ def test_posteriors_are_where_the_expected_gradient_vanishes(loss, posterior, ma
     np.testing.assert_allclose(pull / (jnp.abs(positive) + negative), 0, atol=2e-5)
     assert (np.diff(q) >= 0).all()
     assert q[0] < 0.01 < 0.99 < q[-1]
-    extreme = posterior(jnp.array([-1e4, 1e4]), margin=margin)
+    extreme = log_odds(jnp.array([-1e4, 1e4]), margin=margin)
     assert np.isfinite(np.asarray(extreme)).all()
