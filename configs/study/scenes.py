@@ -7,8 +7,8 @@ five seeds; `methods` for every method at 20 %, moderate, two seeds; `fractions`
 against known labels alone at the other fractions, moderate, three seeds; `ablation` for one key
 changed, and each part alone on a bare network, at 20 %, moderate, two seeds; `quick` for two
 methods, two seeds and little data. All but `quick` share their cells in one DIR. On two cores, as
-two shards with a core each, a cell takes two and a half to three minutes: `main` an hour and a
-half, `methods` and `ablation` an hour each, `fractions` forty minutes, all of it a day and a half.
+two shards with a core each, a cell takes two and a half to three minutes: `main` and `ablation` an
+hour and a half each, `methods` an hour, `fractions` forty minutes, all of it a day and a half.
 """
 
 import ml_collections
