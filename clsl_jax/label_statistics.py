@@ -8,7 +8,8 @@ of Bernoulli distributions). It is fitted to the known cells by expectation maxi
 unknown label's probability is its posterior given the image's known labels and, if there are any,
 the scores of a network, which enter as likelihood ratios: what the network says of a label beyond
 how frequent it is. A network's scores have no part in the fit: with them, the components model the
-network's mistakes as well, and its posteriors were worse than the scores alone (docs/study.md).
+network's mistakes as well, and its posteriors were worse than the scores alone
+(docs/study-details.md).
 """
 
 from collections.abc import Mapping

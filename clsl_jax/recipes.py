@@ -66,7 +66,7 @@ def adaptive_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) 
 
 
 def soft_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) -> None:
-    """Sets the recovery that did best on `scenes` (docs/study.md).
+    """Sets the recovery that did best on `scenes` (docs/study-details.md).
 
     The network learns from averaged probabilities of every unknown label, weighted by how sure they
     are. What is handed out in the end are labels, by thresholds of each class beyond which, by

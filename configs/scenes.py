@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.head_dropout = 0.3
     config.model.encoder_dropout = 0.0
     config.model.learn_embeddings = True
-    # Trained from random weights, the head has to learn where to look (docs/study.md).
+    # Trained from random weights, the head has to learn where to look (docs/study-details.md).
     config.model.position_residual = True
     config.model.global_branch = False
 

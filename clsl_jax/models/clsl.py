@@ -63,7 +63,7 @@ class CLSLHead(nn.Module):
       srfl, sgfe, global_branch: which parts exist.
       position_residual: adds a 1x1 convolution of the features to SGFE's position logits, which
         start at 0; not in the paper. From random weights a head without it takes many more epochs
-        to learn where to look (docs/study.md). Nothing without sgfe.
+        to learn where to look (docs/study-details.md). Nothing without sgfe.
       graph_layers: graph convolutions on the label embeddings; 0 is as if there were none. Nothing
         is built where no part uses label embeddings.
       rank: of SGFE's attention.
