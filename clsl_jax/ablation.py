@@ -5,6 +5,8 @@ Studies of an ablation (`configs/study/`) add to these what only their recipe ha
 
 from collections.abc import Mapping
 
+import ml_collections
+
 HARD = "recovery.soft=False recovery.thresholds"
 ONLINE = "recovery.mode=online recovery.source=scores recovery.weight=0.8 recovery.sharpening"
 NO_STATISTICS = "loss.statistics=False evaluation.statistics=False recovery.source=scores"
@@ -42,20 +44,24 @@ ALONE: Mapping[str, str] = {
 }
 
 
-def variants(
-    method: str, changed: Mapping[str, str], alone: Mapping[str, str], *, bare: str = BARE
-) -> tuple[tuple[str, str, str], ...]:
-    """The variants of a study: each of `changed` on a method, each of `alone` on the bare one.
+def configure(
+    study: ml_collections.ConfigDict,
+    changed: Mapping[str, str],
+    alone: Mapping[str, str],
+    *,
+    bare: str = BARE,
+) -> None:
+    """Makes a study the ablation of its recipe: the baseline, and the rows as its variants.
 
     Args:
-      method: of `clsl_jax.methods`.
-      changed, alone: {name: "key=value key=value"}.
+      study: is changed.
+      changed: {name: "key=value key=value"}, each on the recipe.
+      alone: the same, each on the bare network.
       bare: the keys of the bare network.
-
-    Returns:
-      (name, method, keys) of each, as the key `variants` of a study takes them.
     """
-    return (
-        *((name, method, keys) for name, keys in changed.items()),
-        *((name, method, f"{bare} {keys}") for name, keys in alone.items()),
+    study.methods = ("clsl",)
+    study.baseline = "clsl"
+    study.variants = (
+        *((name, "clsl", keys) for name, keys in changed.items()),
+        *((name, "clsl", f"{bare} {keys}") for name, keys in alone.items()),
     )

@@ -197,8 +197,9 @@ class Checkpointer:
                 errors.append((step, str(error)))
                 logging.warning("%s. Trying the one before it.", error)
                 continue
-            for bad, _ in () if self._read_only else errors:
-                self._set_aside(bad)
+            if not self._read_only:
+                for bad, _ in errors:
+                    self._set_aside(bad)
             return state, meta, step
         if errors:
             raise CheckpointError(

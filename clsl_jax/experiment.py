@@ -127,13 +127,13 @@ def build(
     sharding.check_divides("evaluation.batch_size", eval_batch_size, mesh)
     dataset = load_data(config, report)
     labels = dataset.train.labels
-    steps_per_epoch = pipeline.steps_per_epoch(len(labels), batch_size=config.batch_size)
     rows, along_data = sharding.padded_rows(len(labels)), mesh.shape["data"]
     if rows % along_data:
         raise InputError(
             f"{rows:,} rows of labels do not spread over {along_data} devices: use 1, 2, 4, 8 or "
             "another power of two of them, or set mesh.model so that so many are left along data."
         )
+    steps_per_epoch = pipeline.steps_per_epoch(len(labels), batch_size=config.batch_size)
     if steps_per_epoch == 0:
         raise InputError(
             f"batch_size={config.batch_size} is larger than the training split of "

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clsl_jax.models.graph import cooccurrence
+
 _LARGEST_LOG_RATIO = 12.0
 
 
@@ -77,14 +79,13 @@ def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
     frequencies = label_frequencies(annotations)
     positive = annotations == 1
     known = (annotations >= 0).astype(jnp.float32)
-    both, asked = _pairs(annotations)
+    both, asked = cooccurrence(annotations)
     others = jnp.sum(positive, axis=1, keepdims=True) - positive
 
     def add(best: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         number, present, both, asked = given
         # Of a known cell, without what it has added to the counts itself.
-        rest = jnp.maximum(asked - known, 0.0) + 1.0
-        conditional = (jnp.maximum(both - positive, 0.0) + frequencies) / rest
+        conditional = (both - positive + frequencies) / (asked - known + 1.0)
         counts = present[:, None] & (jnp.arange(len(both)) != number)
         return jnp.where(counts, jnp.maximum(best, conditional), best), None
 
@@ -92,12 +93,6 @@ def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
     classes = jnp.arange(annotations.shape[1])
     best, _ = jax.lax.scan(add, start, (classes, positive.T, both, asked))
     return jnp.where(others > 0, best, frequencies)
-
-
-def _pairs(annotations: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[C, C] each: images positive for a and b, and those positive for a in which b is known."""
-    positive = (annotations == 1).astype(jnp.float32)
-    return positive.T @ positive, positive.T @ (annotations >= 0).astype(jnp.float32)
 
 
 def init_mixture(key: jax.Array, annotations: jax.Array, components: int) -> Mixture:

@@ -199,7 +199,7 @@ def expected_loss(elementwise: ElementwiseLoss) -> ElementwiseLoss:
 
     ``q * loss(x, 1) + (1 - q) * loss(x, 0)``: what hard labels of that frequency would give. For
     the cross-entropy it changes nothing. `asymmetric_loss` at a soft target pulls the sigmoid to q
-    itself, while labels 0 and 1 pull it to where `asymmetric_posterior` is q.
+    itself, while labels 0 and 1 pull it to where the odds of `asymmetric_log_odds` are those of q.
 
     Args:
         elementwise: loss of (logits, targets).
@@ -216,10 +216,10 @@ def expected_loss(elementwise: ElementwiseLoss) -> ElementwiseLoss:
     return expected
 
 
-def asymmetric_posterior(
+def asymmetric_log_odds(
     logits: jax.Array, *, gamma_pos: float = 0.0, gamma_neg: float = 2.0, clip: float = 0.0
 ) -> jax.Array:
-    """Probability of a positive that a network trained by `asymmetric_loss` stands for.
+    """Log odds of a positive that a network trained by `asymmetric_loss` stands for.
 
     The asymmetric loss is not a proper score: its sigmoid lies above the probability where
     negatives are focused. Where positives are found with probability q, the expected gradient of
@@ -227,8 +227,8 @@ def asymmetric_posterior(
 
         q (1 - p)^(gamma_pos + 1) = (1 - q) (p - clip)^gamma_neg p (1 - p) / (1 - p + clip)
 
-    which this solves for q. With gamma_pos = clip = 0 and gamma_neg = 2 a sigmoid of 0.5 means 0.2.
-    All zero gives the sigmoid itself.
+    which this solves for log(q / (1 - q)). With gamma_pos = clip = 0 and gamma_neg = 2 a sigmoid of
+    0.5 means a probability of 0.2. All zero gives the logits themselves.
 
     Args:
         logits: any shape.
@@ -237,17 +237,8 @@ def asymmetric_posterior(
         clip: of the loss.
 
     Returns:
-        float32 in [0, 1], same shape.
+        float32, same shape.
     """
-    return jax.nn.sigmoid(
-        asymmetric_log_odds(logits, gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip)
-    )
-
-
-def asymmetric_log_odds(
-    logits: jax.Array, *, gamma_pos: float = 0.0, gamma_neg: float = 2.0, clip: float = 0.0
-) -> jax.Array:
-    """Log odds of `asymmetric_posterior`, float32, of the same arguments."""
     logits = logits.astype(jnp.float32)
     log_p, log_not = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     focus, margin = log_p, 0.0
@@ -281,15 +272,7 @@ def hill_log_odds(logits: jax.Array, *, margin: float = 1.0, gamma: float = 2.0)
 def focal_margin_log_odds(
     logits: jax.Array, *, margin: float = 1.0, gamma: float = 2.0
 ) -> jax.Array:
-    """`hill_log_odds` for `focal_margin_loss`.
-
-    Args:
-        logits: any shape.
-        margin, gamma: of the loss.
-
-    Returns:
-        float32, same shape.
-    """
+    """As `hill_log_odds`, of `focal_margin_loss`: the same arguments and result."""
     logits = logits.astype(jnp.float32)
     # A negative is a positive of the other sign without a margin.
     negative = _log_focal_margin_slope(-logits, gamma)
@@ -306,7 +289,7 @@ def _log_focal_margin_slope(logits: jax.Array, gamma: float) -> jax.Array:
 def asymmetric_shift(
     logits: jax.Array, log_ratio: jax.Array, *, gamma_pos: float = 0.0, gamma_neg: float = 2.0
 ) -> jax.Array:
-    """Logits whose `asymmetric_posterior` has log odds `log_ratio` above that of `logits`.
+    """Logits whose `asymmetric_log_odds` lie `log_ratio` above those of `logits`.
 
     It is how evidence from elsewhere joins a network trained by the asymmetric loss (without clip).
     There is no closed form; Newton's method solves it to float accuracy. The derivative is exact.

@@ -76,7 +76,11 @@ def mean_average_precision(
 
     Classes without one have no AP and are left out of the mean; nan when there is no class left.
     """
-    ap = average_precision(scores, labels, ignore, convention=convention)
+    return mean_of_defined(average_precision(scores, labels, ignore, convention=convention))
+
+
+def mean_of_defined(ap: np.ndarray) -> float:
+    """Mean of the entries of float [C] that are not nan; nan when there is none."""
     defined = ~np.isnan(ap)
     return float(ap[defined].mean()) if defined.any() else float("nan")
 

@@ -67,10 +67,7 @@ def scatter_scores(
 
 
 def online_targets(
-    semantic_logits: jax.Array,
-    annotations: jax.Array,
-    *,
-    sharpening: str = "safe",
+    semantic_logits: jax.Array, annotations: jax.Array, *, sharpening: str = "safe"
 ) -> jax.Array:
     """Targets of the global branch from the semantic branch of the same batch.
 
@@ -196,6 +193,7 @@ def expected_thresholds(
     counts = _histogram(scores, annotations, visits, bins, unknown=True)
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)
+    # Either side needs known entries of both kinds: as many as there are of the rarer.
     rarer = jnp.min(counts[:, :2].sum(2), axis=1, keepdims=True)
     middle = jnp.minimum((jnp.arange(bins + 1, dtype=jnp.float32) + 0.5) / bins, 1.0)
     return _thresholds(

@@ -130,8 +130,7 @@ def score_convention(
             **{name: dict(nothing) for name in groups},
         }
     ap = metrics.average_precision(scores, labels, skipped, convention=convention)
-    scored = ap[np.isfinite(ap)]
-    result["mAP"] = float(scored.mean()) if scored.size else None
+    result["mAP"] = _number(metrics.mean_of_defined(ap))
     result["AP"] = {name: _number(v) for name, v in zip(class_names, ap, strict=True)}
     for name, how in groups.items():
         found = metrics.classification_metrics(scores, labels, skipped, **how)

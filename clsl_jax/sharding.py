@@ -92,19 +92,20 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
+def put(x: np.ndarray, where: NamedSharding) -> jax.Array:
+    """Places an array that every process holds whole so that each device keeps its part only."""
+    return jax.make_array_from_callback(np.shape(x), where, lambda index: np.asarray(x)[index])
+
+
 def put_matrix(mesh: Mesh, matrix: np.ndarray) -> jax.Array:
-    """Places [N, C] that every process holds whole so that each device keeps its part only."""
-    sharding = by_row_and_class(mesh, matrix.shape[1])
-    return jax.make_array_from_callback(matrix.shape, sharding, lambda index: matrix[index])
+    """Places [N, C] so that each device keeps its part only."""
+    return put(matrix, by_row_and_class(mesh, matrix.shape[1]))
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:
     """Places a tree that every process holds alike on every device."""
-    sharding = replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i: np.asarray(x)[i]),
-        tree,
-    )
+    where = replicated(mesh)
+    return jax.tree.map(lambda x: put(x, where), tree)
 
 
 def check_divides(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> None:

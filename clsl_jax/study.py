@@ -30,7 +30,7 @@ from rich.console import Console
 
 from clsl_jax import atomic, command_line, methods
 from clsl_jax import config as config_lib
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing_to
 
 CELL_NAME, FAILURE_NAME, OUTPUT_NAME = "cell.json", "failure.txt", "output.txt"
 COST_NAME, RESULTS_NAME = "cost.json", "results.json"
@@ -371,13 +371,8 @@ def work(arguments: Sequence[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     failed: dict[Cell, str] = {}
     if values.mode == "run":
-        try:
+        with writing_to(values.workdir):
             os.makedirs(values.workdir, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--workdir={values.workdir} cannot be written to ({error.strerror}): name a "
-                "directory of yours."
-            ) from None
         try:
             failed = run_cells(grid, values.workdir, console, shard)
         except Stopped:

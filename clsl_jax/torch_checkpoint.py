@@ -114,10 +114,4 @@ def _weights(
     }
     # As the compiled steps expect them: wide ones are divided over `model`.
     placed = evaluation_weights(built.abstract_state, ema=built.options.evaluate_ema)
-    return jax.tree.map(
-        lambda x, like: jax.make_array_from_callback(
-            np.shape(x), like.sharding, lambda i: np.asarray(x)[i]
-        ),
-        weights,
-        placed,
-    )
+    return jax.tree.map(lambda x, like: sharding.put(x, like.sharding), weights, placed)

@@ -139,6 +139,10 @@ class _Run:
     ) -> None:
         self.config, self.experiment, self.workdir = config, built, workdir
         self.log, self.guard = log, guard
+        self.data_facts = {
+            "annotations_sha256": partial.mask_sha256(built.annotations),
+            "fingerprint": built.dataset.fingerprint,
+        }
         self.checkpoints = config.checkpoint.dir or workdir.path("checkpoints")
         self.checkpointer = Checkpointer(
             self.checkpoints,
@@ -167,7 +171,7 @@ class _Run:
     def train(self) -> dict[str, Any]:
         config, built = self.config, self.experiment
         mask_sha256 = self.workdir.save_mask(built.mask, config)
-        self.meta = {"mask_sha256": mask_sha256, **self._data_facts()}
+        self.meta = {"mask_sha256": mask_sha256, **self.data_facts}
         restored = self.checkpointer.restore_latest(built.abstract_state)
         if restored is None:
             state, step, epoch_done = built.new_state(self.log.console.print), 0, True
@@ -444,20 +448,13 @@ class _Run:
             self.log.console.print(f"{error} The run goes on.")
             self.saved = None
 
-    def _data_facts(self) -> dict[str, str]:
-        built = self.experiment
-        return {
-            "annotations_sha256": partial.mask_sha256(built.annotations),
-            "fingerprint": built.dataset.fingerprint,
-        }
-
     def _check_data(self, stored: Mapping[str, Any]) -> None:
         """Refuses other data than those of the checkpoint whose facts are given."""
         names = {
             "annotations_sha256": "known labels",
             "fingerprint": "images and labels of all splits",
         }
-        for key, found in self._data_facts().items():
+        for key, found in self.data_facts.items():
             if stored[key] != found:
                 raise InputError(
                     f"The {names[key]} are not those this run was started with: SHA-256 "

@@ -12,7 +12,7 @@ import numpy as np
 from clsl_jax import atomic, cluster, npz
 from clsl_jax import config as config_lib
 from clsl_jax.data import partial
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing_to
 
 CONFIG_NAME = "config.json"
 MASK_NAME = "known_mask.npz"
@@ -35,15 +35,10 @@ class Workdir:
         return self
 
     def _take(self) -> None:
-        try:
+        with writing_to(self._directory):
             os.makedirs(self._directory, exist_ok=True)
             if jax.process_index() == 0:
                 self._lock = open(self.path(".lock"), "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise InputError(
-                f"--workdir={self._directory} cannot be written to ({error.strerror}): "
-                "name a directory of yours."
-            ) from None
         if self._lock is not None:
             try:
                 # The system drops this lock when the process ends, however it ends.

@@ -9,6 +9,10 @@ import sys
 import numpy as np
 from PIL import Image
 
+from clsl_jax.data import stored
+from clsl_jax.data.images import encode_png
+from clsl_jax.data.shards import Example
+
 REPOSITORY = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 
 
@@ -36,6 +40,38 @@ def picture(seed, size=(12, 10), mode="RGB", file_format="JPEG"):
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(buffer, file_format)
     return buffer.getvalue()
+
+
+# Of a run on a `drawn_set`.
+DRAWN = (
+    "--config.data.name=table",
+    "--config.data.sizes=()",
+    "--config.labels.protocol=all",
+    "--config.epochs=2",
+    "--config.batch_size=8",
+    "--config.evaluation.batch_size=8",
+)
+
+
+def drawn_set(root, class_names, change):
+    """A prepared set of noise, 32 training images and 8 of each other split.
+
+    `change(split, row, encoded, labels)` gives what is stored of an image; `stored` keeps it.
+    """
+    rng = np.random.default_rng(0)
+
+    def example(split, row):
+        encoded = encode_png(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8))
+        labels = (rng.random(len(class_names)) < 0.5).astype(np.int8)
+        return Example(*change(split, row, encoded, labels), f"{split}-{row}")
+
+    splits = {
+        split: [example(split, row) for row in range(count)]
+        for split, count in (("train", 32), ("validation", 8), ("test", 8))
+    }
+    stored.prepare(
+        root, name="table", config="own", version="1.0.0", class_names=class_names, splits=splits
+    )
 
 
 def write(path, content):

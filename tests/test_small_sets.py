@@ -5,44 +5,23 @@ import json
 import numpy as np
 import pytest
 from commands import run
-
-from clsl_jax.data import images, stored
-from clsl_jax.data.shards import Example
+from preparing import DRAWN, drawn_set
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = (
-    "--config.data.name=table",
-    "--config.data.sizes=()",
-    "--config.labels.protocol=all",
-    "--config.epochs=2",
-    "--config.batch_size=8",
-    "--config.evaluation.batch_size=8",
-)
 
-
-def prepare(root, **unlabelled):
+def prepare(root, **given):
     """Two classes; `split=value` gives every cell of a split that value."""
-    rng = np.random.default_rng(0)
 
-    def example(split, row):
-        encoded = images.encode_png(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8))
-        labels = (rng.random(2) < 0.5).astype(np.int8)
-        labels[:] = unlabelled.get(split, labels)
-        return Example(encoded, labels, f"{split}-{row}")
+    def change(split, row, encoded, labels):
+        return encoded, np.full_like(labels, given[split]) if split in given else labels
 
-    splits = {
-        split: [example(split, row) for row in range(count)]
-        for split, count in (("train", 32), ("validation", 8), ("test", 8))
-    }
-    stored.prepare(
-        root, name="table", config="own", version="1.0.0", class_names=("a", "b"), splits=splits
-    )
+    drawn_set(root, ("a", "b"), change)
 
 
 def test_two_classes_and_a_test_split_to_be_filled_in(tmp_path):
     prepare(tmp_path / "data", test=-1)
-    arguments = (*ARGUMENTS, f"--config.data.dir={tmp_path / 'data'}")
+    arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'data'}")
     status, out, err = run(str(tmp_path), tmp_path / "run", *arguments)
     assert status == 0, err
     row = next(line for line in out.splitlines() if "test, best" in line)
@@ -55,14 +34,14 @@ def test_two_classes_and_a_test_split_to_be_filled_in(tmp_path):
 
 def test_a_split_that_cannot_pick_an_epoch_is_refused_and_the_workdir_stays_free(tmp_path):
     prepare(tmp_path / "data", validation=0)
-    arguments = (*ARGUMENTS, f"--config.data.dir={tmp_path / 'data'}")
+    arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'data'}")
     status, _, err = run(str(tmp_path), tmp_path / "run", *arguments)
     assert status == 2
     assert err.startswith("error: No image of the validation split is labelled as positive")
     assert not (tmp_path / "run" / "config.json").exists()
     statistics = ("--config.loss.statistics=True", "--config.evaluation.statistics=True")
     prepare(tmp_path / "other", train=1)
-    arguments = (*ARGUMENTS, f"--config.data.dir={tmp_path / 'other'}")
+    arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'other'}")
     status, _, err = run(str(tmp_path), tmp_path / "run", *arguments, *statistics)
     assert status == 2
     assert "none of a, b: label some images as negative" in err

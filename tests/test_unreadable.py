@@ -2,50 +2,20 @@
 
 import json
 
-import numpy as np
 import pytest
 from commands import run
-
-from clsl_jax.data import images, stored
-from clsl_jax.data.shards import Example
-
-CLASSES = ("red", "green", "blue")
+from preparing import DRAWN, drawn_set
 
 
-def prepare(root):
-    """A set with two training images of 32 that are no images; `stored` keeps what it is given."""
-    rng = np.random.default_rng(0)
-
-    def example(split, row):
-        encoded = images.encode_png(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8))
-        if split == "train" and row in (5, 6):
-            encoded = b"no image at all"
-        return Example(encoded, (rng.random(3) < 0.5).astype(np.int8), f"{split}-{row}")
-
-    splits = {
-        split: [example(split, row) for row in range(count)]
-        for split, count in (("train", 32), ("validation", 8), ("test", 8))
-    }
-    stored.prepare(
-        root, name="table", config="own", version="1.0.0", class_names=CLASSES, splits=splits
-    )
-
-
-ARGUMENTS = (
-    "--config.data.name=table",
-    "--config.data.sizes=()",
-    "--config.labels.protocol=all",
-    "--config.epochs=2",
-    "--config.batch_size=8",
-    "--config.evaluation.batch_size=8",
-)
+def damaged(split, row, encoded, labels):
+    return (b"no image at all" if split == "train" and row in (5, 6) else encoded), labels
 
 
 @pytest.mark.slow
 def test_it_is_replaced_and_named_or_ends_the_run(tmp_path):
     shared = str(tmp_path)
-    prepare(tmp_path / "data")
-    arguments = (*ARGUMENTS, f"--config.data.dir={tmp_path / 'data'}")
+    drawn_set(tmp_path / "data", ("red", "green", "blue"), damaged)
+    arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'data'}")
     most = "--config.data.max_unreadable"
     status, out, err = run(shared, tmp_path / "run", *arguments, f"{most}=0.0625")
     assert status == 0, err

@@ -34,7 +34,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     positions = config.get("position_embedding_type", "absolute")
     if positions != "absolute":
         raise InputError(f"config.json: position_embedding_type is {positions!r}, not 'absolute'.")
-    if config.get("hidden_act", "gelu") not in tuple(_ACTIVATIONS):
+    if config.get("hidden_act", "gelu") not in tuple(_ACTIVATIONS):  # a list would be no key
         raise InputError(
             f"config.json: hidden_act is {config['hidden_act']!r}, expected one of "
             f"{', '.join(_ACTIVATIONS)}."

@@ -49,11 +49,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         ("soft", "clsl", _SOFT),
         ("soft_product", "clsl", f"{_SOFT} {_PRODUCT}"),
     )
-    if directory != arg:
-        config.methods = ("clsl",)
-        config.baseline = "clsl"
+    if arg.startswith("ablation:"):
         bare = f"{ablation.BARE} model.global_branch=False"
-        config.variants = ablation.variants("clsl", CHANGED, ALONE, bare=bare)
+        ablation.configure(config, CHANGED, ALONE, bare=bare)
     config.known_fractions = (0.2,)
     config.seeds = (0, 1)
     config.weights = "last"  # the only ones that are saved: no epoch is picked

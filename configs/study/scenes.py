@@ -64,9 +64,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.known_fractions = (0.05, 0.5, 0.7, 0.9)
         config.seeds = (0, 1, 2)
     if arg == "ablation":
-        config.methods = ("clsl",)
-        config.baseline = "clsl"
-        config.variants = ablation.variants("clsl", CHANGED, ALONE)
+        ablation.configure(config, CHANGED, ALONE)
     if arg == "quick":
         config.configs = ("configs/scenes.py",)
         config.methods = ("known_asl", "clsl")
