@@ -50,10 +50,15 @@ KINDS = (
 )
 
 
+def one_h100() -> NamedSharding:
+    """Where arrays lie that a program for one H100 takes, which need not be there to compile it."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    return NamedSharding(topologies.make_mesh(topology, (1,), ("all",)), PartitionSpec())
+
+
 def program(options: argparse.Namespace) -> str:
     """The optimised program of the step, as text."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    everywhere = NamedSharding(topologies.make_mesh(topology, (1,), ("all",)), PartitionSpec())
+    everywhere = one_h100()
     model = CLSL(
         num_classes=options.classes, backbone=options.backbone, dtype=jnp.dtype(options.dtype)
     )

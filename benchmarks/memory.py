@@ -4,22 +4,26 @@
 
 Nothing is allocated: "kept" is what the forward pass hands to the backward pass, counted in the
 traced program, the same on every device; "temporaries" are of the whole step beside weights and
-moments, by XLA's analysis of the program compiled for this device. With --rounds, the same steps
-are also run and timed, in turn.
+moments, by XLA's analysis of the program compiled for this device; with --h100 for that GPU, which
+need not be there (what has to be installed and set: `benchmarks/gpu_traffic.py`). With --rounds,
+the same steps are also run and timed, in turn.
 """
 
 import argparse
 import functools
 import json
+import sys
 
+import gpu_traffic
 import jax
 import jax.numpy as jnp
+import new_state
 import rounds
-from step import MIB, inputs
 
-from clsl_jax import optim, steps, train_state
+from clsl_jax import optim, steps
 from clsl_jax.models.clsl import CLSL
 
+MIB = 2**20
 WAYS = {
     "float32": {},
     "`model.remat=blocks`": {"remat": True},
@@ -32,7 +36,7 @@ WAYS = {
 
 def prepare(options: argparse.Namespace, *, remat=False, accumulate=1, dtype="float32"):
     """The compiled step and what makes its state and batch."""
-    drawn = inputs(options.batch, options.size, options.classes)
+    drawn = new_state.inputs(options.batch, options.size, options.classes)
     model = CLSL(
         num_classes=options.classes,
         backbone=options.backbone,
@@ -41,25 +45,20 @@ def prepare(options: argparse.Namespace, *, remat=False, accumulate=1, dtype="fl
         dtype=jnp.dtype(dtype),
     )
     optimizer = optim.adamw_cycled(1e-5)
-    init = jax.jit(
-        functools.partial(
-            train_state.init_state,
-            model,
-            optimizer,
-            seed=0,
-            image_size=64,  # no parameter depends on it
-            learn_embeddings=False,
-            graph_threshold=0.4,
-            graph_smoothing=0.25,
-        )
-    )
-    arguments = {"label_embeddings": drawn["embeddings"], "annotations": drawn["annotations"]}
+    init = jax.jit(new_state.initializer(model, optimizer))
+    arguments = drawn["embeddings"], drawn["annotations"]
     batch = {"image": drawn["images"], "row": drawn["rows"]}
     settings = steps.StepOptions(steps_per_epoch=100, teacher="student", accumulate=accumulate)
     step = jax.jit(steps.make_train_step(model, optimizer, settings), donate_argnums=0)
-    compiled = step.lower(jax.eval_shape(lambda: init(**arguments)), batch).compile()
+    shapes = jax.eval_shape(init, *arguments)
+    placed = shapes, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    if options.h100:
+        where = gpu_traffic.one_h100()
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), placed
+        )
+    compiled = step.lower(*placed).compile()
     embeddings = jax.ShapeDtypeStruct(drawn["embeddings"].shape, jnp.float32)
-    shapes = jax.eval_shape(lambda: init(**arguments))
     rows = options.batch // accumulate
     images = jax.ShapeDtypeStruct((rows, *drawn["images"].shape[1:]), jnp.float32)
 
@@ -81,7 +80,7 @@ def prepare(options: argparse.Namespace, *, remat=False, accumulate=1, dtype="fl
         )
     )
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in residuals) / MIB
-    return compiled, kept, lambda: (init(**arguments), jax.device_put(batch))
+    return compiled, kept, lambda: (init(*arguments), jax.device_put(batch))
 
 
 def main() -> None:
@@ -92,12 +91,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--h100", action="store_true", help="compile for that GPU")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
+    if options.h100 and options.rounds:
+        parser.error("--h100 compiles alone: leave --rounds out.")
     memory, ways = {}, {}
     for name, settings in WAYS.items():
         compiled, kept, start = prepare(options, **settings)
         memory[name] = (kept, compiled.memory_analysis().temp_size_in_bytes / MIB)
+        print(f"{name}: {memory[name][0]:,.0f}, {memory[name][1]:,.0f} MiB", file=sys.stderr)
         if options.rounds:
             ways[name] = functools.partial(_run, compiled, *start())
     times = rounds.alternate(ways, options.rounds) if options.rounds else {}

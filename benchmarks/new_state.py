@@ -1,12 +1,28 @@
-"""The state of a train step that the benchmark programs run or compile."""
+"""State and batch of a train step that the benchmark programs run or compile."""
 
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import optax
 
 from clsl_jax import train_state
 from clsl_jax.models.clsl import CLSL
+
+ROWS, EMBEDDING_DIM = 1024, 768
+
+
+def inputs(batch: int, image_size: int, classes: int) -> dict[str, np.ndarray]:
+    """Images, rows, embeddings and annotations (30 % known), drawn from a fixed seed."""
+    rng = np.random.default_rng(0)
+    annotations = (rng.random((ROWS, classes)) < 0.1).astype(np.int8)
+    annotations[rng.random(annotations.shape) > 0.3] = -1
+    return {
+        "images": rng.integers(0, 256, (batch, image_size, image_size, 3), np.uint8),
+        "rows": rng.permutation(ROWS)[:batch].astype(np.int32),
+        "embeddings": rng.standard_normal((classes, EMBEDDING_DIM)).astype(np.float32),
+        "annotations": annotations,
+    }
 
 
 def initializer(

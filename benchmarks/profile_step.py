@@ -2,39 +2,20 @@
 
     PYTHONPATH=. python benchmarks/profile_step.py [--config=configs/scenes.py] [--steps=20]
 
-Trains the configuration's first steps on data made up at its size, without evaluation. Operations
-are named by XLA; a fusion counts as what its name says. Times are summed over threads, so that on
-several cores they exceed the clock.
+Trains the configuration's first steps on data made up at its size, without evaluation.
 """
 
 import argparse
-import collections
-import glob
-import gzip
 import importlib.util
 import json
-import os
-import re
-import tempfile
 import time
 
 import jax
 import numpy as np
-import rounds
+import traces
 
 from clsl_jax import experiment, sharding
 from clsl_jax.compiled import compile_steps
-
-KINDS = (
-    ("collective", r"all-reduce|all-gather|collective|permute"),
-    ("convolution", r"conv"),
-    ("matrix product", r"dot|gemm|matmul|ynn|onednn"),
-    ("reduction", r"reduce|norm"),
-    ("gather and scatter", r"gather|scatter|dynamic"),
-    ("copy, transpose, pad", r"copy|transpose|pad|concatenate|slice|reshape|broadcast"),
-    ("loop over classes (attention)", r"while|call|condition"),
-    ("element-wise", r"fusion|add|multiply|select|exp|tanh|log|power|divide|maximum|compare|erf"),
-)
 
 
 def load_config(path: str):
@@ -45,25 +26,6 @@ def load_config(path: str):
     return module.get_config()
 
 
-def operations(directory: str) -> dict[str, tuple[int, float]]:
-    """{operation: (times, milliseconds)} of a trace; outer events that hold others are left out."""
-    (path,) = glob.glob(os.path.join(directory, "**", "*.trace.json.gz"), recursive=True)
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        events = json.load(file)["traceEvents"]
-    found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
-    for event in events:
-        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
-            name = re.sub(r"[._]\d+$", "", event["args"]["hlo_op"])
-            found[name][0] += 1
-            found[name][1] += event["dur"] / 1e3
-    return {name: (int(count), spent) for name, (count, spent) in found.items()}
-
-
-def kind_of(name: str) -> str:
-    """The row of the table that an operation belongs to."""
-    return next((kind for kind, pattern in KINDS if re.search(pattern, name)), "other")
-
-
 def main() -> None:
     """Parses the command line, traces, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -72,8 +34,12 @@ def main() -> None:
     parser.add_argument(
         "--trace", help="keep the trace in this directory, for TensorBoard or Perfetto"
     )
+    parser.add_argument("--read", help="only show the trace of --steps that is in this directory")
     parser.add_argument("--json", help="also write the operations to this file")
     options = parser.parse_args()
+    if options.read:
+        traces.show_operations(traces.operations(options.read), options.steps, options.read)
+        return
     config = load_config(options.config)
     sharding.divide_cpu(config.cpu_devices)
     built = experiment.build(config)
@@ -95,24 +61,7 @@ def main() -> None:
         return 1e3 * (time.perf_counter() - start) / count
 
     run(3)
-    clock = run(options.steps)
-    directory = options.trace or tempfile.mkdtemp()
-    with jax.profiler.trace(directory):
-        traced = run(options.steps)
-    found = operations(directory)
-    kinds: dict[str, float] = collections.Counter()
-    for name, (_, spent) in found.items():
-        kinds[kind_of(name)] += spent / options.steps
-    total = sum(kinds.values())
-    rows = [
-        (kind, f"{spent:.2f}", f"{100 * spent / total:.1f}")
-        for kind, spent in sorted(kinds.items(), key=lambda item: -item[1])
-    ]
-    title = f"{options.config}: {clock:.1f} ms a step, {traced:.1f} while traced"
-    print(rounds.markdown(title, ("operation", "ms a step, all threads", "percent"), rows))
-    top = sorted(found.items(), key=lambda item: -item[1][1])[:15]
-    rows = [(n, f"{c / options.steps:.0f}", f"{t / options.steps:.2f}") for n, (c, t) in top]
-    print(rounds.markdown("Single operations", ("name", "times a step", "ms a step"), rows))
+    clock, found = traces.show(run, options.steps, options.config, options.trace)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"milliseconds": clock, "operations": found}, file, indent=2)

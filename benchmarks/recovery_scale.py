@@ -219,11 +219,15 @@ def main() -> None:
     )
     parser.add_argument("--json", type=pathlib.Path, help="write all numbers here")
     parser.add_argument("--quick", action="store_true", help="two numbers of images, 1 and 8")
+    parser.add_argument("--timed_only", action="store_true", help="simulate no devices")
+    parser.add_argument("--images", type=int, nargs="+", default=IMAGES)
+    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
+    parser.add_argument("--devices", type=int, nargs="+", default=DEVICES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit_gb", type=float, default=4.0, help="largest part that is run")
     parser.add_argument("--simulate", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    images, classes, devices = IMAGES, CLASSES, DEVICES
+    images, classes, devices = options.images, options.classes, options.devices
     if options.quick:
         images, classes, devices = QUICK_IMAGES, QUICK_CLASSES, QUICK_DEVICES
     cases = [(n, c, d) for n in images for c in classes for d in devices]
@@ -236,8 +240,10 @@ def main() -> None:
         if needed_bytes(n, c, d) <= options.limit_gb * 2**30:
             timed.append({**row, "milliseconds": measured(n, c, d, options.rounds)})
     show_measured(timed)
-    analysed = simulated(["--quick"] if options.quick else [])
-    show_compiled(analysed)
+    analysed = []
+    if not options.timed_only:
+        analysed = simulated(sys.argv[1:])
+        show_compiled(analysed)
     results = {"machine": rounds.machine(), "batch_of_a_device": BATCH_A_DEVICE}
     rounds.write(options.json, {**results, "measured": timed, "compiled": analysed})
 

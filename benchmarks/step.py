@@ -33,26 +33,14 @@ import numpy as np
 import rounds
 import torch
 import torch_step
+import traces
 
 from clsl_jax import optim, steps
 from clsl_jax.models.clsl import CLSL
 
-ROWS, EMBEDDING_DIM, MIB = 1024, 768, 2**20
+MIB = 2**20
 OURS = "ours (JAX)"
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
-
-
-def inputs(batch: int, image_size: int, classes: int) -> dict[str, np.ndarray]:
-    """Images, rows, embeddings and annotations (30 % known), drawn from a fixed seed."""
-    rng = np.random.default_rng(0)
-    annotations = (rng.random((ROWS, classes)) < 0.1).astype(np.int8)
-    annotations[rng.random(annotations.shape) > 0.3] = -1
-    return {
-        "images": rng.integers(0, 256, (batch, image_size, image_size, 3), np.uint8),
-        "rows": rng.permutation(ROWS)[:batch].astype(np.int32),
-        "embeddings": rng.standard_normal((classes, EMBEDDING_DIM)).astype(np.float32),
-        "annotations": annotations,
-    }
 
 
 class OurStep:
@@ -178,7 +166,7 @@ def prepare(make: Callable[[], Any], steps: int) -> tuple[Callable[[], Any], dic
 
 def compare(options: argparse.Namespace, dtype: str, classes: int, batch: int) -> list[dict]:
     """All ways at one size, in alternating rounds."""
-    drawn = inputs(batch, options.image_size, classes)
+    drawn = new_state.inputs(batch, options.image_size, classes)
     calls, facts, begun = {}, {}, {}
     with contextlib.ExitStack() as stack:
         for name, make in makers(options, dtype, drawn):
@@ -193,6 +181,10 @@ def compare(options: argparse.Namespace, dtype: str, classes: int, batch: int) -
                 calls[name], facts[name] = prepare(make, options.steps)
         facts |= {name: future.result() for name, future in begun.items()}
         times = rounds.alternate(calls, options.rounds)
+        if options.trace:
+            (run,) = calls.values()
+            title = f"{dtype}, {classes} classes, batch {batch}"
+            traces.show(lambda count: 1e3 * run() / count, options.steps, title, options.trace)
     return rows(options, dtype, classes, batch, facts, times)
 
 
@@ -216,10 +208,10 @@ def take_turn() -> None:
 def sweep(options: argparse.Namespace, dtype: str, classes: int) -> list[dict]:
     """Every way by itself, the batch doubled until memory ends."""
     found = []
-    for name in [name for name, _ in makers(options, dtype, inputs(1, 32, classes))]:
+    for name in [name for name, _ in makers(options, dtype, new_state.inputs(1, 32, classes))]:
         batch = 4
         while True:
-            drawn = inputs(batch, options.image_size, classes)
+            drawn = new_state.inputs(batch, options.image_size, classes)
             make = dict(makers(options, dtype, drawn))[name]
             try:
                 call, facts = prepare(make, options.steps)
@@ -237,7 +229,7 @@ def sweep(options: argparse.Namespace, dtype: str, classes: int) -> list[dict]:
             call = make = None
             release()
             batch *= 2
-            if batch > ROWS:
+            if batch > new_state.ROWS:
                 break
     return found
 
@@ -264,7 +256,7 @@ def rows(
         batch=batch,
         image_size=options.image_size,
         classes=classes,
-        embedding_dim=EMBEDDING_DIM,
+        embedding_dim=new_state.EMBEDDING_DIM,
         rank=options.rank,
     )
     found = []
@@ -340,12 +332,15 @@ def main() -> None:
     parser.add_argument(
         "--forms", nargs="+", choices=torch_step.FORMS, default=list(torch_step.FORMS)
     )
+    parser.add_argument("--trace", help="with --only ours: trace steps into this directory")
     parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the device at the type")
     options = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
     if options.quick:
         options.backbone, options.image_size, options.rank, options.rounds = "resnet18", 64, 64, 3
         options.classes, options.dtype = options.classes or [20], options.dtype or ["float32"]
+    if options.trace and (options.only != "ours" or options.apart or options.batch == "sweep"):
+        parser.error("--trace goes with --only ours, and with neither --apart nor --batch sweep.")
     options.classes = options.classes or ([20, 80] if on_cpu else [20, 80, 500])
     options.dtype = options.dtype or (["float32"] if on_cpu else ["float32", "bfloat16"])
     options.steps = options.steps or (1 if on_cpu else 10)
