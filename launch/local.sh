@@ -16,6 +16,12 @@ source launch/environment.sh ".${CLSL_EXTRA:+[$CLSL_EXTRA]}"
 # network on a CPU, docs/performance.md has a setting that keeps them from step to step.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+# Compiled steps of an accelerator, so that a run that goes on starts at once. Not of a CPU: on some, XLA
+# writes them and never takes them again, with an error line each time (github.com/jax-ml/jax/issues/38445).
+if [[ -n ${CLSL_EXTRA:-} ]]; then
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${CLSL_CACHE_DIR:-$HOME/.cache/clsl_jax}/compiled}
+fi
+
 processes=1
 if [[ ${1:-} == --processes ]]; then
   processes=${2:-}
