@@ -29,12 +29,13 @@ KINDS = (
 
 
 def operations(directory: str) -> dict[str, tuple[int, float]]:
-    """{operation: (times, milliseconds)} of a trace; outer events that hold others are left out.
+    """{operation: (times, milliseconds)} of the last trace in a directory.
 
-    What a GPU runs as a CUDA graph has the kernel's name in place of the graph's.
+    Outer events that hold others are left out. What a GPU runs as a CUDA graph has the kernel's name
+    in place of the graph's.
     """
-    (path,) = glob.glob(os.path.join(directory, "**", "*.trace.json.gz"), recursive=True)
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+    paths = glob.glob(os.path.join(directory, "**", "*.trace.json.gz"), recursive=True)
+    with gzip.open(max(paths, key=os.path.getmtime), "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
     found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
     for event in events:
