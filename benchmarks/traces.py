@@ -31,8 +31,8 @@ KINDS = (
 def operations(directory: str) -> dict[str, tuple[int, float]]:
     """{operation: (times, milliseconds)} of the last trace in a directory.
 
-    Outer events that hold others are left out. What a GPU runs as a CUDA graph has the kernel's name
-    in place of the graph's.
+    Outer events that hold others are left out. What a GPU runs as a CUDA graph has the kernel's
+    name in place of the graph's.
     """
     paths = glob.glob(os.path.join(directory, "**", "*.trace.json.gz"), recursive=True)
     with gzip.open(max(paths, key=os.path.getmtime), "rt", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ NO_STATISTICS = "loss.statistics=False evaluation.statistics=False recovery.sour
 CHANGED: Mapping[str, str] = {
     "no_srfl": "model.srfl=False",
     "no_sgfe": "model.sgfe=False",
+    "no_srfl_no_sgfe": "model.srfl=False model.sgfe=False",
     "gcn": "graph.layers=2 graph.refresh=False",
     "gcn_refreshed": "graph.layers=2",
     "no_recovery": "recovery.mode=none",

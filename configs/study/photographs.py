@@ -21,7 +21,6 @@ _PRODUCT = "loss.statistics=True evaluation.statistics=True recovery.source=both
 # The recipe with one part changed.
 CHANGED = {
     **ablation.CHANGED,
-    "no_srfl_no_sgfe": "model.srfl=False model.sgfe=False",
     "no_global_branch": "model.global_branch=False",
     "position_residual": "model.position_residual=True",
     "encoder": "model.encoder_layers=1",

@@ -1,0 +1,102 @@
+"""Means of the study's runs, from the table of single runs that is kept with the documentation.
+
+    PYTHONPATH=. python benchmarks/study_table.py [--csv=docs/study.csv] [--picture=FILE]
+
+Prints every method that was run with several seeds at one fraction, with the mean difference to the
+baseline and a two-sided t-test paired by seed. The picture has the default and the baseline over
+the known fraction, moderate co-occurrence.
+"""
+
+import argparse
+import collections
+import csv
+import pathlib
+import statistics
+
+import rounds
+from matplotlib.figure import Figure
+
+from clsl_jax import study_report
+
+BASELINE, OURS, CEILING = "known_asl", "clsl", "all_known"
+Runs = dict[tuple[str, float, str], dict[int, float]]
+
+
+def read(path: pathlib.Path) -> Runs:
+    """{("data set, protocol", known fraction, method): {seed: test mAP}}."""
+    runs: Runs = collections.defaultdict(dict)
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            name = f"{row['dataset']}, {row['protocol']}"
+            key = (name, float(row["known_fraction"]), row["method"])
+            runs[key][int(row["seed"])] = float(row["mAP"])
+    return runs
+
+
+def table(runs: Runs) -> str:
+    """The Markdown table of what has several seeds."""
+    lines = []
+    for (name, fraction, method), found in sorted(runs.items()):
+        if len(found) < 2:
+            continue
+        values = list(found.values())
+        line = [f"{name}, {fraction:.0%}", method, str(len(values))]
+        line.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
+        against = runs.get((name, fraction, BASELINE), {})
+        seeds = sorted(found.keys() & against.keys())
+        if method == BASELINE or len(seeds) < 2:
+            lines.append([*line, "", "", ""])
+            continue
+        ours, theirs = [found[s] for s in seeds], [against[s] for s in seeds]
+        difference, p_value = study_report.paired_test(ours, theirs)
+        each = ", ".join(f"{a - b:+.2f}" for a, b in zip(ours, theirs, strict=True))
+        lines.append([*line, f"{difference:+.2f}", f"{p_value:.2g}", each])
+    header = ["data, known", "method", "seeds", "test mAP", f"to {BASELINE}", "p", "each seed"]
+    return rounds.markdown("Runs with several seeds", header, lines)
+
+
+def draw(runs: Runs, name: str, path: pathlib.Path) -> None:
+    """Draws mean and standard deviation over the known fraction, in percent."""
+    figure = Figure(figsize=(6.5, 4.0), layout="constrained")
+    axes = figure.subplots()
+    labels = {BASELINE: "known labels alone, ASL", OURS: "the default"}
+    for method, label in labels.items():
+        found = sorted(
+            (f, list(v.values())) for (n, f, m), v in runs.items() if (n, m) == (name, method)
+        )
+        axes.errorbar(
+            [100 * fraction for fraction, _ in found],
+            [statistics.mean(values) for _, values in found],
+            yerr=[statistics.stdev(values) for _, values in found],
+            marker="o",
+            capsize=2,
+            label=label,
+        )
+    (ceiling,) = (v for (n, _, m), v in runs.items() if (n, m) == (name, CEILING))
+    axes.axhline(
+        statistics.mean(ceiling.values()), color="0.6", ls="--", label="all labels known (one seed)"
+    )
+    axes.set(
+        xlabel="known labels (%)", ylabel="test mAP (%)", title="scenes, moderate co-occurrence"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Prints the table and perhaps draws."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--csv", type=pathlib.Path, default=pathlib.Path("docs/study.csv"))
+    parser.add_argument("--picture", type=pathlib.Path)
+    options = parser.parse_args()
+    runs = read(options.csv)
+    print(table(runs))
+    if options.picture:
+        draw(runs, "scenes, uniform", options.picture)
+
+
+if __name__ == "__main__":
+    main()
