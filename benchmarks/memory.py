@@ -51,12 +51,10 @@ def prepare(options: argparse.Namespace, *, remat=False, accumulate=1, dtype="fl
     settings = steps.StepOptions(steps_per_epoch=100, teacher="student", accumulate=accumulate)
     step = jax.jit(steps.make_train_step(model, optimizer, settings), donate_argnums=0)
     shapes = jax.eval_shape(init, *arguments)
-    placed = shapes, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    if options.h100:
-        where = gpu_traffic.one_h100()
-        placed = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), placed
-        )
+    where = gpu_traffic.one_h100() if options.h100 else None
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (shapes, batch)
+    )
     compiled = step.lower(*placed).compile()
     embeddings = jax.ShapeDtypeStruct(drawn["embeddings"].shape, jnp.float32)
     rows = options.batch // accumulate
