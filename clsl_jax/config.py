@@ -122,7 +122,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery = ml_collections.ConfigDict()
     # none: known labels only | epoch: from a matrix of scores, at the end of each epoch | online:
     # from the scores of the batch | assume: unknown labels count as negatives | estimate: unknown
-    # labels are parameters of their own.
+    # labels are parameters of their own | blend: images are blended with others that have a label.
     c.recovery.mode = "epoch"
     c.recovery.weight = 0.8  # lambda: weight of the recovered term
     c.recovery.ramp_epochs = 0.0  # the weight grows linearly from 0 over so many epochs
@@ -135,6 +135,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.correction_threshold = 0.6  # self_paced
     c.recovery.correction_rate = 0.002  # share of the unknown labels more (for good: anew) an epoch
     c.recovery.estimate_rate = 1.0  # estimate: of gradient descent on their logits
+    c.recovery.blend_share = 0.5  # blend: of an image itself, the rest is the other's
     # epoch: what labels are recovered from: scores (the network's) | statistics (known labels
     # alone, by a mixture model) | both | co_occurrence (of two labels) | prototypes (features).
     c.recovery.source = "scores"
@@ -203,7 +204,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "loss.name": ("asl", "bce", "hill", "focal_margin"),
     "loss.scale": ("balanced", "mean", "released"),
-    "recovery.mode": ("none", "online", "epoch", "assume", "estimate"),
+    "recovery.mode": ("none", "online", "epoch", "assume", "estimate", "blend"),
     "recovery.correction": ("none", "self_paced", "reject", "correct", "correct_for_good"),
     "recovery.source": ("scores", "statistics", "both", "co_occurrence", "prototypes"),
     "recovery.branch": ("semantic", "global", "mean"),
@@ -263,6 +264,7 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("recovery.correction_threshold", 0, 1),
     ("recovery.correction_rate", 0, 1),
     ("recovery.estimate_rate", 0, None),
+    ("recovery.blend_share", 0, 1),
     ("recovery.components", 1, None),
     ("recovery.weight", 0, None),
     ("recovery.ramp_epochs", 0, None),
@@ -416,6 +418,7 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
         "recovery.correction": r.correction not in ("none", "self_paced"),
         "recovery.source=prototypes": r.source == "prototypes",
         "recovery.mode=estimate": r.mode == "estimate",
+        "recovery.mode=blend": r.mode == "blend",
     }
     for name in (
         name for name, used in whole_batch.items() if used and config.optim.accumulate > 1

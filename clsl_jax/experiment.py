@@ -180,7 +180,7 @@ def build(
             learn_embeddings=config.model.learn_embeddings,
             graph_threshold=options.graph_threshold,
             graph_smoothing=options.graph_smoothing,
-            prototypes=options.source == "prototypes",
+            prototypes=options.prototypes,
             components=options.components if options.needs_statistics else 0,
             backbone=backbone,
         )
@@ -463,6 +463,7 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         correction_threshold=r.correction_threshold,
         correction_rate=r.correction_rate,
         estimate_rate=r.estimate_rate,
+        blend_share=r.blend_share,
         source=r.source,
         components=r.components,
         branch=r.branch,

@@ -168,6 +168,12 @@ METHODS: Mapping[str, Method] = {
         },
         note="one prototype a class, thresholds calibrated on known cells",
     ),
+    "blending": Method(
+        "instance and prototype blending (SARB)",
+        "Pu et al., arXiv 2203.02172",
+        _KNOWN | _BCE | {"recovery.mode": "blend", "recovery.weight": 1.0},
+        note="shares stay at one half, one moving prototype a class, no contrastive loss",
+    ),
     "statistics": Method(
         "label statistics alone",
         "mixture of Bernoulli distributions over known cells",

@@ -62,6 +62,7 @@ class StepOptions:
     correction_threshold: float = 0.6
     correction_rate: float = 0.002
     estimate_rate: float = 1.0
+    blend_share: float = 0.5
     source: str = "scores"
     components: int = 12
     teacher: str = "ema"
@@ -95,6 +96,13 @@ class StepOptions:
         """Whether the state keeps the statistics of the known labels."""
         asked = self.evaluate_statistics or self.loss_statistics
         return asked or self.source in ("statistics", "both")
+
+    @property
+    def prototypes(self) -> str:
+        """Of what each class's known positives are averaged: features, logits, or "" nothing."""
+        if self.recovery_mode == "blend":
+            return "logits"
+        return "features" if self.source == "prototypes" else ""
 
     @property
     def teaches(self) -> bool:
@@ -191,6 +199,16 @@ def make_train_step(
                 loss += options.expected_positives * losses.expected_positives_loss(
                     logits, options.positives_per_image
                 )
+            if options.recovery_mode == "blend":
+                blended = losses.blending_loss(
+                    logits,
+                    annotations,
+                    state.memory["prototypes"][:, 0],
+                    elementwise=elementwise,
+                    share=options.blend_share,
+                )
+                loss += _recovered_scale(state.step, options) * blended
+                terms["recovered"] = blended
             batch_stats = dict(updated.get("batch_stats", {}))
             if state.frozen:
                 batch_stats.pop("backbone", None)
@@ -221,8 +239,9 @@ def make_train_step(
                 )
             if options.correction == "correct_for_good":
                 found["corrected"] = targets
-            if options.source == "prototypes":
-                found["semantic"] = semantic
+            if options.prototypes:
+                of_logits = options.prototypes == "logits"
+                found["prototyped"] = logits[..., None] if of_logits else semantic
             return gradients, terms, batch_stats, found
 
         if parts == 1:
@@ -249,9 +268,12 @@ def make_train_step(
             )
         if options.correction == "correct_for_good":
             recovered = _correct_for_good(recovered, state.annotations, kept, found["corrected"])
-        if options.source == "prototypes":
+        if options.prototypes:
             moved = label_statistics.update_prototypes(
-                memory["prototypes"], found["semantic"], state.annotations[rows], options.ema_decay
+                memory["prototypes"],
+                found["prototyped"],
+                state.annotations[rows],
+                options.ema_decay,
             )
             memory = {**memory, "prototypes": jnp.where(finite, moved, memory["prototypes"])}
 

@@ -93,7 +93,7 @@ class Harness:
                 graph_threshold=self.options.graph_threshold,
                 graph_smoothing=self.options.graph_smoothing,
                 components=self.options.components if self.options.needs_statistics else 0,
-                prototypes=self.options.source == "prototypes",
+                prototypes=self.options.prototypes,
             )
 
         arguments = (
@@ -179,6 +179,7 @@ OF_OTHER_PAPERS = {
     },
     "prototypes": {"source": "prototypes", "min_count": 1, "thresholds": "adaptive"},
     "both": {"source": "both", "components": 3, "branch": "mean"},
+    "blended": {"recovery_mode": "blend", "loss_name": "bce"},
     "co-occurrence": {"source": "co_occurrence", "thresholds": "adaptive", "min_count": 1},
 }
 
@@ -206,6 +207,9 @@ def test_rules_of_other_papers(changes, caplog):
         batches = [slice(k, k + B) for k in range(0, N, B)]
         expected = [math.ceil(0.05 * (~known[rows]).sum() - 1e-4) for rows in batches]
         assert [int(corrected[rows].sum()) for rows in batches] == expected
+    elif options.recovery_mode == "blend":
+        assert (once.memory["prototypes"] != 0).all()
+        assert once.sums["loss_recovered"] > 0
     elif options.recovery_mode != "assume":
         assert (once.recovered_weight[:N][~known] > 0).any()
     assert_same_trees(once, jax.device_get(harness.recover(harness.state)))

@@ -95,9 +95,9 @@ def test_every_method_is_a_valid_configuration(name):
 @pytest.mark.parametrize(
     ("arg", "count"),
     [
-        (None, 2 * 23 * 7 * 5),
+        (None, 2 * 24 * 7 * 5),
         ("main", 2 * 2 * 3 * 5),
-        ("methods", 23 * 2),
+        ("methods", 24 * 2),
         ("fractions", 2 * 4 * 5),
         ("ablation", (1 + 19 + 14) * 2),
         ("quick", 2 * 2 * 2),
