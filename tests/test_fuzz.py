@@ -5,6 +5,7 @@ Python file of `--config` is the exception: it is code by design, as ml_collecti
 """
 
 import ast
+import contextlib
 import io
 import json
 import os
@@ -87,15 +88,19 @@ class OutOfTime(BaseException):
     """No `Exception`: a reader's own handlers must not take it for a damaged file."""
 
 
-@pytest.fixture(autouse=True)
-def _in_time():
+@contextlib.contextmanager
+def in_time():
+    """Fails what hangs over one file."""
+
     def out_of_time(*_):
         raise OutOfTime(f"longer than {SECONDS} s")
 
     signal.signal(signal.SIGALRM, out_of_time)
     signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +276,8 @@ def attempt(folder, name, content):
     path.write_bytes(content)
     message = None
     try:
-        reader(path)
+        with in_time():
+            reader(path)
     except InputError as error:
         message = str(error)
     finally:
@@ -545,6 +551,7 @@ for name in ("cluster", "torch_checkpoint", "train"):
     sys.modules["clsl_jax." + name] = types.ModuleType(name)
     setattr(clsl_jax, name, sys.modules["clsl_jax." + name])
 clsl_jax.train.train_and_evaluate = lambda found, _: print(config.validate(found) or "valid")
+print("ready", flush=True)
 for line in sys.stdin:
     read, write = os.pipe()
     child = os.fork()
@@ -574,8 +581,10 @@ def command():
     def run(*arguments):
         process.stdin.write(json.dumps(arguments) + "\n")
         process.stdin.flush()
-        return json.loads(process.stdout.readline())
+        with in_time():
+            return json.loads(process.stdout.readline())
 
+    assert process.stdout.readline() == "ready\n"
     yield run
     process.stdin.close()
     process.wait()

@@ -39,10 +39,17 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             f"config.json: hidden_act is {config['hidden_act']!r}, expected one of "
             f"{', '.join(_ACTIVATIONS)}."
         )
-    sizes = {key: config.get(key) for key in _SIZE_KEYS}
-    wrong = [f"{key} is {size!r}" for key, size in sizes.items() if not _is_size(size)]
+    sizes = {key: config.get(key) for key in _LARGEST}
+    wrong = [
+        f"{key} is {sizes[key]!r}, expected a whole number from 1 to {largest:,}"
+        for key, largest in _LARGEST.items()
+        if type(sizes[key]) is not int or not 0 < sizes[key] <= largest
+    ]
     if wrong:
-        raise InputError(f"config.json: {', '.join(wrong)}; whole numbers from 1 on are expected.")
+        raise InputError(f"config.json: {'; '.join(wrong)}.")
+    eps = config.get("layer_norm_eps", _LAYER_NORM_EPS)
+    if type(eps) is not float or not 0 < eps < 1:
+        raise InputError(f"config.json: layer_norm_eps is {eps!r}, expected a number from 0 to 1.")
     d, f = sizes["hidden_size"], sizes["intermediate_size"]
     if d % sizes["num_attention_heads"]:
         raise InputError("config.json: hidden_size is not a multiple of num_attention_heads.")
@@ -64,19 +71,17 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-_SIZE_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+# What a size may be at most: far beyond any BERT, and small enough to be told from nonsense.
+_LARGEST = {
+    "vocab_size": 10**7,
+    "hidden_size": 10**6,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 10**6,
+    "intermediate_size": 10**6,
+    "max_position_embeddings": 10**6,
+    "type_vocab_size": 10**6,
+}
+_LAYER_NORM_EPS = 1e-12
 
 
 def _dense_shapes(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
@@ -123,7 +128,7 @@ def _forward(
     token_ids: np.ndarray,
     mask: np.ndarray,
 ) -> np.ndarray:
-    eps = float(config.get("layer_norm_eps", 1e-12))
+    eps = float(config.get("layer_norm_eps", _LAYER_NORM_EPS))
     table = weights["embeddings.word_embeddings.weight"]
     # Gathered on the host: the table is the largest tensor, and few of its rows are read.
     summed = (

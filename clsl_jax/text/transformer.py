@@ -121,7 +121,7 @@ def _read_json(folder: str, name: str) -> Any:
             f"{path} cannot be read ({error.strerror}); expected a Hugging Face folder of a BERT: "
             f"config.json, tokenizer.json or vocab.txt, {_WEIGHTS}."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON file ({error}).") from None
 
 

@@ -77,7 +77,7 @@ def _load(source: pathlib.Path, images: str) -> tuple[pathlib.Path, dict[str, An
             content = json.load(
                 file, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k in _KEPT}
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}).") from None
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
@@ -86,10 +86,24 @@ def _load(source: pathlib.Path, images: str) -> tuple[pathlib.Path, dict[str, An
 
 
 def _categories(path: pathlib.Path, content: dict[str, Any]) -> list[tuple[int, str]]:
+    return sorted(_fields(path, content, "categories", id=int, name=str))
+
+
+def _fields(
+    path: pathlib.Path, content: dict[str, Any], what: str, **types: type
+) -> list[tuple[Any, ...]]:
+    """Returns the values of some keys in every entry of a list, each of its type."""
     try:
-        return sorted((entry["id"], entry["name"]) for entry in content["categories"])
+        found = [tuple(entry[key] for key in types) for entry in content[what]]
     except (KeyError, TypeError):
-        raise InputError(f"{path}: a category has no id or name.") from None
+        found = [()]
+    expected = tuple(types.values())
+    if any(tuple(map(type, row)) != expected for row in found):
+        raise InputError(
+            f"{path}: one of {what} lacks {' or '.join(types)}, or has it of another type "
+            f"(expected {', '.join(kind.__name__ for kind in expected)})."
+        )
+    return found
 
 
 def _image_list(
@@ -102,17 +116,13 @@ def _image_list(
     folder = listing.existing(
         source / images, source / "images" / images, what=f"the images of {images}"
     )
-    try:
-        entries = sorted((entry["id"], entry["file_name"]) for entry in content["images"])
-        pairs = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]
-    except (KeyError, TypeError):
-        raise InputError(
-            f"{path}: an image without id and file_name, or an annotation without image_id and "
-            "category_id."
-        ) from None
+    entries = sorted(_fields(path, content, "images", id=int, file_name=str))
+    pairs = _fields(path, content, "annotations", image_id=int, category_id=int)
     names = [name for _, name in entries]
-    listing.check_unique(names, str(path))
+    listing.check_file_names(names, str(path))
     row_of = {number: row for row, (number, _) in enumerate(entries)}
+    if len(row_of) < len(entries):
+        raise InputError(f"{path}: images have the same id.")
     labels = np.zeros((len(entries), len(columns)), np.int8)
     for image, category in pairs:
         if image not in row_of or category not in columns:

@@ -9,6 +9,8 @@ import numpy as np
 
 from clsl_jax.errors import InputError
 
+_LONGEST_NAME = 255  # bytes, on every usual file system
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageList:
@@ -107,6 +109,20 @@ def check_unique(names: Sequence[str], where: str) -> None:
         twice = sorted({name for name in names if name in first or first.add(name)})
         shown = ", ".join(twice[:5]) + (", …" if len(twice) > 5 else "")
         raise InputError(f"{where}: {len(twice)} images are listed twice: {shown}.")
+
+
+def check_file_names(names: Sequence[str], where: str) -> None:
+    """Raises `InputError` if there is no name, one occurs twice, or one can be no file's."""
+    if not names:
+        raise InputError(f"{where} lists nothing.")
+    for name in names:
+        try:
+            encoded = os.fsencode(name)
+        except UnicodeEncodeError:
+            encoded = b"\0"
+        if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+            raise InputError(f"{where}: {name[:50]!r} can be no file's name.")
+    check_unique(names, where)
 
 
 def without_labels(labels: np.ndarray) -> np.ndarray:

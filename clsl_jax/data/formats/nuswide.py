@@ -36,7 +36,7 @@ def read_nuswide(source: pathlib.Path) -> Listing:
         what="the list of concepts",
     )
     concepts = listing.read_lines(concepts_path)
-    listing.check_unique(concepts, str(concepts_path))
+    listing.check_file_names(concepts, str(concepts_path))
     folder = next((source / name for name in _IMAGE_FOLDERS if (source / name).is_dir()), source)
     return Listing(
         name="nuswide",
@@ -59,7 +59,7 @@ def _image_list(
         what=f"the list of images for {part.lower()}",
     )
     names = [line.replace("\\", "/") for line in listing.read_lines(path)]
-    listing.check_unique(names, str(path))
+    listing.check_file_names(names, str(path))
     truth = listing.existing(
         source / "Groundtruth" / "TrainTestLabels",
         source / "Groundtruth" / "Groundtruth" / "TrainTestLabels",

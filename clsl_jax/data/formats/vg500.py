@@ -44,7 +44,7 @@ def read_vg500(source: pathlib.Path, *, class_names: pathlib.Path | None = None)
     labels_path = _partition_file(source, _LABELS)
     try:
         positives = json.loads(labels_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{labels_path} cannot be read ({error}).") from None
     if not isinstance(positives, dict):
         raise InputError(f"{labels_path}: expected image names with lists of class numbers.")
@@ -82,7 +82,7 @@ def _image_list(
     folders: list[pathlib.Path],
 ) -> ImageList:
     names = [line.split()[0] for line in listing.read_lines(path)]
-    listing.check_unique(names, str(path))
+    listing.check_file_names(names, str(path))
     labels = np.zeros((len(names), CLASSES), np.int8)
     for row, name in enumerate(names):
         numbers = positives.get(name)

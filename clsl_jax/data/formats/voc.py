@@ -82,9 +82,7 @@ def read_voc(source: pathlib.Path, *, year: str, test: str = "auto") -> Listing:
 def _names(root: pathlib.Path, image_set: str) -> list[str]:
     path = root / "ImageSets" / "Main" / f"{image_set}.txt"
     names = [line.split()[0] for line in listing.read_lines(path)]
-    if not names:
-        raise InputError(f"{path} lists no image.")
-    listing.check_unique(names, str(path))
+    listing.check_file_names(names, str(path))
     return names
 
 
@@ -127,7 +125,7 @@ def _labels(path: pathlib.Path) -> np.ndarray:
     labels = np.zeros(len(CLASS_NAMES), np.int8)
     try:
         objects = ElementTree.parse(path).getroot().findall("object")
-    except (ElementTree.ParseError, OSError) as error:
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # encodings too
         raise InputError(f"{path} cannot be read ({error}).") from None
     for found in objects:
         name = (found.findtext("name") or "").strip()
