@@ -6,7 +6,9 @@ the seed and the step, so `state.step` is its state, on any number of processes.
 
 import contextlib
 import functools
+import json
 import logging as stdlib_logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -92,7 +94,10 @@ class Checkpointer:
         )
         try:
             self._directory = epath.Path(directory)
+            self._look_at_metrics()
             self._manager = ocp.CheckpointManager(self._directory, options=options)
+        except CheckpointError:
+            raise
         except Exception as error:  # each file system raises its own kinds
             hint = "expected a directory that can be read and written"
             if bucket:
@@ -100,6 +105,24 @@ class Checkpointer:
             raise CheckpointError(
                 f"Checkpoints cannot be kept in {directory}: {_reason(error)} ({hint})."
             ) from error
+
+    def _look_at_metrics(self) -> None:
+        """Sets checkpoints aside whose metric is damaged: Orbax would not open the others either.
+
+        Raises:
+          CheckpointError: there is one, and nothing may be written.
+        """
+        if jax.process_index() == 0 and self._directory.exists():
+            for place in list(self._directory.iterdir()):
+                if not place.name.isdigit() or _has_sound_metrics(place / "metrics"):
+                    continue
+                if self._read_only:
+                    raise CheckpointError(
+                        f"The file {place / 'metrics' / 'metrics'} is damaged. Move {place} "
+                        "elsewhere, or go on with training, which sets it aside."
+                    )
+                self._rename_damaged(int(place.name))
+        cluster.barrier("metrics looked at")
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, oldest first."""
@@ -256,15 +279,28 @@ class Checkpointer:
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            target = self._directory / f"damaged-{step}"
-            suffix = 0
-            while target.exists():
-                suffix += 1
-                target = self._directory / f"damaged-{step}-{suffix}"
-            (self._directory / str(step)).rename(target)
-            logging.warning("Set the damaged checkpoint aside as %s", target)
+            self._rename_damaged(step)
         cluster.barrier(f"set aside {step}")
         self._manager.reload()
+
+    def _rename_damaged(self, step: int) -> None:
+        target = self._directory / f"damaged-{step}"
+        suffix = 0
+        while target.exists():
+            suffix += 1
+            target = self._directory / f"damaged-{step}-{suffix}"
+        (self._directory / str(step)).rename(target)
+        logging.warning("Set the damaged checkpoint aside as %s", target)
+
+
+def _has_sound_metrics(place: epath.Path) -> bool:
+    """Whether the metrics of a checkpoint can be read, or it has none."""
+    if not place.exists():
+        return True
+    try:
+        return math.isfinite(_selection(json.loads((place / "metrics").read_text())))
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _reason(error: BaseException) -> str:

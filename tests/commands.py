@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 REPOSITORY = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 CONFIG = os.path.join(REPOSITORY, "configs", "scenes.py")
@@ -93,6 +94,21 @@ def run_several(shared, workdir, *arguments, processes, devices):
             process.kill()
             process.wait()
     return statuses, [read(f"{workdir}.{k}.log") for k in range(processes)]
+
+
+def wait_for(condition, *processes, seconds=300):
+    """Waits until `condition()` holds; fails if a process ends before, or it takes longer."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert all(process.poll() is None for process in processes), "it ended before"
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.01)
+
+
+def newest_step(workdir):
+    """The last checkpoint of a run, 0 for none."""
+    steps = [int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit()]
+    return max(steps, default=0)
 
 
 def read(path):

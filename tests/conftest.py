@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 import hypothesis
+import pytest
 
 # Most of the suite's time would be LLVM's.
 os.environ["XLA_FLAGS"] = (
@@ -18,6 +19,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """Directory of what commands compile and compose, for all of them."""
+    return str(tmp_path_factory.mktemp("shared"))
 
 
 def pytest_collection_modifyitems(items):

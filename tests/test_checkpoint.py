@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
     save(checkpointer, 2)
     assert checkpointer.restore_latest(abstract(make_state()))[2] == 2
     checkpointer.close()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, os.remove])
+def test_whatever_file_is_damaged_no_other_arrays_are_restored(tmp_path, damage):
+    """Of the older checkpoint, or of this one where the file was not needed: as they were saved."""
+    checkpointer = Checkpointer(str(tmp_path / "whole"))
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    checkpointer.close()
+    steps, metrics = [], tmp_path / "whole" / "2" / "metrics" / "metrics"
+    for number, path in enumerate(sorted(files_of(tmp_path / "whole" / "2"))):
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", copy)
+        damage(copy / os.path.relpath(path, tmp_path / "whole"))
+        if path == str(metrics):
+            with pytest.raises(CheckpointError, match=r"metrics/metrics is damaged. Move .*/2 els"):
+                Checkpointer(str(copy), read_only=True)
+        checkpointer = Checkpointer(str(copy))
+        found, _, step = checkpointer.restore_latest(abstract(make_state()))
+        checkpointer.close()
+        assert_same(found, make_state(step))
+        steps.append(step)
+    assert set(steps) == {1, 2}
 
 
 def test_a_reader_moves_nothing(tmp_path):

@@ -10,15 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from commands import CONFIG, REPOSITORY, TINY, environment, read, run
-from test_train import assert_same_run, newest_step
+from commands import CONFIG, REPOSITORY, TINY, environment, newest_step, read, run
+from test_train import assert_same_run
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +56,13 @@ def test_a_disk_that_is_full_for_a_while(shared, finished, tmp_path):
         f"""
         mount -t tmpfs -o size=64m tmpfs {disk}
         {command(disk / "run")} >{tmp_path}/log 2>&1 &
-        until [ -e {disk}/run/checkpoints/6 ]; do sleep 0.02; done
+        until [ -e {disk}/run/checkpoints/6 ]; do kill -0 $!; sleep 0.02; done
         # Room for the log, not for a checkpoint; nothing may be written while the room is measured.
         kill -STOP $!
         free=$(df --output=avail -B1 {disk} | tail -1)
         head -c $((free - 200000)) /dev/zero >{disk}/ballast
         kill -CONT $!
-        until grep -q "could not be saved" {tmp_path}/log; do sleep 0.02; done
+        until grep -q "could not be saved" {tmp_path}/log; do kill -0 $!; sleep 0.02; done
         ls {disk}/run/checkpoints >{tmp_path}/kept
         rm {disk}/ballast
         wait %1
@@ -91,7 +86,7 @@ def test_a_disk_that_stays_full(shared, finished, tmp_path):
         f"""
         mount -t tmpfs -o size=64m tmpfs {disk}
         {command(disk / "run")} >{tmp_path}/log 2>&1 &
-        until [ -e {disk}/run/checkpoints/6 ]; do sleep 0.02; done
+        until [ -e {disk}/run/checkpoints/6 ]; do kill -0 $!; sleep 0.02; done
         dd if=/dev/zero of={disk}/ballast bs=64k 2>/dev/null || true
         wait %1 && code=0 || code=$?
         rm {disk}/ballast

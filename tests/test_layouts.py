@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 import pytest
-from commands import CONFIG, TINY, read, run_several, start_several
-from test_train import assert_same_run, newest_step, saved_arrays
+from commands import CONFIG, TINY, newest_step, read, run_several, start_several, wait_for
+from test_train import assert_same_run, saved_arrays
 
 from clsl_jax.writer import read_log
 
@@ -31,11 +31,6 @@ STEPS = (
 )
 # Processes and devices of each. On 1x8 classes and wide layers are divided too.
 LAYOUTS = {"1x1": (1, 1), "1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2)}
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +71,14 @@ def test_any_layout_gives_the_same_numbers(runs, layout):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
-def test_a_checkpoint_is_evaluated_alike_on_another_layout(shared, runs, tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "restored"), [("1x1", "4x2"), ("4x2", "1x1"), ("2x4", "1x8"), ("1x8", "2x4")]
+)
+def test_a_checkpoint_is_evaluated_alike_on_another_layout(shared, runs, tmp_path, saved, restored):
     """Restored on other processes and devices: every number of the evaluation is the same."""
     workdir = tmp_path / "run"
-    shutil.copytree(runs["1x1"], workdir)
-    processes, devices = LAYOUTS["4x2"]
+    shutil.copytree(runs[saved], workdir)
+    processes, devices = LAYOUTS[restored]
     statuses, said = run_several(
         shared, workdir, "--mode=evaluate", processes=processes, devices=devices
     )
@@ -90,10 +88,10 @@ def test_a_checkpoint_is_evaluated_alike_on_another_layout(shared, runs, tmp_pat
     )
     for key in ("results", "recovery", "labels", "dataset"):
         assert after[key] == before[key], key
-    with np.load(runs["1x1"] / "predictions.npz") as a, np.load(workdir / "predictions.npz") as b:
+    with np.load(runs[saved] / "predictions.npz") as a, np.load(workdir / "predictions.npz") as b:
         np.testing.assert_array_equal(a["scores"], b["scores"])
     for name in ("recovered.csv", "probabilities.csv"):
-        assert (runs["1x1"] / name).read_bytes() == (workdir / name).read_bytes()
+        assert (runs[saved] / name).read_bytes() == (workdir / name).read_bytes()
 
 
 def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path):
@@ -105,9 +103,7 @@ def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path)
 
     def started_until(step):
         started = start_several(shared, workdir, *STEPS, processes=processes, devices=devices)
-        while newest_step(workdir) < step:
-            assert all(p.poll() is None for p in started), read(f"{workdir}.0.log")
-            time.sleep(0.01)
+        wait_for(lambda: newest_step(workdir) >= step, *started)
         return started
 
     started = started_until(4)

@@ -20,11 +20,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("shared"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "expected"), CASES)
 def test_wrong_input(shared, tmp_path, arguments, expected):

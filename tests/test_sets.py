@@ -97,12 +97,6 @@ SETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """Directory of what is compiled, for all the sets."""
-    return str(tmp_path_factory.mktemp("shared"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_from_official_files_to_results(shared, tmp_path, monkeypatch, name):

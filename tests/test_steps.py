@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from clsl_jax import label_statistics, optim, recovery, sharding, steps, train_state
+from clsl_jax import label_statistics, losses, optim, recovery, sharding, steps, train_state
 from clsl_jax.data import transforms
 from clsl_jax.models.clsl import CLSL, head_of
 
@@ -215,26 +215,21 @@ def test_rules_of_other_papers(changes, caplog):
     assert_same_trees(once, jax.device_get(harness.recover(harness.state)))
 
 
-def test_hidden_labels_cannot_reach_training():
-    """The state that training carries holds nothing of a hidden label: only annotations go in."""
-    labels, annotations = make_labels(1)
-    scrambled = np.where(annotations >= 0, labels, 1 - labels).astype(np.int8)
-    assert (scrambled != labels).sum() == (annotations < 0).sum()
-    from clsl_jax.data import partial
-
-    mask = annotations >= 0
-    first = Harness(annotations=partial.annotate(labels, mask)).run(6)
-    second = Harness(annotations=partial.annotate(scrambled, mask)).run(6)
-    assert_same_trees(first, second)
-
-
 def test_the_first_step_by_hand():
     """Sums, EMA, scores and visits after one step, from separate evaluations of the parts."""
     harness = Harness(make_options(recovery_mode="epoch", teacher="ema"))
+
+    def average(tree):  # as if after other steps: averages that are not the weights
+        return jax.tree.map(lambda x: 0.8 * x, tree)
+
+    harness.state = harness.state.replace(
+        ema_params=average(harness.state.ema_params),
+        ema_batch_stats=average(harness.state.ema_batch_stats),
+    )
     before = jax.device_get(harness.state)
     batch = make_batch(range(B))
     logits, _ = harness.model.apply(
-        {"params": before.params["model"], "batch_stats": before.batch_stats},
+        {"params": before.ema_params["model"], "batch_stats": before.ema_batch_stats},
         steps.normalize(jnp.asarray(batch["clean"])),
         before.label_embeddings,
         before.adjacency,
@@ -253,12 +248,19 @@ def test_the_first_step_by_hand():
         lambda old, new, ema: np.testing.assert_allclose(
             ema, 0.9 * old + 0.1 * new, rtol=1e-4, atol=1e-7
         ),
-        (before.params, before.batch_stats),
+        (before.ema_params, before.ema_batch_stats),
         (after.params, after.batch_stats),
         (after.ema_params, after.ema_batch_stats),
     )
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 0, before.params, after.params)
     assert any(jax.tree.leaves(moved))
+    for ema, params, batch_stats in (
+        (True, after.ema_params, after.ema_batch_stats),
+        (False, after.params, after.batch_stats),
+    ):
+        weights = train_state.evaluation_weights(after, ema=ema)
+        assert_same_trees(weights["params"], params["model"])
+        assert_same_trees(weights["batch_stats"], batch_stats)
 
 
 def test_normalize():
@@ -293,6 +295,28 @@ def test_the_end_of_an_epoch_done_twice_is_done_once():
     once = harness.run(3)
     twice = jax.device_get(harness.recover(harness.state))
     assert_same_trees(once, twice)
+
+
+def test_the_graph_of_known_and_recovered_labels_by_hand():
+    """Row a: how often b among the positives of a; each cell weighs what it is trusted."""
+    options = make_options(
+        thresholds="none", confidence_power=1.0, graph_layers=1, graph_threshold=0.3
+    )
+    harness = Harness(options, graph_layers=1)
+    before = np.asarray(harness.state.adjacency)
+    state = harness.run(3)
+    trust = np.where(state.annotations >= 0, 1.0, state.recovered_weight).astype(np.float64)
+    positive = state.recovered * trust
+    frequency = np.einsum("na,nb->ab", positive, positive) / np.einsum("na,nb->ab", positive, trust)
+    edges = (frequency >= 0.3) & ~np.eye(C, dtype=bool)
+    weights = np.eye(C) + 0.25 * edges / np.maximum(edges.sum(axis=0), 1)
+    scale = 1 / np.sqrt(weights.sum(axis=1))
+    expected = scale[:, None] * weights.T * scale
+    np.testing.assert_allclose(state.adjacency, expected, atol=1e-5)
+    assert 0 < edges.sum() < C * (C - 1)
+    assert np.abs(state.adjacency - before).max() > 0.01
+    fixed = dataclasses.replace(options, graph_refresh=False)
+    np.testing.assert_array_equal(Harness(fixed, graph_layers=1).run(3).adjacency, before)
 
 
 @pytest.mark.parametrize(
@@ -509,14 +533,18 @@ def test_a_batch_in_parts_is_the_batch(scale, devices):
 class WithFault(OnFeatures):
     """The image of row 21 is not finite; rows 16 to 31 make step 2."""
 
+    value = np.nan
+
     def change(self, batch):
         batch = super().change(batch)
         for name in ("image", "clean"):
-            batch[name][batch["row"] == 21, 0, 0] = np.nan
+            batch[name][batch["row"] == 21, 0, 0] = self.value
         return batch
 
 
-def test_a_step_that_is_not_finite_is_named_with_its_rows():
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_step_that_is_not_finite_is_named_with_its_rows(value, monkeypatch):
+    monkeypatch.setattr(WithFault, "value", value)
     state = WithFault(make_options()).run(3)
     assert (state.fault_step, state.faulty_steps) == (1, 2)  # the third step has NaN weights
     np.testing.assert_array_equal(state.faults[16:32], np.arange(16, 32) == 21)
@@ -536,6 +564,20 @@ def test_a_step_that_is_not_finite_can_be_left_out():
     sound = OnFeatures(options).run(1)
     assert_same_trees(before.params, sound.params)
     assert np.isfinite(WithFault(options).run(6).sums["loss"])
+
+
+def test_a_gradient_alone_that_is_not_finite_is_a_fault_of_the_whole_batch(monkeypatch):
+    def rooted(options):  # its value is finite, its gradient is 0 / 0
+        return lambda z, t: losses.binary_cross_entropy(z, t) + jnp.sqrt(z - z)
+
+    monkeypatch.setattr(steps, "_elementwise_loss", rooted)
+    harness = OnFeatures(make_options(skip_nonfinite=1))
+    before = jax.device_get(harness.state.params)
+    state = harness.run(1)
+    assert (state.fault_step, state.faulty_steps) == (0, 1)
+    np.testing.assert_array_equal(np.flatnonzero(state.faults), np.arange(B))
+    assert_same_trees(state.params, before)
+    assert (state.visits == 0).all()
 
 
 def test_images_changed_on_the_device_and_a_teacher_that_sees_them_clean():

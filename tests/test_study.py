@@ -2,10 +2,12 @@
 
 import ast
 import csv
+import io
 import json
 import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ import commands
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from clsl_jax import config as config_lib
 from clsl_jax import methods, study, study_report
@@ -36,10 +39,17 @@ def test_the_grid_pairs_methods_by_seed():
     assert len({cell.directory for cell in made}) == len(made)
 
 
-def test_shards_part_the_grid():
+def test_shards_part_the_grid(tmp_path, monkeypatch):
+    """Each of three jobs runs every third cell, so that none has the dear ones alone."""
     grid = study.cells(make_study())
-    parts = [grid[index::count] for index, count in (study.parse_shard(f"{i}/3") for i in range(3))]
-    assert sorted((cell for part in parts for cell in part), key=grid.index) == grid
+    ran = []
+    monkeypatch.setattr(study.Runner, "run", lambda runner, cell: ran.append(cell))
+    console = Console(file=io.StringIO())
+    for index in range(3):
+        ran.clear()
+        shard = study.parse_shard(f"{index}/3")
+        assert study.run_cells(grid, str(tmp_path), console, shard) == {}
+        assert [grid.index(cell) for cell in ran] == [k for k in range(8) if k % 3 == index]
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "a/2", "0/0", "-1/2", "1/2/3"])
@@ -164,9 +174,58 @@ def test_reliability_by_hand():
     np.testing.assert_allclose(frequency[[0, 14]], [1 / 3, 1])
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("shared"))
+def made(method, seed, mean_ap, dog, *, confidence=(0.2, 0.9), frequency=(0.1, 1.0)):
+    """What a cell gave, by hand: 100 test cells at 0.2, 300 at 0.9."""
+    cell = study.Cell("configs/scenes.py", method, "uniform", 0.2, seed, ("seed=0",))
+    recovery = [{"positive_precision": 0.5, "epoch": 1}, {"positive_precision": 0.9, "epoch": 2}]
+    return study_report.Found(
+        cell,
+        mean_ap,
+        {"cat": 80.0, "dog": dog},
+        2,
+        recovery,
+        10.0 + seed,
+        1000.0,
+        np.array(confidence),
+        np.array(frequency),
+        np.array([100.0, 300.0]),
+    )
+
+
+def test_the_summary_pairs_by_seed():
+    """Baseline 60, 70 in seeds 1, 0; the method 73, 62 in seeds 0, 1: differences 3 and 2."""
+    found = [
+        made("known_asl", 1, 60.0, 50.0),
+        made("known_asl", 0, 70.0, 54.0),
+        made("clsl", 0, 73.0, 60.0),
+        made("clsl", 1, 62.0, 51.0),
+    ]
+    base, ours = study_report._summary(found, make_study())
+    assert (ours["method"], ours["seeds"], ours["mAP"]) == ("clsl", 2, 67.5)
+    assert ours["mAP_sd"] == pytest.approx(11 / math.sqrt(2))
+    # t = 2.5 / 0.5 = 5 at one degree of freedom, where p = 1 - 2 atan(t) / pi.
+    assert ours["difference"] == 2.5
+    assert ours["p_value"] == pytest.approx(1 - 2 * math.atan(5) / math.pi)
+    assert ours["positive_precision"] == 0.9  # of the last epoch
+    assert ours["seconds"] == 10.5
+    # (100 |0.2 - 0.1| + 300 |0.9 - 1|) / 400
+    assert ours["calibration_error"] == pytest.approx(10.0)
+    assert base["difference"] == 0.0
+    uneven = made("clsl", 0, 73.0, 60.0, frequency=(0.1, 0.9))
+    assert uneven.calibration_error == pytest.approx(2.5)
+    (title, rows) = study_report._main_tables([base, ours], make_study())[0]
+    assert title == "scenes, labels known by protocol uniform"
+    assert rows == [
+        ["method", "20 % known"],
+        ["known_asl", "65.00 ± 7.07"],
+        ["clsl", "67.50 ± 7.78 (+2.50, p = 0.13)"],
+    ]
+    gains = {
+        (row["method"], row["class"]): row["gain"]
+        for row in study_report._class_rows(found, "known_asl")
+    }
+    assert gains[("clsl", "dog")] == 3.5
+    assert gains[("clsl", "cat")] == 0.0
 
 
 CONFIG = """
@@ -184,40 +243,56 @@ def get_config():
 """
 
 
-def call(shared, folder, *arguments):
-    return subprocess.run(
+def begin(shared, folder):
+    return subprocess.Popen(
         [
             sys.executable,
             "-m",
             "clsl_jax.study",
             f"--config={folder / 'study.py'}",
             f"--workdir={folder / 'study'}",
-            *arguments,
         ],
         cwd=commands.REPOSITORY,
         env=commands.environment(shared),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
-        check=False,
     )
+
+
+def call(shared, folder):
+    """(exit status, stdout, stderr) of the study, run to its end."""
+    process = begin(shared, folder)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
 
 
 @pytest.mark.slow
 def test_a_study_from_grid_to_tables(shared, tmp_path):
     settings = tuple(x.removeprefix("--config.") for x in commands.TINY) + (
-        "epochs=2",
         "recovery.warmup_epochs=0",
         "evaluation.pictures=0",
     )
     text = CONFIG.format(config=commands.CONFIG, settings=settings)
     (tmp_path / "study.py").write_text(text)
-    first = call(shared, tmp_path)
-    assert first.returncode == 2, first.stderr
-    assert "3 cells, 0 of them finished before" in first.stdout
-    assert "1 cells failed" in first.stderr
-    assert "optim.accumulate=7" in first.stderr
     work = tmp_path / "study"
+    cell = work / "cells" / "scenes" / "uniform-0.5" / "known_asl" / "seed-0"
+    process = begin(shared, tmp_path)
+    commands.wait_for(
+        lambda: (cell / "checkpoints").is_dir() and commands.newest_step(cell) > 0, process
+    )
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Stopped by SIGTERM. Run the same command to go on." in out
+    assert not (cell / "results.json").exists()
+
+    status, out, err = call(shared, tmp_path)
+    assert status == 2, err
+    assert "Going on from step" in (cell / "output.txt").read_text()
+    assert "3 cells, 0 of them finished before" in out
+    assert "1 cells failed" in err
+    assert "optim.accumulate=7" in err
     results = sorted(work.glob("cells/scenes/uniform-0.5/*/seed-0/results.json"))
     assert [path.parts[-3] for path in results] == ["clsl", "known_asl"]
     with open(work / "study.csv", encoding="utf-8") as file:
@@ -242,9 +317,9 @@ def test_a_study_from_grid_to_tables(shared, tmp_path):
 
     before = {path: path.stat().st_mtime_ns for path in results}
     (tmp_path / "study.py").write_text(text.replace("optim.accumulate=7", "epochs=1"))
-    assert call(shared, tmp_path).returncode == 2  # another setting under the same name
+    assert call(shared, tmp_path)[0] == 2  # another setting under the same name
     (tmp_path / "study.py").write_text(text)
-    again = call(shared, tmp_path)
-    assert again.returncode == 2
-    assert "3 cells, 2 of them finished before" in again.stdout
+    status, out, _ = call(shared, tmp_path)
+    assert status == 2
+    assert "3 cells, 2 of them finished before" in out
     assert {path: path.stat().st_mtime_ns for path in results} == before

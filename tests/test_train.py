@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import test_config
-from commands import TINY, environment, run, start
+from commands import TINY, environment, newest_step, run, start, wait_for
 
 from clsl_jax import experiment, train
 from clsl_jax.data import partial
@@ -22,11 +22,6 @@ from clsl_jax.errors import InputError
 from clsl_jax.writer import read_log
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +110,13 @@ def test_the_tables_fill_the_unknown_cells_alone(finished):
         assert stated[f"recovery/held_out_{kind}s"] == pytest.approx(chosen.sum(), abs=2)
         found = stated[f"recovery/held_out_{kind}_precision"]
         assert found == pytest.approx(right.mean(), abs=2 / chosen.sum())
-    # Where the last weights are the best ones, probabilities are those of the predictions, p,
-    # calibrated by hand: q / (1 - q) = p^3 / (1 - p) for gamma_neg = 2.
+    # Probabilities are those of the predictions, p, calibrated by hand: the odds are
+    # p^3 / (1 - p) for gamma_neg = 2. The last weights are the best ones in this run.
     results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
-    if results["selection"]["epochs"]["last"] == results["selection"]["epochs"]["best"]:
-        p = np.load(workdir / "predictions.npz")["scores"].astype(float)
-        odds = p**3 / (1 - p)
-        np.testing.assert_allclose(probabilities[-48:], odds / (1 + odds), atol=1e-4)
+    assert results["selection"]["epochs"]["last"] == results["selection"]["epochs"]["best"]
+    p = np.load(workdir / "predictions.npz")["scores"].astype(float)
+    odds = p**3 / (1 - p)
+    np.testing.assert_allclose(probabilities[-48:], odds / (1 + odds), atol=1e-4)
 
 
 def test_results_name_what_they_depend_on(finished):
@@ -137,6 +132,19 @@ def test_results_name_what_they_depend_on(finished):
     assert results["dataset"]["images"] == {"train": 96, "validation": 48, "test": 48}
     assert results["seed"] == 0
     assert "validation mAP" in results["selection"]["rule"]
+    # Its epoch is the one of the best validation mAP, the later of two alike.
+    logged = [row["validation/mAP_interpolated"] for row in read_log(finished[0] / "log.jsonl")]
+    best = max(range(len(logged)), key=lambda k: (logged[k], k))
+    assert results["selection"]["epochs"] == {"last": 4, "best": best + 1}
+    for weights, epoch in (("last", 4), ("best", best + 1)):
+        (row,) = (
+            r
+            for r in results["results"]
+            if (r["weights"], r["split"], r["AP_convention"])
+            == (weights, "validation", "interpolated")
+        )
+        assert row["mAP"] == logged[epoch - 1]
+        assert row["epoch"] == epoch
     assert {"jax", "flax", "numpy", "clsl_jax"} <= results["versions"].keys()
     found = {(r["weights"], r["split"], r["AP_convention"]) for r in results["results"]}
     assert len(found) == 8
@@ -178,11 +186,6 @@ def test_evaluation_again_gives_the_same_bits(shared, finished, devices):
     assert again["recovery"] == results["recovery"]
 
 
-def newest_step(workdir):
-    steps = [int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit()]
-    return max(steps, default=0)
-
-
 def test_killed_twenty_times_it_ends_with_the_same_bits(shared, finished, tmp_path):
     """SIGKILL a random while after the start, or after a next checkpoint; one after each step."""
     chance = random.Random(0)
@@ -194,11 +197,13 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(shared, finished, tmp_pa
     for moment in moments:
         before = newest_step(workdir)
         process = start(shared, workdir, more)
-        while moment == "checkpoint" and newest_step(workdir) == before:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        # Inside an import, the compilation, a restore; or a step, an evaluation, the next save.
-        time.sleep(chance.uniform(0, 5) if moment == "start" else chance.uniform(0, 0.1))
+        if moment == "checkpoint":
+            wait_for(lambda before=before: newest_step(workdir) > before, process)
+            time.sleep(chance.uniform(0, 0.1))  # into a step, an evaluation, the next save
+        else:  # into an import, the compilation, a restore, a step
+            end = time.monotonic() + chance.uniform(0, 5)
+            while time.monotonic() < end and newest_step(workdir) == before:
+                time.sleep(0.01)
         assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -211,9 +216,8 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(shared, finished, tmp_pa
 def test_sigterm_saves_and_the_run_goes_on(shared, finished, tmp_path):
     workdir = tmp_path / "run"
     process = start(shared, workdir)
-    while not (workdir / "log.jsonl").exists() or not read_log(workdir / "log.jsonl"):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    log = workdir / "log.jsonl"
+    wait_for(lambda: log.exists() and read_log(log), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -246,9 +250,16 @@ def in_process(shared, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *unused: one)
 
 
-def test_hidden_labels_reach_neither_training_nor_selection(in_process, tmp_path, monkeypatch):
-    """Every hidden training label is turned round: weights, selection, recovery stay the same."""
-    config = tiny_config(epochs=2)
+def test_hidden_and_test_labels_reach_neither_training_nor_selection(
+    in_process, tmp_path, monkeypatch
+):
+    """Every hidden training label and every test label is turned round.
+
+    Weights, the best epoch and recovered labels stay the same.
+    """
+    config = tiny_config(epochs=3)
+    config.evaluation.test_every_epoch = True
+    config.optim.learning_rate = 0.1  # so high that the best epoch is not the last
     train.train_and_evaluate(config, str(tmp_path / "true"))
     load_data = experiment.load_data
 
@@ -258,7 +269,11 @@ def test_hidden_labels_reach_neither_training_nor_selection(in_process, tmp_path
         mask = partial.known_mask("uniform", labels, config.labels.known_fraction, 0)
         hidden = np.where(mask, labels, 1 - labels).astype(np.int8)
         assert (hidden != labels).mean() > 0.5
-        return dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, labels=hidden))
+        return dataclasses.replace(
+            dataset,
+            train=dataclasses.replace(dataset.train, labels=hidden),
+            test=dataclasses.replace(dataset.test, labels=1 - dataset.test.labels),
+        )
 
     monkeypatch.setattr(experiment, "load_data", turned_round)
     train.train_and_evaluate(config, str(tmp_path / "turned"))
@@ -266,10 +281,19 @@ def test_hidden_labels_reach_neither_training_nor_selection(in_process, tmp_path
     for key, array in true.items():
         np.testing.assert_array_equal(array, turned[key], err_msg=key)
     rows = [read_log(tmp_path / name / "log.jsonl") for name in ("true", "turned")]
+    told = ("recovery", "test/")  # what hidden labels are there for
     for a, b in zip(*rows, strict=True):
-        assert {k: v for k, v in a.items() if not k.startswith("recovery")} == {
-            k: v for k, v in b.items() if not k.startswith("recovery")
+        assert {k: v for k, v in a.items() if not k.startswith(told)} == {
+            k: v for k, v in b.items() if not k.startswith(told)
         }
+    selection, turned_selection = (
+        json.loads((tmp_path / name / "results.json").read_text())["selection"]
+        for name in ("true", "turned")
+    )
+    assert selection == turned_selection
+    assert selection["epochs"]["best"] < selection["epochs"]["last"]
+    by_test = [max(range(3), key=lambda k: r[k]["test/mAP_interpolated"]) for r in rows]
+    assert by_test[0] != by_test[1]  # selection on the test split would have shown
     tables = [(tmp_path / name / "recovered.csv").read_text() for name in ("true", "turned")]
     assert tables[0] == tables[1]
     # The diagnostic does see them: it is the one thing that changes.
@@ -356,9 +380,7 @@ def test_going_on_with_another_configuration_is_refused(shared, finished):
 
 def test_two_runs_in_one_workdir(shared, tmp_path):
     first = start(shared, tmp_path / "run")
-    while not (tmp_path / "run" / "config.json").exists():
-        assert first.poll() is None
-        time.sleep(0.02)
+    wait_for((tmp_path / "run" / "config.json").exists, first)
     status, _, err = run(shared, tmp_path / "run")
     first.kill()
     first.communicate()

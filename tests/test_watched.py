@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clsl_jax.data import pipeline
-from clsl_jax.data.watched import Watched
+from clsl_jax.data.watched import MOST_TRIES, Watched
 from clsl_jax.errors import InputError
 
 
@@ -44,9 +44,10 @@ def watched(images, *, start=0, workers=0, timeout=60.0, report=lambda line: Non
 
 
 def rows(data, count):
-    found = [next(data)["row"].tolist() for _ in range(count)]
-    data.close()
-    return found
+    try:
+        return [next(data)["row"].tolist() for _ in range(count)]
+    finally:
+        data.close()
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +62,21 @@ def test_nothing_changes_where_nothing_goes_wrong(expected, start):
     assert rows(watched(Images(), start=start), 10 - start) == expected[start:]
 
 
-@pytest.mark.parametrize(("fault", "timeout"), [("die", 60.0), ("hang", 6.0)])
-def test_a_lost_worker_is_replaced_and_no_batch_differs(expected, tmp_path, fault, timeout):
+@pytest.mark.parametrize(
+    ("fault", "timeout", "workers"), [("die", 60.0, 1), ("die", 60.0, 2), ("hang", 12.0, 1)]
+)
+def test_a_lost_worker_is_replaced_and_no_batch_differs(
+    expected, tmp_path, fault, timeout, workers
+):
     said = []
     images = Images(fault, str(tmp_path / "happened"))
-    data = watched(images, workers=1, timeout=timeout, report=said.append)
+    data = watched(images, workers=workers, timeout=timeout, report=said.append)
     assert rows(data, 10) == expected
     assert (tmp_path / "happened").exists()
-    assert len(said) == 1
-    assert {"die": "a data worker died", "hang": "the data workers hang"}[fault] in said[0]
+    # On a busy machine those that replace the hanging ones may be late as well.
+    assert len(said) == 1 if fault == "die" else 1 <= len(said) < MOST_TRIES
+    what = {"die": "a data worker died", "hang": "the data workers hang"}[fault]
+    assert all(what in line for line in said)
 
 
 def test_a_worker_that_dies_again_and_again_ends_the_run(tmp_path):
@@ -77,7 +84,6 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(tmp_path):
     data = watched(Images("die"), workers=1, report=said.append)
     with pytest.raises(InputError, match=r"a data worker died .exit status -9.*data\.workers=0"):
         rows(data, 10)
-    data.close()
     assert said[-2] == said[-1]  # the same batch, three times with the one in the error
 
 
@@ -85,11 +91,9 @@ def test_a_thread_that_hangs_ends_the_run():
     data = watched(Images("hang"), timeout=1.0)
     with pytest.raises(InputError, match=r"reading hangs, nothing for 1 s.*data\.timeout"):
         rows(data, 10)
-    data.close()
 
 
 def test_an_error_in_reading_reaches_the_loop():
     data = watched(Images("raise"))
     with pytest.raises(InputError, match="image 17 is no image"):
         rows(data, 10)
-    data.close()
