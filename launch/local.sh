@@ -3,7 +3,7 @@
 #
 #   bash launch/local.sh                                   the embedded default, into runs/scenes
 #   bash launch/local.sh --workdir=DIR --config=configs/voc.py --config.data.dir=PREPARED
-#   bash launch/local.sh --processes 2                     as two processes, as on two hosts
+#   bash launch/local.sh --processes 2 [...]               (first) as two processes, as on two hosts
 #
 # CLSL_EXTRA names the accelerator: cuda12, cuda13 or tpu (default: the CPU).
 # If one of several processes ends with an error, the others are stopped; what process K says beside
@@ -16,8 +16,9 @@ source launch/environment.sh ".${CLSL_EXTRA:+[$CLSL_EXTRA]}"
 # network on a CPU, docs/performance.md has a setting that keeps them from step to step.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
-# Compiled steps of an accelerator, so that a run that goes on starts at once. Not of a CPU: on some, XLA
-# writes them and never takes them again, with an error line each time (github.com/jax-ml/jax/issues/38445).
+# Compiled steps of an accelerator, so that a run that goes on starts at once. Not of a CPU: on some,
+# XLA writes them and never takes them again, with an error line each time
+# (github.com/jax-ml/jax/issues/38445).
 if [[ -n ${CLSL_EXTRA:-} ]]; then
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${CLSL_CACHE_DIR:-$HOME/.cache/clsl_jax}/compiled}
 fi
