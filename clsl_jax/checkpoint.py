@@ -25,7 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from clsl_jax import cluster, sharding
 from clsl_jax.errors import InputError
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 class _OneMessage(stdlib_logging.Filter):
@@ -232,14 +232,14 @@ class Checkpointer:
             )
         return None
 
-    def best_step(self) -> int | None:
-        """Returns the step with the highest `selection` metric (the latest of equals), or None."""
+    def best_steps(self) -> list[int]:
+        """Returns the steps that have a `selection` metric, the highest first, the later of two."""
         scored = []
         for step in self._manager.all_steps():
             metrics = self._manager.metrics(step)
             if metrics:
                 scored.append((_selection(metrics), step))
-        return max(scored)[1] if scored else None
+        return [step for _, step in sorted(scored, reverse=True)]
 
     def wait(self) -> None:
         """Blocks until a save in the background is whole on disk.

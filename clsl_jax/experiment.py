@@ -373,6 +373,14 @@ def _check_selection(
         )
 
 
+def scored_splits(config: ml_collections.ConfigDict, dataset: sources.Dataset) -> tuple[str, ...]:
+    """Returns the splits to evaluate: training images as validation only where these may select."""
+    trained_on = dataset.validation.ids == dataset.train.ids
+    if trained_on and config.evaluation.selection == "test":
+        return ("test",)
+    return ("validation", "test")
+
+
 def augmentation(config: ml_collections.ConfigDict) -> transforms.Augment:
     """Returns the augmentation that the configuration describes."""
     return transforms.Augment(

@@ -24,6 +24,7 @@ def fill_labels(
     positive_threshold: np.ndarray,
     negative_threshold: np.ndarray,
     *,
+    soft: bool = False,
     active: bool = True,
 ) -> np.ndarray:
     """Returns the labels with what thresholds say of the unknown ones.
@@ -31,7 +32,8 @@ def fill_labels(
     Args:
       annotations: int8 [N, C], 1 positive, 0 negative, -1 unknown.
       probabilities: float [N, C] in [0, 1].
-      positive_threshold, negative_threshold, active: as in `recovery.recover_labels`.
+      positive_threshold, negative_threshold, soft, active: as in `recovery.recover_labels`; a soft
+        label becomes the likelier of the two.
 
     Returns:
       int8 [N, C]; -1 where a label stays unknown.
@@ -42,7 +44,8 @@ def fill_labels(
         jnp.asarray(annotations),
         positive_threshold=positive_threshold,
         negative_threshold=negative_threshold,
-        soft=False,
+        soft=soft,
+        confidence_power=0.0,
         active=active,
     )
     return recovered_labels(annotations, recovered, weight)

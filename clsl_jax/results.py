@@ -148,15 +148,25 @@ def _label_tables(
     kept, visits, recovered, weight = (x[:count] for x in found)
     labels = [label_tables.recovered_labels(built.annotations, recovered, weight)]
     probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
-    # Thresholds on scores of another kind say nothing of what the network says.
-    fits = built.options.source in ("scores", "both")
-    active = fits and int(state.step) >= built.options.warmup_steps
+    options = built.options
+    hard_at_the_end = options.thresholds == "none"
+    # Thresholds on scores of another kind say nothing of what is predicted.
+    informed = options.source == "both" or (options.evaluate_statistics and hard_at_the_end)
+    fits = (
+        options.source in ("scores", "both")
+        and options.branch == "semantic"
+        and informed == options.evaluate_statistics
+    )
+    active = fits and int(state.step) >= options.warmup_steps
+    soft = options.soft and not hard_at_the_end
     given = []
     for split in splits[1:]:
         predictions = scores["last", split.name]
-        probability = np.asarray(steps.stated_probabilities(predictions, built.options))
+        probability = np.asarray(steps.stated_probabilities(predictions, options))
         unknown = np.full_like(split.labels, partial.UNKNOWN)
-        given.append(label_tables.fill_labels(unknown, probability, *thresholds, active=active))
+        given.append(
+            label_tables.fill_labels(unknown, probability, *thresholds, soft=soft, active=active)
+        )
         labels.append(np.where(split.labels == partial.UNKNOWN, given[-1], split.labels))
         probabilities.append(probability)
     held_out = held_out_precision(

@@ -177,8 +177,8 @@ class Stopped(Exception):
 class Runner:
     """Runs cells one after another, each in a process that a signal to this one reaches."""
 
-    def __init__(self, workdir: str, console: Console) -> None:
-        self._workdir, self._console = workdir, console
+    def __init__(self, workdir: str) -> None:
+        self._workdir = workdir
         self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
@@ -215,6 +215,8 @@ class Runner:
             self._child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
+            if self._stopping:  # while it was started
+                self._child.terminate()
             _, status, usage = os.wait4(self._child.pid, 0)
             self._child.returncode = os.waitstatus_to_exitcode(status)
         code, self._child = self._child.returncode, None
@@ -262,7 +264,7 @@ def run_cells(
     todo = [cell for cell in mine if not is_finished(cell, workdir)]
     console.print(f"{len(mine)} cells, {len(mine) - len(todo)} of them finished before.")
     failed = {}
-    with Runner(workdir, console) as runner:
+    with Runner(workdir) as runner:
         for number, cell in enumerate(todo, 1):
             start = time.perf_counter()
             cause = runner.run(cell)

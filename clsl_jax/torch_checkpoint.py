@@ -11,7 +11,7 @@ from clsl_jax import config as config_lib
 from clsl_jax import evaluate, experiment, results, sharding
 from clsl_jax.compiled import compile_steps
 from clsl_jax.data import partial
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing_to
 from clsl_jax.experiment import Experiment
 from clsl_jax.models import pretrained
 from clsl_jax.models.weights_file import read_weights
@@ -55,13 +55,13 @@ def evaluate_checkpoint(
     config.recovery.source = "scores"
     state_dict = read_weights(path)
     sharding.divide_cpu(config.cpu_devices)
-    with Workdir(workdir) as where:
+    with Workdir(workdir) as where, writing_to(workdir):
         log = RunLog(workdir)
         built = experiment.build(config, report=log.console.print)
         weights = _weights(built, config, state_dict, path)
         compiled = compile_steps(built, config, report=log.console.print, training=False)
         scores = {}
-        for name in ("validation", "test"):
+        for name in experiment.scored_splits(config, built.dataset):
             found = evaluate.predict(
                 getattr(built.dataset, name),
                 weights,

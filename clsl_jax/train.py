@@ -46,8 +46,6 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         log = RunLog(workdir)
         log.console.print(f"clsl_jax: {config.data.name}, workdir {workdir}{_processes()}")
         built = _build(config, where, log)
-        where.adopt(config)
-        where.save_embeddings(built.label_embeddings, built.dataset.class_names)
         run = _Run(config, built, where, log, guard)
         try:
             with _unwritable(workdir):
@@ -156,6 +154,7 @@ class _Run:
         self.hidden = sharding.put_matrix(
             built.mesh, sharding.pad_rows(built.dataset.train.labels, partial.UNKNOWN)
         )
+        self.scored_splits = experiment.scored_splits(config, built.dataset)
         self.unreadable: set[int] = set()  # rows of training images that could not be read
         self.faulty_steps = 0  # left out, and said so
         self.data: Watched | None = None
@@ -169,9 +168,7 @@ class _Run:
     # Training ---------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        config, built = self.config, self.experiment
-        mask_sha256 = self.workdir.save_mask(built.mask, config)
-        self.meta = {"mask_sha256": mask_sha256, **self.data_facts}
+        built = self.experiment
         restored = self.checkpointer.restore_latest(built.abstract_state)
         if restored is None:
             state, step, epoch_done = built.new_state(self.log.console.print), 0, True
@@ -180,8 +177,9 @@ class _Run:
             epoch_done = meta["epoch_done"]
             self.unreadable = set(meta["unreadable"])
             self.faulty_steps = int(jax.device_get(state.faulty_steps))
-            self._check_data(meta)
+            self._check_origin(meta)
             self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
+        self._adopt()
         self.inputs = self._inputs(state)
         self.saved = None if restored is None else (step, epoch_done)
         self.log.start(step if epoch_done else step - 1)
@@ -195,6 +193,17 @@ class _Run:
             epoch_done = True
         self._all_saved()
         return self._report(state, step, "results.json")
+
+    def _adopt(self) -> None:
+        """Makes the workdir one of this configuration, now that a step can be taken."""
+        config, built = self.config, self.experiment
+        self.workdir.adopt(config)
+        self.workdir.save_embeddings(built.label_embeddings, built.dataset.class_names)
+        self.meta = {
+            "mask_sha256": self.workdir.save_mask(built.mask, config),
+            "config": config_lib.to_json(config),
+            **self.data_facts,
+        }
 
     def _inputs(self, state: TrainState) -> sources.Dataset:
         """Returns what the steps read: images, or the features of a frozen backbone."""
@@ -310,12 +319,11 @@ class _Run:
                 self._save(state, step, epoch_done=False)
                 self._stop(step)
 
-        names = ["validation"] + (["test"] if self._logs_test() else [])
-        for name in names:
+        for name in self.scored_splits:
+            if name == "test" and not self._logs_test():
+                continue
             values.update(self._split_values(state, name, poll))
         selection = values[f"{config.evaluation.selection}/mAP_{config.evaluation.convention}"]
-        if epoch % config.checkpoint.every_epochs == 0 or step == built.total_steps:
-            self._save(state, step, epoch_done=True, selection=selection)
         now = time.perf_counter()
         rate = steps_done * built.batch_size / max(trained - start, 1e-9)
         timing = {
@@ -324,7 +332,10 @@ class _Run:
             "seconds/evaluate": now - trained,
             "images_per_second": rate,
         }
+        # Before the checkpoint: rows of epochs that no checkpoint ends are written again.
         self.log.epoch(step, values, timing, self._line(values, timing))
+        if epoch % config.checkpoint.every_epochs == 0 or step == built.total_steps:
+            self._save(state, step, epoch_done=True, selection=selection)
         return state
 
     def _logs_test(self) -> bool:
@@ -448,8 +459,15 @@ class _Run:
             self.log.console.print(f"{error} The run goes on.")
             self.saved = None
 
-    def _check_data(self, stored: Mapping[str, Any]) -> None:
-        """Refuses other data than those of the checkpoint whose facts are given."""
+    def _check_origin(self, stored: Mapping[str, Any]) -> None:
+        """Refuses another configuration or other data than those of a checkpoint.
+
+        Args:
+          stored: what stands beside the state in the checkpoint.
+        """
+        before = config_lib.from_json(stored["config"], self.checkpoints)
+        before.checkpoint.dir = self.config.checkpoint.dir  # it is where they were found
+        config_lib.check_resume(before, self.config, self.checkpoints)
         names = {
             "annotations_sha256": "known labels",
             "fingerprint": "images and labels of all splits",
@@ -498,24 +516,32 @@ class _Run:
         if restored is None:
             raise CheckpointError(f"{self.checkpoints} holds no checkpoint: train first.")
         state, meta, step = restored
-        self._check_data(meta)
+        self._check_origin(meta)
         self.inputs = self._inputs(state)
         self.meta = meta
         self.unreadable = set(meta["unreadable"])
         return self._report(state, step, "evaluation.json")
 
+    def _best(self, state: TrainState, step: int) -> tuple[int, TrainState]:
+        """The best of the saved weights that can be read, and their step."""
+        for candidate in self.checkpointer.best_steps():
+            if candidate == step:
+                break
+            try:
+                found, _ = self.checkpointer.restore(self.experiment.abstract_state, candidate)
+            except CheckpointError as error:
+                self.log.console.print(f"{error}. The next best is taken for the best.")
+            else:
+                return candidate, found
+        return step, state
+
     def _report(self, state: TrainState, step: int, name: str) -> dict[str, Any]:
         """Evaluates the last and the best weights on the test split and writes everything."""
         built = self.experiment
-        best_step = self.checkpointer.best_step()
-        chosen = [("last", step, state)]
-        if best_step is not None and best_step != step:
-            best_state, _ = self.checkpointer.restore(built.abstract_state, best_step)
-        else:
-            best_step, best_state = step, state
-        chosen.append(("best", best_step, best_state))
+        best_step, best_state = self._best(state, step)
+        chosen = [("last", step, state), ("best", best_step, best_state)]
         scores = {}
-        for split in ("validation", "test"):
+        for split in self.scored_splits:
             scores["last", split] = self._predict(state, getattr(self.inputs, split))
             scores["best", split] = (
                 scores["last", split]

@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is None or `released`."""
     config = paper_recipe(arg, file="configs/coco.py")
     config.data.name = "coco2014"
+    config.data.without_labels = "drop"  # as the authors do
     config.data.image_size = 448
     config.batch_size = 52
     config.optim.learning_rate = 5e-5

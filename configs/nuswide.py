@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is None or `released`."""
     config = paper_recipe(arg, file="configs/nuswide.py")
     config.data.name = "nuswide"
+    config.data.without_labels = "drop"  # as the authors do
     config.data.image_size = 224
     config.batch_size = 128
     config.optim.learning_rate = 9e-5

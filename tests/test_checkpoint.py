@@ -73,11 +73,11 @@ def test_keeps_the_latest_two_and_the_best(tmp_path):
     for step, selection in [(1, 0.1), (2, 0.9), (3, 0.2), (4, 0.3), (5, 0.9), (6, 0.1), (7, 0.2)]:
         save(checkpointer, step, selection=selection)
     save(checkpointer, 8, selection=None)
-    assert checkpointer.best_step() == 5
+    assert checkpointer.best_steps() == [5, 7]
     assert checkpointer.steps() == [5, 7, 8]
     checkpointer.close()
     again = Checkpointer(str(tmp_path), read_only=True)
-    assert again.best_step() == 5
+    assert again.best_steps() == [5, 7]
     again.close()
 
 
@@ -102,7 +102,7 @@ def test_a_place_that_keeps_nothing_is_named(tmp_path):
 def test_nothing_saved(tmp_path):
     checkpointer = Checkpointer(str(tmp_path))
     assert checkpointer.restore_latest(abstract(make_state())) is None
-    assert checkpointer.best_step() is None
+    assert checkpointer.best_steps() == []
     checkpointer.close()
 
 
@@ -221,6 +221,6 @@ def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(tmp_path):
     meta = json.loads(path.read_text())
     path.write_text(json.dumps({**meta, "format": checkpoint.FORMAT_VERSION - 1}))
     checkpointer = Checkpointer(str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"1 cannot be used: format 4, this program reads 5"):
+    with pytest.raises(CheckpointError, match=r"1 cannot be used: format 5, this program reads 6"):
         checkpointer.restore_latest(abstract(make_state()))
     checkpointer.close()

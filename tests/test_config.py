@@ -79,6 +79,7 @@ def test_released_recipes(name, size, batch, rate, ema):
     assert (config.loss.clip, config.loss.eps) == (0.0, 1e-5)
     assert (config.model.rank, config.graph.layers) == (1024, 0)
     assert config.labels.protocol == "released"
+    assert config.data.without_labels == ("keep" if name == "voc" else "drop")
 
 
 def test_a_wrong_config_argument_is_named():

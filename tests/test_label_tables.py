@@ -25,6 +25,14 @@ def test_thresholds_fill_the_unknown_cells_alone():
     assert both.tolist() == [[1, 0, 1, 0, -1, -1]]
 
 
+def test_soft_labels_fill_with_the_likelier_of_the_two():
+    """Thresholds of 0 take every cell, and say nothing of which label it has."""
+    annotations = np.array([[0, -1, -1, -1, -1]], np.int8)
+    probabilities = np.array([[0.9, 0.9, 0.1, 0.5, np.nan]])
+    filled = label_tables.fill_labels(annotations, probabilities, 0.0, 0.0, soft=True)
+    assert filled.tolist() == [[0, 1, 0, 1, -1]]
+
+
 def test_labels_are_a_table_of_ones_own(tmp_path):
     path = tmp_path / "recovered.csv"
     label_tables.write_labels(str(path), LABELS, **NAMED)

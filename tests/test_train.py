@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -372,6 +373,41 @@ def test_a_truncated_checkpoint_is_named_and_the_run_still_ends_the_same(
     assert status == 0, err
     assert "checkpoints/24 cannot be used" in err
     assert_same_run(finished[0], workdir)
+
+
+def test_a_damaged_best_checkpoint_leaves_the_next_best(shared, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    selected = json.loads((workdir / "results.json").read_text())["selection"]["epochs"]
+    assert selected == {"last": 4, "best": 3}
+    files = [path for path in (workdir / "checkpoints" / "18").rglob("*") if path.is_file()]
+    victim = max(files, key=os.path.getsize)
+    os.truncate(victim, victim.stat().st_size // 2)
+    status, out, err = run(shared, workdir, f"--workdir={workdir}", "--mode=evaluate", tiny=False)
+    assert status == 0, err
+    assert "checkpoints/18 cannot be used" in out
+    assert "The next best is taken for the best." in out
+    again = json.loads((workdir / "evaluation.json").read_text())
+    assert again["selection"]["epochs"] == {"last": 4, "best": 4}
+
+
+def test_what_is_refused_before_the_first_step_binds_no_workdir(shared, tmp_path):
+    status, _, err = run(shared, tmp_path / "run", "--config.memory_gb=0.0001")
+    assert status == 2
+    assert "memory_gb" in err
+    assert not (tmp_path / "run" / "config.json").exists()
+    status, _, err = run(shared, tmp_path / "run", "--config.epochs=1")
+    assert status == 0, err
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(shared, finished, tmp_path):
+    """Its own workdir is not there to say so: it was lost, or another was named."""
+    of_the_other = f"--config.checkpoint.dir={finished[0] / 'checkpoints'}"
+    status, _, err = run(shared, tmp_path / "run", of_the_other, "--config.loss.gamma_neg=3.0")
+    assert status == 2
+    assert "loss.gamma_neg: 2.0 -> 3.0" in err
+    assert "checkpoint.dir" not in err
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_going_on_with_another_configuration_is_refused(shared, finished):
