@@ -268,7 +268,7 @@ def load_data(
 ) -> sources.Dataset:
     """Returns the data set that the configuration names."""
     cache = config.data.cache
-    if cache == "auto" and _features_stay(config):
+    if cache == "auto" and _features_stay(config) and config.model.feature_cache_gb > 0:
         cache = "none"  # each image is read once, if at all
     sizes = dict(zip(("train", "validation", "test"), config.data.sizes, strict=False))
     return sources.load_dataset(

@@ -121,7 +121,10 @@ def score_convention(
         "images_without_labels": int((~labelled[kept]).sum()),
         "ignored_entries": int(skipped.sum()),
     }
-    groups = {f"threshold_{threshold}": {"threshold": threshold}, f"top_{top_k}": {"top_k": top_k}}
+    groups: dict[str, dict[str, Any]] = {
+        f"threshold_{threshold}": {"threshold": threshold},
+        f"top_{top_k}": {"threshold": threshold, "top_k": top_k},
+    }
     if skipped.all():  # no image, or no label
         nothing = dict.fromkeys(_NAMES)
         return result | {

@@ -68,6 +68,15 @@ def test_average_precision_by_hand(
     assert found["images"] == images
 
 
+def test_the_top_classes_exceed_the_threshold_given() -> None:
+    """Above 0.65 one class an image: a of the first and fourth, b of the fifth; two are right."""
+    found = score.score_convention(
+        SCORES, LABELS, IGNORE, NAMES, convention="interpolated", threshold=0.65, top_k=1
+    )
+    assert found["top_1"]["OP"] == pytest.approx(2 / 3)
+    assert found["threshold_0.65"]["OP"] == pytest.approx(2 / 4)
+
+
 def test_conventions_of_ap_differ() -> None:
     # Negative above the first of two positives: precisions 1/2, 2/3; the envelope makes both 2/3.
     scores = np.array([[0.9], [0.8], [0.7]])
