@@ -293,14 +293,13 @@ def test_hidden_and_test_labels_reach_neither_training_nor_selection(
     ]
     assert len(tables[0]) == 1 + 96 + 48
     assert tables[0] == tables[1]
-    # The table has the probabilities of the last weights, here the ones of the predictions, p,
-    # calibrated by hand: the odds are p^3 / (1 - p) for gamma_neg = 2.
+    # The table has the probabilities of the last weights, here the ones of the predictions, which
+    # label statistics have made probabilities.
     assert selection["epochs"]["best"] == selection["epochs"]["last"]
-    p = np.load(tmp_path / "true" / "predictions.npz")["scores"].astype(float)
-    odds = p**3 / (1 - p)
+    predicted = np.load(tmp_path / "true" / "predictions.npz")["scores"]
     with open(tmp_path / "true" / "probabilities.csv", newline="", encoding="utf-8") as file:
         stated = np.array([row[2:] for row in csv.reader(file)][-48:], float)
-    np.testing.assert_allclose(stated, odds / (1 + odds), atol=1e-4)
+    np.testing.assert_allclose(stated, predicted, atol=1e-4)
     # The diagnostic does see them: it is the one thing that changes.
     key = "recovery/negative_precision"
     assert rows[0][-1][key] != rows[1][-1][key]
@@ -394,7 +393,8 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best(shared, finished, tmp_pa
 def test_what_is_refused_before_the_first_step_binds_no_workdir(shared, tmp_path):
     status, _, err = run(shared, tmp_path / "run", "--config.memory_gb=0.0001")
     assert status == 2
-    assert "memory_gb" in err
+    assert "batch_size=16 needs 0.01 GiB" in err
+    assert "No batch fits." in err
     assert not (tmp_path / "run" / "config.json").exists()
     status, _, err = run(shared, tmp_path / "run", "--config.epochs=1")
     assert status == 0, err
