@@ -299,9 +299,7 @@ def test_the_end_of_an_epoch_done_twice_is_done_once():
 
 def test_the_graph_of_known_and_recovered_labels_by_hand():
     """Row a: how often b among the positives of a; each cell weighs what it is trusted."""
-    options = make_options(
-        thresholds="none", confidence_power=1.0, graph_layers=1, graph_threshold=0.3
-    )
+    options = make_options(thresholds="none", total_steps=6, graph_layers=1, graph_threshold=0.3)
     harness = Harness(options, graph_layers=1)
     before = np.asarray(harness.state.adjacency)
     state = harness.run(3)
