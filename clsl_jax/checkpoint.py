@@ -94,9 +94,9 @@ class Checkpointer:
         )
         try:
             self._directory = epath.Path(directory)
-            self._look_at_metrics()
+            cluster.agree(self._look_at_metrics)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
-        except CheckpointError:
+        except InputError:
             raise
         except Exception as error:  # each file system raises its own kinds
             hint = "expected a directory that can be read and written"
@@ -112,17 +112,17 @@ class Checkpointer:
         Raises:
           CheckpointError: there is one, and nothing may be written.
         """
-        if jax.process_index() == 0 and self._directory.exists():
-            for place in list(self._directory.iterdir()):
-                if not place.name.isdigit() or _has_sound_metrics(place / "metrics"):
-                    continue
-                if self._read_only:
-                    raise CheckpointError(
-                        f"The file {place / 'metrics' / 'metrics'} is damaged. Move {place} "
-                        "elsewhere, or go on with training, which sets it aside."
-                    )
-                self._rename_damaged(int(place.name))
-        cluster.barrier("metrics looked at")
+        if jax.process_index() != 0 or not self._directory.exists():
+            return
+        for place in list(self._directory.iterdir()):
+            if not place.name.isdigit() or _has_sound_metrics(place / "metrics"):
+                continue
+            if self._read_only:
+                raise CheckpointError(
+                    f"The file {place / 'metrics' / 'metrics'} is damaged. Move {place} "
+                    "elsewhere, or go on with training, which sets it aside."
+                )
+            self._rename_damaged(int(place.name))
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, oldest first."""

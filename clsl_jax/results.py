@@ -149,16 +149,11 @@ def _label_tables(
     labels = [label_tables.recovered_labels(built.annotations, recovered, weight)]
     probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
     options = built.options
-    hard_at_the_end = options.thresholds == "none"
     # Thresholds on scores of another kind say nothing of what is predicted.
-    informed = options.source == "both" or (options.evaluate_statistics and hard_at_the_end)
-    fits = (
-        options.source in ("scores", "both")
-        and options.branch == "semantic"
-        and informed == options.evaluate_statistics
-    )
+    predicted = "both" if options.evaluate_statistics else "scores"
+    fits = options.handed_out_source == predicted and options.branch == "semantic"
     active = fits and int(state.step) >= options.warmup_steps
-    soft = options.soft and not hard_at_the_end
+    soft = options.soft and options.thresholds != "none"
     given = []
     for split in splits[1:]:
         predictions = scores["last", split.name]

@@ -105,6 +105,12 @@ class StepOptions:
         return "features" if self.source == "prototypes" else ""
 
     @property
+    def handed_out_source(self) -> str:
+        """What labels that nothing learns from are recovered from: what predictions are made of."""
+        informed = self.thresholds == "none" and self.evaluate_statistics
+        return "both" if informed and self.source == "scores" else self.source
+
+    @property
     def teaches(self) -> bool:
         """Whether labels are recovered into the matrix."""
         return self.recovery_mode in ("epoch", "estimate")
@@ -563,9 +569,7 @@ def recovery_scores(
       handed_out: not for training but for whoever asks for labels; differs with thresholds "none"
         and `evaluate_statistics`, as predictions do.
     """
-    source = options.source
-    if handed_out and options.thresholds == "none" and options.evaluate_statistics:
-        source = "both" if source == "scores" else source
+    source = options.handed_out_source if handed_out else options.source
     if source in ("scores", "prototypes"):
         return state.scores, state.visits
     visits = (state.annotations >= 0).any(axis=1).astype(jnp.int32)

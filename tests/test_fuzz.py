@@ -269,17 +269,23 @@ ARCHIVES = {
 }
 
 
+def refusal(reader, place):
+    """The message by which a reader refuses what is there; None if that is valid."""
+    try:
+        with in_time():
+            reader(place)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def attempt(folder, name, content):
     """Reads a file of this content; True if it was valid, False if it was refused by name."""
     reader, _ = GENUINE[name]
     path = folder / name
     path.write_bytes(content)
-    message = None
     try:
-        with in_time():
-            reader(path)
-    except InputError as error:
-        message = str(error)
+        message = refusal(reader, path)
     finally:
         path.unlink()
     assert message is None or name in message

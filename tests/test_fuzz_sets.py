@@ -10,10 +10,9 @@ from hypothesis import given
 from preparing import coco_tree, nuswide_tree, vg500_tree, voc_tree
 from test_embed import LABELS as WORDS
 from test_embed import bert_folder  # noqa: F401
-from test_fuzz import SEEDS, examples, in_time, mutated, strange_value
+from test_fuzz import SEEDS, examples, mutated, refusal, strange_value
 
 from clsl_jax.data.formats import coco, nuswide, vg500, voc
-from clsl_jax.errors import InputError
 from clsl_jax.text import transformer
 
 NESTED = "[" * 10**5
@@ -97,12 +96,8 @@ def attempt(root, file, content, reader):
     path = pathlib.Path(root, file)
     genuine = path.read_bytes()
     path.write_bytes(content)
-    message = None
     try:
-        with in_time():
-            reader(root)
-    except InputError as error:
-        message = str(error)
+        message = refusal(reader, root)
     finally:
         path.write_bytes(genuine)
     places = (str(root), path.name, "The tokenizer")
