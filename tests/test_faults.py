@@ -48,25 +48,26 @@ def command(workdir, *arguments):
 
 
 def test_a_disk_that_is_full_for_a_while(shared, finished, tmp_path):
-    """Saves fail and are named, the run goes on, and with room again it ends as if nothing was."""
+    """Saves fail and are named, the run goes on, and with room again it ends as if nothing was.
+
+    Only the checkpoints are there: a log that cannot be written ends a run (the next test).
+    """
     disk, out = tmp_path / "disk", tmp_path / "out"
     disk.mkdir()
     status, said = in_namespace(
         shared,
         f"""
         mount -t tmpfs -o size=64m tmpfs {disk}
-        {command(disk / "run")} >{tmp_path}/log 2>&1 &
-        until [ -e {disk}/run/checkpoints/6 ]; do kill -0 $!; sleep 0.02; done
-        # Room for the log, not for a checkpoint; nothing may be written while the room is measured.
-        kill -STOP $!
-        free=$(df --output=avail -B1 {disk} | tail -1)
-        head -c $((free - 200000)) /dev/zero >{disk}/ballast
-        kill -CONT $!
+        {command(tmp_path / "run", f"--config.checkpoint.dir={disk}/checkpoints")} \\
+            >{tmp_path}/log 2>&1 &
+        until [ -e {disk}/checkpoints/6 ]; do kill -0 $!; sleep 0.02; done
+        dd if=/dev/zero of={disk}/ballast bs=64k 2>/dev/null || true
         until grep -q "could not be saved" {tmp_path}/log; do kill -0 $!; sleep 0.02; done
-        ls {disk}/run/checkpoints >{tmp_path}/kept
+        ls {disk}/checkpoints >{tmp_path}/kept
         rm {disk}/ballast
         wait %1
-        cp -r {disk}/run {out}
+        cp -r {tmp_path}/run {out}
+        cp -r {disk}/checkpoints {out}
         """,
     )
     assert status == 0, said + read(tmp_path / "log")
