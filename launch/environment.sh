@@ -19,11 +19,12 @@ find_python() {
 
 if [ ! -x "$venv/bin/python" ]; then
   python=$(find_python) || exit 1
+  if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+    echo "error: CLSL_VENV=$venv holds something else; name another directory." >&2
+    exit 1
+  fi
   echo "Making the environment $venv with $("$python" --version) ..."
-  # Under another name first, so that an interrupted run leaves nothing that looks whole.
-  rm -rf "$venv"
   "$python" -m venv "$venv" || {
-    rm -rf "$venv"
     echo "error: '$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
     exit 1
   }
@@ -32,6 +33,11 @@ for target in "$@"; do
   stamp=$venv/.installed-$(echo "$target" | tr -c 'a-zA-Z0-9\n' '_')
   if [ ! -e "$stamp" ] || [ -n "$(find "$root"/requirements*.txt "$root"/setup.cfg -newer "$stamp")" ]; then
     echo "Installing $target (once; about a minute) ..."
+    # An environment that was interrupted while it was made has no pip yet.
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null || {
+      echo "error: $venv has no pip and cannot get it; remove that directory and try again." >&2
+      exit 1
+    }
     (cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$target") || {
       echo "error: the installation failed; see pip's message above." >&2
       exit 1
