@@ -26,6 +26,8 @@ from clsl_jax import cluster, sharding
 from clsl_jax.errors import InputError
 
 FORMAT_VERSION = 6
+# A checkpoint whose step is being saved again, until that is whole.
+_REPLACED = "replaced-"
 
 
 class _OneMessage(stdlib_logging.Filter):
@@ -77,6 +79,7 @@ class Checkpointer:
         bucket = "://" in directory
         directory = directory if bucket else os.path.abspath(directory)
         self._pending: int | None = None
+        self._replacing = False
         self._read_only = read_only
         stdlib_logging.getLogger("absl").addFilter(_ONE_MESSAGE)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
@@ -94,6 +97,8 @@ class Checkpointer:
         )
         try:
             self._directory = epath.Path(directory)
+            if not read_only:
+                cluster.agree(self._end_replacements)
             cluster.agree(self._look_at_metrics)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except InputError:
@@ -129,7 +134,7 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def save(self, state: Any, *, step: int, meta: dict[str, Any], selection: float | None) -> None:
-        """Starts saving in the background; a checkpoint of the same step is replaced.
+        """Starts saving in the background; one of the same step is replaced, once this is whole.
 
         The save before this one is finished first; call `wait` to know how it went.
 
@@ -144,7 +149,9 @@ class Checkpointer:
         """
         self.wait()
         if step in self._manager.all_steps():
-            self._manager.delete(step)
+            self._replacing = True
+            old = self._directory / str(step)
+            self._alone(lambda: old.rename(self._directory / f"{_REPLACED}{step}"))
         sums = _checksums(state)
         meta = {**meta, "format": FORMAT_VERSION, "checksums": sums}
         self._pending = step
@@ -251,6 +258,10 @@ class Checkpointer:
         with self._failing():
             self._manager.wait_until_finished()
         self._pending = None
+        if self._replacing:
+            self._replacing = False
+            with contextlib.suppress(OSError):  # what is left is removed by the next start
+                self._end_replacements()
 
     def close(self) -> None:
         """Waits for a save in the background and releases everything."""
@@ -271,16 +282,42 @@ class Checkpointer:
                 for left in self._directory.iterdir():
                     if left.name.startswith(f"{step}.orbax-checkpoint-tmp"):
                         left.rmtree(missing_ok=True)
+                self._end_replacements()
                 self._manager.reload()
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be saved in {self._directory}: "
                 f"{_reason(error)}."
             ) from error
 
+    def _end_replacements(self) -> None:
+        """Removes what was replaced; puts back what a save was to replace that came to nothing."""
+        if jax.process_index() != 0 or not self._directory.exists():
+            return
+        for place in list(self._directory.glob(f"{_REPLACED}*")):
+            new = self._directory / place.name.removeprefix(_REPLACED)
+            if new.exists() and ocp.utils.is_checkpoint_finalized(new):
+                place.rmtree()
+                continue
+            if new.exists():
+                new.rmtree()
+            place.rename(new)
+
     def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
-            self._rename_damaged(step)
-        cluster.barrier(f"set aside {step}")
+        self._alone(lambda: self._rename_damaged(step))
+
+    def _alone(self, change: Callable[[], Any]) -> None:
+        """Lets the first process change the directory, and all of them look at it again."""
+
+        def first() -> None:
+            if jax.process_index() == 0:
+                try:
+                    change()
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{self._directory} cannot be changed: {_reason(error)}."
+                    ) from error
+
+        cluster.agree(first)
         self._manager.reload()
 
     def _rename_damaged(self, step: int) -> None:

@@ -112,9 +112,3 @@ def union(rows: set[int], count: int) -> set[int]:
     has = np.zeros(count, bool)
     has[list(rows)] = True
     return set(np.flatnonzero(multihost_utils.process_allgather(has).any(axis=0)).tolist())
-
-
-def barrier(name: str) -> None:
-    """Waits until every process is here; `name` is the same on all of them."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

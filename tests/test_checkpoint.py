@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal on any number of devices, damage found and named."""
 
+import errno
 import json
 import os
 import shutil
@@ -89,6 +90,47 @@ def test_a_step_can_be_saved_again(tmp_path):
     assert meta["epoch_done"] is True
     assert_same(found, make_state(1))
     checkpointer.close()
+
+
+def test_a_step_that_cannot_be_saved_again_is_kept(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 4)
+    save(checkpointer, 8)
+
+    def full(*unused, **also_unused):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpointer._manager, "save", full)
+        with pytest.raises(CheckpointError, match=r"step 8 could not be saved.*No space left"):
+            save(checkpointer, 8, make_state(9))
+    assert checkpointer.steps() == [4, 8]
+    found, _, step = checkpointer.restore_latest(abstract(make_state()))
+    assert step == 8
+    assert_same(found, make_state(8))
+    save(checkpointer, 8, make_state(9))
+    assert_same(checkpointer.restore(abstract(make_state()), 8)[0], make_state(9))
+    checkpointer.close()
+    assert sorted(os.listdir(tmp_path)) == ["4", "8"]
+
+
+@pytest.mark.parametrize("killed", ["before the new one is whole", "before the old one is removed"])
+def test_a_kill_while_a_step_is_saved_again(tmp_path, killed):
+    with_old = killed == "before the old one is removed"
+    checkpointer = Checkpointer(str(tmp_path / "run"))
+    save(checkpointer, 8)
+    shutil.copytree(tmp_path / "run" / "8", tmp_path / "old")
+    save(checkpointer, 8, make_state(9))
+    checkpointer.close()
+    shutil.move(tmp_path / "old", tmp_path / "run" / "replaced-8")
+    if not with_old:
+        shutil.rmtree(tmp_path / "run" / "8")
+    again = Checkpointer(str(tmp_path / "run"))
+    found, _, step = again.restore_latest(abstract(make_state()))
+    assert step == 8
+    assert_same(found, make_state(9 if with_old else 8))
+    again.close()
+    assert os.listdir(tmp_path / "run") == ["8"]
 
 
 def test_a_place_that_keeps_nothing_is_named(tmp_path):
