@@ -37,25 +37,25 @@ def define_flags() -> None:
 
 def work(arguments: Sequence[str]) -> int | None:
     """Does what the flags say and returns the exit status; None is 0."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Here, so that a wrong flag is answered before JAX has started.
-    from clsl_jax import cluster, torch_checkpoint, train
-
     values = flags.FLAGS
-    if values.distributed:
-        cluster.join()
     command_line.refuse_arguments(arguments)
     if not values.workdir:
         raise InputError("--workdir=DIR is missing: where shall the run live?")
     config = command_line.given_config(values)
     if values.weights and (values.mode != "evaluate" or config is None):
         raise InputError("--weights=FILE goes with --mode=evaluate and --config=FILE.")
+    if values.mode == "train" and config is None:
+        raise InputError("--config=FILE is missing, such as configs/scenes.py.")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Here, so that wrong flags are answered before JAX has started.
+    from clsl_jax import cluster, torch_checkpoint, train
+
+    if values.distributed:
+        cluster.join()
     if values.weights:
         torch_checkpoint.evaluate_checkpoint(config, values.workdir, values.weights)
     elif values.mode == "evaluate":
         train.evaluate_only(config, values.workdir)
-    elif config is None:
-        raise InputError("--config=FILE is missing, such as configs/scenes.py.")
     elif train.train_and_evaluate(config, values.workdir) is None:
         return values.stopped_status
     return None

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import atomic, evaluate, experiment, label_tables, npz, report, sharding, steps
+from clsl_jax import atomic, evaluate, experiment, label_tables, npz, sharding, steps
 from clsl_jax.data import partial, sources
 from clsl_jax.experiment import Experiment
 from clsl_jax.score import percent, score_convention
@@ -295,6 +295,8 @@ def _write_pictures(
     explained: tuple[np.ndarray, np.ndarray, np.ndarray | None],
     note: str,
 ) -> None:
+    from clsl_jax import report  # matplotlib is slow to import
+
     images, probabilities, heat = explained
     report.picture_sheet(
         path,

@@ -11,7 +11,6 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from clsl_jax import atomic
 
@@ -30,7 +29,7 @@ class RunLog:
     def __init__(self, workdir: str) -> None:
         self._workdir = workdir
         self._active = jax.process_index() == 0
-        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard: Any = None
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self._active)
 
     def start(self, step: int) -> None:
@@ -42,6 +41,8 @@ class RunLog:
             rows = read_log(path) if os.path.exists(path) else []
             kept = [json.dumps(row, sort_keys=True) for row in rows if row["step"] <= step]
             atomic.write_text(path, "".join(line + "\n" for line in kept))
+        from tensorboardX import SummaryWriter  # slow where torch is installed, which it imports
+
         self._tensorboard = SummaryWriter(
             os.path.join(self._workdir, "tensorboard"), purge_step=step + 1
         )
@@ -61,7 +62,6 @@ class RunLog:
             return
         self._append(LOG_NAME, {"step": step, **values})
         self._append(TIMING_NAME, {"step": step, **timing})
-        assert self._tensorboard is not None
         for name, value in {**values, **timing}.items():
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, step)

@@ -13,10 +13,13 @@ import sys
 from absl import flags
 import importlib
 
+asked = set()
+
 class NoTorch:
-    # As if torch were not installed: nothing may need it.
+    # As if torch were not installed.
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "torch":
+            asked.add(name)
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, NoTorch())
@@ -29,6 +32,7 @@ for name in sys.argv[1:]:
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "a device was started"
 assert "tensorflow" not in sys.modules
+assert not asked, f"torch is imported where it is installed: {asked}"
 from clsl_jax.losses import asymmetric_loss
 print(float(asymmetric_loss(0.0, 1.0)))
 """
