@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from clsl_jax import config as config_lib
 from clsl_jax.errors import InputError
@@ -72,6 +73,21 @@ def given_config(values: flags.FlagValues) -> ml_collections.ConfigDict | None:
     if isinstance(config, (Mapping, list, tuple, str, int, float)):
         what = f"get_config() returns a {type(config).__name__}, expected a ConfigDict"
     raise InputError(f"--config={values['config'].config_filename}: {what}.")
+
+
+def config_of(arguments: Sequence[str]) -> ml_collections.ConfigDict | None:
+    """Returns what a command would be configured to by the arguments --config and --config.KEY.
+
+    Raises:
+      InputError: as `given_config`; a value that a key cannot have.
+    """
+    values, argv = flags.FlagValues(), ["", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except flags.Error as error:
+        raise InputError(str(error)) from None
+    return given_config(values)
 
 
 def explain_config(base: Callable[[], ml_collections.ConfigDict], *, file: str) -> Explain:

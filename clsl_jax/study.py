@@ -31,6 +31,7 @@ from rich.console import Console
 from clsl_jax import atomic, command_line, methods
 from clsl_jax import config as config_lib
 from clsl_jax.errors import InputError, writing_to
+from clsl_jax.workdir import Workdir
 
 CELL_NAME, FAILURE_NAME, OUTPUT_NAME = "cell.json", "failure.txt", "output.txt"
 COST_NAME, RESULTS_NAME = "cost.json", "results.json"
@@ -88,13 +89,10 @@ class Cell:
         labels = f"{self.protocol}-{self.known_fraction:g}"
         return os.path.join("cells", self.dataset, labels, self.method, f"seed-{self.seed}")
 
-    def arguments(self, workdir: str) -> list[str]:
-        """Of `python -m clsl_jax.main` for this cell of the study in `workdir`."""
-        return [
-            f"--config={self.config}",
-            f"--workdir={os.path.join(workdir, self.directory)}",
-            *(f"--config.{setting}" for setting in self.settings),
-        ]
+    @property
+    def arguments(self) -> list[str]:
+        """Of `python -m clsl_jax.main` for this cell, but for the workdir."""
+        return [f"--config={self.config}", *(f"--config.{s}" for s in self.settings)]
 
 
 def cells(study: ml_collections.ConfigDict) -> list[Cell]:
@@ -149,25 +147,14 @@ def is_finished(cell: Cell, workdir: str) -> bool:
     """Returns whether a cell has its results.
 
     Raises:
-      InputError: if it was run with other settings.
+      InputError: they are of another configuration: other settings, or another file of that name.
     """
     directory = os.path.join(workdir, cell.directory)
-    path = os.path.join(directory, CELL_NAME)
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        if found != _described(cell):
-            old, new = set(found.get("settings", ())), set(cell.settings)
-            differ = ", ".join(sorted(old ^ new)) or "its configuration file's name"
-            raise InputError(
-                f"{directory} was run with other settings ({differ}). Start another --workdir, or "
-                "delete this cell."
-            )
-    return os.path.exists(os.path.join(directory, RESULTS_NAME))
-
-
-def _described(cell: Cell) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(cell)))
+    if not os.path.exists(os.path.join(directory, RESULTS_NAME)):
+        return False
+    config = command_line.config_of(cell.arguments)
+    config_lib.check_resume(Workdir.stored_config(directory), config, directory)
+    return True
 
 
 class Stopped(Exception):
@@ -203,11 +190,12 @@ class Runner:
         directory = os.path.join(self._workdir, cell.directory)
         os.makedirs(directory, exist_ok=True)
         path = os.path.join(directory, CELL_NAME)
-        atomic.write_text(path, json.dumps(_described(cell), indent=2, sort_keys=True) + "\n")
+        described = json.dumps(dataclasses.asdict(cell), indent=2, sort_keys=True)
+        atomic.write_text(path, described + "\n")
         failure = os.path.join(directory, FAILURE_NAME)
         if os.path.exists(failure):
             os.remove(failure)
-        command = [sys.executable, "-m", "clsl_jax.main", *cell.arguments(self._workdir)]
+        command = [sys.executable, "-m", "clsl_jax.main", *cell.arguments, f"--workdir={directory}"]
         if self._stopping:
             raise Stopped
         start = time.perf_counter()
@@ -220,8 +208,8 @@ class Runner:
             _, status, usage = os.wait4(self._child.pid, 0)
             self._child.returncode = os.waitstatus_to_exitcode(status)
         code, self._child = self._child.returncode, None
+        _add_cost(directory, time.perf_counter() - start, usage.ru_maxrss)
         if code == 0 and os.path.exists(os.path.join(directory, RESULTS_NAME)):
-            self._add_cost(directory, time.perf_counter() - start, usage.ru_maxrss)
             return ""
         if self._stopping:
             raise Stopped
@@ -230,10 +218,17 @@ class Runner:
         atomic.write_text(failure, cause + "\n")
         return cause
 
-    def _add_cost(self, directory: str, seconds: float, kilobytes: int) -> None:
-        """Notes what the cell's last process took; a cell that was stopped has more."""
-        cost = {"seconds": seconds, "peak_memory_mib": kilobytes / 1024}
-        atomic.write_text(os.path.join(directory, COST_NAME), json.dumps(cost) + "\n")
+
+def _add_cost(directory: str, seconds: float, kilobytes: int) -> None:
+    """Notes what the cell's processes took so far, those that were stopped or failed included."""
+    path, mebibytes = os.path.join(directory, COST_NAME), kilobytes / 1024
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+        seconds += before["seconds"]
+        mebibytes = max(mebibytes, before["peak_memory_mib"])
+    cost = {"seconds": seconds, "peak_memory_mib": mebibytes}
+    atomic.write_text(path, json.dumps(cost) + "\n")
 
 
 def _last_words(path: str) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from clsl_jax import atomic, experiment, methods, score, steps
-from clsl_jax.study import COST_NAME, FAILURE_NAME, RESULTS_NAME, Cell
+from clsl_jax.study import COST_NAME, FAILURE_NAME, RESULTS_NAME, Cell, is_finished
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import LOG_NAME, read_log
 
@@ -38,9 +39,11 @@ class Found:
       class_ap: {class: average precision in percent}.
       epoch: of the weights.
       recovery: [epochs] of {figure: share or None}, against the hidden labels.
-      seconds, peak_memory_mib: of the cell's process; nan where a cell was not run here.
+      seconds, peak_memory_mib: of the cell's processes, the sum and the largest; nan where a cell
+        was not run here.
       confidence, frequency, count: float [BINS]: mean probability, share of positives and number of
-        test cells in each bin of probability.
+        test cells in each bin of probability; all 0 where the predictions that are kept are not of
+        these weights.
     """
 
     cell: Cell
@@ -56,7 +59,9 @@ class Found:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error in percent."""
+        """Expected calibration error in percent; nan where no cell was counted."""
+        if not self.count.any():
+            return float("nan")
         gaps = np.abs(self.confidence - self.frequency)
         return float(100 * np.sum(self.count * gaps) / np.sum(self.count))
 
@@ -95,13 +100,10 @@ def paired_test(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, 
     return mean, float(stats.ttest_rel(ours, theirs).pvalue)
 
 
-def read(cell: Cell, workdir: str, *, convention: str, weights: str) -> Found | None:
-    """Returns what a cell gave, None if it is not finished."""
+def read(cell: Cell, workdir: str, *, convention: str, weights: str) -> Found:
+    """Returns what a finished cell gave."""
     directory = os.path.join(workdir, cell.directory)
-    path = os.path.join(directory, RESULTS_NAME)
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
+    with open(os.path.join(directory, RESULTS_NAME), encoding="utf-8") as file:
         results = json.load(file)
     row = next(
         row
@@ -124,6 +126,8 @@ def read(cell: Cell, workdir: str, *, convention: str, weights: str) -> Found | 
     options = experiment.step_options(Workdir.stored_config(directory), steps_per_epoch=1)
     probabilities = np.asarray(steps.stated_probabilities(predictions["scores"], options))
     counted = (predictions["labels"] >= 0) & ~predictions["ignore"]
+    if row["epoch"] != results["selection"]["epochs"]["best"]:  # theirs alone are kept
+        counted[:] = False
     return Found(
         cell,
         100 * row["mAP"],
@@ -139,40 +143,56 @@ def read(cell: Cell, workdir: str, *, convention: str, weights: str) -> Found | 
 def write(
     study: ml_collections.ConfigDict, grid: Sequence[Cell], workdir: str, console: Console
 ) -> None:
-    """Writes every table and figure of the finished cells into the study's workdir."""
+    """Writes every table and figure of the finished cells into the study's workdir.
+
+    Raises:
+      InputError: a cell was run with another configuration.
+    """
     found = [
-        result
+        read(cell, workdir, convention=study.convention, weights=study.weights)
         for cell in grid
-        if (result := read(cell, workdir, convention=study.convention, weights=study.weights))
+        if is_finished(cell, workdir)
     ]
     if not found:
         console.print("No cell is finished: there is nothing to report.")
         return
     summary = _summary(found, study)
-    header = (
-        f"{len(found)} of {len(grid)} cells finished. Test mAP in percent, {study.convention} AP, "
-        f"weights of the {study.weights} epoch, mean ± standard deviation over seeds; in brackets "
-        f"the mean paired difference to `{study.baseline}` and its p value (paired t-test, as many "
-        "pairs as seeds)."
+    about = (
+        f"Test mAP in percent, {study.convention} AP, weights of the {study.weights} epoch, mean ± "
+        "standard deviation over seeds; in brackets the mean difference to "
+        f"{study.baseline}, paired by seed, and its p value (two-sided paired t-test), with the "
+        "number of pairs where these are fewer than the seeds."
     )
-    sections = ["# Study", header]
+    sections = ["# Study", f"{len(found)} of {len(grid)} cells finished. {about}"]
     latex = []
     for title, rows in _main_tables(summary, study):
-        sections += [f"## {title}", tabulate(rows, headers="firstrow", tablefmt="pipe")]
-        latex.append(f"% {title}\n" + tabulate(rows, headers="firstrow", tablefmt="latex_booktabs"))
+        sections += [f"## {title}", _markdown(rows)]
+        latex.append(_latex(rows, f"{title}. {about}"))
     if study.published:
         sections.append("† published, in its authors' setting, not run here; source in the table.")
     sections += _details(summary)
-    sections += ["## Methods", tabulate(_method_rows(grid), headers="firstrow", tablefmt="pipe")]
+    sections += ["## Methods", _markdown(_method_rows(grid))]
     sections += _failures(grid, workdir)
     path = os.path.join(workdir, "study.md")
     atomic.write_text(path, "\n\n".join(sections) + "\n")
     atomic.write_text(os.path.join(workdir, "study.tex"), "\n\n".join(latex) + "\n")
     _write_csv(os.path.join(workdir, "summary.csv"), summary)
-    _write_csv(os.path.join(workdir, "study.csv"), [_cell_row(f) for f in found])
-    _write_csv(os.path.join(workdir, "per_class.csv"), _class_rows(found, study.baseline))
+    _write_csv(os.path.join(workdir, "study.csv"), [_cell_row(f, study) for f in found])
+    _write_csv(os.path.join(workdir, "per_class.csv"), _class_rows(found, study))
     _figures(found, summary, workdir)
     console.print(f"Written: {path}, with CSV, LaTeX and figures beside it.")
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
+    return tabulate(rows, headers="firstrow", tablefmt="pipe", disable_numparse=True)
+
+
+def _latex(rows: Sequence[Sequence[str]], caption: str) -> str:
+    caption = re.sub(r"[%&_#$]", r"\\\g<0>", caption).replace("±", r"$\pm$")
+    table = tabulate(rows, headers="firstrow", tablefmt="latex_booktabs", disable_numparse=True)
+    table = table.replace("±", r"$\pm$").replace("†", r"\dag{}")
+    return f"\\begin{{table}}\n\\caption{{{caption}}}\n{table}\n\\end{{table}}"
 
 
 def _groups(found: Iterable[Found]) -> dict[tuple[str, str, float, str], list[Found]]:
@@ -204,13 +224,20 @@ def _summary(found: Sequence[Found], study: ml_collections.ConfigDict) -> list[d
                 "mAP_sd": np.std(values, ddof=1) if len(values) > 1 else np.nan,
                 "difference": difference,
                 "p_value": p_value,
+                "pairs": len(pairs),
                 **{name: _mean(row.get(name) for row in last) for name in _RECOVERY},
                 "calibration_error": np.mean([f.calibration_error for f in results]),
+                **_reading(study),
                 "seconds": np.mean([f.seconds for f in results]),
                 "peak_memory_mib": np.mean([f.peak_memory_mib for f in results]),
             }
         )
     return rows
+
+
+def _reading(study: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns which average precision of which weights the numbers are."""
+    return {"AP_convention": study.convention, "weights": study.weights}
 
 
 def _mean(values: Iterable[float | None]) -> float:
@@ -245,7 +272,9 @@ def _shown(row: Mapping[str, Any], baseline: str) -> str:
     if row["method"] != baseline and np.isfinite(row["difference"]):
         p_value = row["p_value"]
         chance = f", p = {p_value:.2g}" if np.isfinite(p_value) else ""
-        text += f" ({row['difference']:+.2f}{chance})"
+        fewer = row["pairs"] < row["seeds"]
+        pairs = f", {row['pairs']} pair{'s' * (row['pairs'] > 1)}" if fewer else ""
+        text += f" ({row['difference']:+.2f}{chance}{pairs})"
     return text
 
 
@@ -271,14 +300,15 @@ def _details(summary: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{r[k]:,.0f}" if np.isfinite(r[k]) else "" for k in ("seconds", "peak_memory_mib")
         ]
         where = f"{r['dataset']}, {r['protocol']}, {100 * r['known_fraction']:g} %"
-        error = f"{r['calibration_error']:.2f} %"
+        error = r["calibration_error"]
+        error = f"{error:.2f} %" if np.isfinite(error) else ""
         rows.append([where, r["method"], str(r["seeds"]), *shares, error, *costs])
     about = (
         "Recovered labels of the last epoch against the hidden ones; expected calibration error of "
-        f"the test probabilities in {BINS} bins; time and peak memory of a cell's process."
+        f"the test probabilities in {BINS} bins, where those of these weights were kept; time and "
+        "peak memory of a cell's processes."
     )
-    title = "## Recovery, calibration, cost"
-    return [title, about, tabulate(rows, headers="firstrow", tablefmt="pipe")]
+    return ["## Recovery, calibration, cost", about, _markdown(rows)]
 
 
 def _method_rows(grid: Sequence[Cell]) -> list[list[str]]:
@@ -303,7 +333,7 @@ def _failures(grid: Sequence[Cell], workdir: str) -> list[str]:
     return ["## Failed cells", "\n".join(rows)] if rows else []
 
 
-def _cell_row(found: Found) -> dict[str, Any]:
+def _cell_row(found: Found, study: ml_collections.ConfigDict) -> dict[str, Any]:
     cell, last = found.cell, found.recovery[-1] if found.recovery else {}
     return {
         "dataset": cell.dataset,
@@ -312,6 +342,7 @@ def _cell_row(found: Found) -> dict[str, Any]:
         "method": cell.method,
         "seed": cell.seed,
         "mAP": found.mean_ap,
+        **_reading(study),
         "epoch": found.epoch,
         **{name: last.get(name) for name in _RECOVERY},
         "calibration_error": found.calibration_error,
@@ -321,12 +352,17 @@ def _cell_row(found: Found) -> dict[str, Any]:
     }
 
 
-def _class_rows(found: Sequence[Found], baseline: str) -> list[dict[str, Any]]:
+def _class_rows(found: Sequence[Found], study: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     groups, rows = _groups(found), []
     for (dataset, protocol, fraction, method), results in groups.items():
-        theirs = groups.get((dataset, protocol, fraction, baseline), [])
-        for name in results[0].class_ap:
-            mean = _mean(f.class_ap.get(name) for f in results)
+        baseline = groups.get((dataset, protocol, fraction, study.baseline), [])
+        theirs = {f.cell.seed: f.class_ap for f in baseline}
+        for name in dict.fromkeys(name for f in results for name in f.class_ap):
+            gains = [
+                f.class_ap[name] - theirs[f.cell.seed][name]
+                for f in results
+                if name in f.class_ap and name in theirs.get(f.cell.seed, {})
+            ]
             rows.append(
                 {
                     "dataset": dataset,
@@ -334,8 +370,10 @@ def _class_rows(found: Sequence[Found], baseline: str) -> list[dict[str, Any]]:
                     "known_fraction": fraction,
                     "method": method,
                     "class": name,
-                    "AP": mean,
-                    "gain": mean - _mean(f.class_ap.get(name) for f in theirs),
+                    "AP": _mean(f.class_ap.get(name) for f in results),
+                    **_reading(study),
+                    "gain": _mean(gains),
+                    "pairs": len(gains),
                 }
             )
     return rows
@@ -362,15 +400,15 @@ def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workd
 
     def curves(axes: Any, panel: tuple[str, str]) -> None:
         mine = [r for r in summary if (r["dataset"], r["protocol"]) == panel]
-        for method in dict.fromkeys(r["method"] for r in mine):
+        for index, method in enumerate(dict.fromkeys(r["method"] for r in mine)):
             rows = sorted((r for r in mine if r["method"] == method), key=_fraction)
             axes.errorbar(
                 [100 * r["known_fraction"] for r in rows],
                 [r["mAP"] for r in rows],
                 yerr=[0.0 if np.isnan(r["mAP_sd"]) else r["mAP_sd"] for r in rows],
-                marker="o",
                 capsize=2,
                 label=method,
+                **_style(index),
             )
         axes.set(xlabel="known labels (%)", ylabel="test mAP (%)")
 
@@ -389,7 +427,7 @@ def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workd
                 ]
                 label = f"{method}: {'right' if style == '-' else 'found'}"
                 epochs = [row["epoch"] for row in runs[0]][: len(means)]
-                axes.plot(epochs, means, style, color=f"C{index % 10}", label=label)
+                axes.plot(epochs, means, ls=style, markevery=3, label=label, **_style(index))
         axes.set(
             xlabel=f"epoch ({100 * smallest:g} % known)", ylabel="positives (%)", ylim=(0, 100)
         )
@@ -400,15 +438,17 @@ def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workd
         smallest = min(f.cell.known_fraction for f in mine)
         mine = [f for f in mine if f.cell.known_fraction == smallest]
         axes.plot((0, 1), (0, 1), color="0.7")
-        for method in dict.fromkeys(f.cell.method for f in mine):
+        for index, method in enumerate(dict.fromkeys(f.cell.method for f in mine)):
             runs = [f for f in mine if f.cell.method == method]
             count = np.sum([f.count for f in runs], axis=0)
             some = count > 0
+            if not some.any():
+                continue
             sums = (
                 np.sum([f.count * getattr(f, name) for f in runs], axis=0)[some] / count[some]
                 for name in ("confidence", "frequency")
             )
-            axes.plot(*sums, marker=".", label=method)
+            axes.plot(*sums, label=method, **_style(index))
         axes.set(
             xlabel=f"probability ({100 * smallest:g} % known)",
             ylabel="share of positives",
@@ -418,6 +458,11 @@ def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workd
 
     for name, draw in (("curves", curves), ("recovery", recovery), ("reliability", calibration)):
         _draw(os.path.join(workdir, f"{name}.png"), panels, draw)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Returns colour and marker of a method, another pair for each of forty."""
+    return {"color": f"C{index % 10}", "marker": "osD^"[index // 10 % 4], "markersize": 4}
 
 
 def _fraction(row: Mapping[str, Any]) -> float:

@@ -17,8 +17,8 @@ import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from clsl_jax import command_line, methods, study, study_report
 from clsl_jax import config as config_lib
-from clsl_jax import methods, study, study_report
 from clsl_jax.errors import InputError
 
 
@@ -124,20 +124,31 @@ def test_the_study_of_scenes_has_every_method(arg, count):
 
 
 @pytest.mark.parametrize("arg", ["main", "methods", "fractions", "ablation"])
-def test_every_cell_of_the_study_of_scenes_is_a_valid_configuration(arg):
-    path = os.path.join(commands.REPOSITORY, "configs", "study", "scenes.py")
-    for cell in study.cells(runpy.run_path(path)["get_config"](arg)):
-        config = runpy.run_path(commands.CONFIG)["get_config"]()
-        settings = dict(setting.split("=", 1) for setting in cell.settings)
-        known = config_lib.flatten(config)
-        values = {
-            key: value if isinstance(known[key], str) else ast.literal_eval(value)
-            for key, value in settings.items()
-        }
-        with config.unlocked():
-            config.update_from_flattened_dict(values)
+def test_every_cell_of_the_study_of_scenes_is_a_valid_configuration(arg, monkeypatch):
+    monkeypatch.chdir(commands.REPOSITORY)
+    for cell in study.cells(runpy.run_path("configs/study/scenes.py")["get_config"](arg)):
+        config = command_line.config_of(cell.arguments)
         config_lib.validate(config)
-        assert config_lib.flatten(config).items() >= values.items()
+        assert (config.seed, config.labels.seed) == (cell.seed, cell.seed)
+        assert config.labels.known_fraction == cell.known_fraction
+        flat = config_lib.flatten(config)
+        for key, text in (setting.split("=", 1) for setting in cell.settings):
+            assert str(flat[key]) == text or flat[key] == ast.literal_eval(text), key
+
+
+def test_what_a_run_cannot_be_configured_to_is_refused(monkeypatch):
+    monkeypatch.chdir(commands.REPOSITORY)
+    with pytest.raises(InputError, match="epochs"):
+        command_line.config_of(["--config=configs/scenes.py", "--config.epochs=many"])
+    with pytest.raises(InputError, match=r"nothing\.py: there is no such file"):
+        command_line.config_of(["--config=configs/nothing.py"])
+
+
+def test_cost_of_a_cell_that_took_several_processes(tmp_path):
+    study._add_cost(str(tmp_path), 10.0, 2048)
+    study._add_cost(str(tmp_path), 5.0, 1024)
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert cost == {"seconds": 15.0, "peak_memory_mib": 2.0}
 
 
 def test_the_study_of_photographs_takes_its_data():
@@ -222,10 +233,48 @@ def test_the_summary_pairs_by_seed():
     ]
     gains = {
         (row["method"], row["class"]): row["gain"]
-        for row in study_report._class_rows(found, "known_asl")
+        for row in study_report._class_rows(found, make_study())
     }
     assert gains[("clsl", "dog")] == 3.5
     assert gains[("clsl", "cat")] == 0.0
+
+
+def test_the_seeds_that_both_have_are_compared():
+    """The baseline has seeds 0 and 1, the method 1 and 2: one pair, 62 - 60 and 51 - 50."""
+    found = [
+        made("known_asl", 0, 70.0, 54.0),
+        made("known_asl", 1, 60.0, 50.0),
+        made("clsl", 1, 62.0, 51.0),
+        made("clsl", 2, 90.0, 99.0),
+    ]
+    base, ours = study_report._summary(found, make_study())
+    assert (ours["seeds"], ours["pairs"], ours["difference"]) == (2, 1, 2.0)
+    assert study_report._shown(ours, "known_asl") == "76.00 ± 19.80 (+2.00, 1 pair)"
+    assert study_report._shown(base, "known_asl") == "65.00 ± 7.07"
+    gains = {
+        (row["method"], row["class"]): (row["gain"], row["pairs"])
+        for row in study_report._class_rows(found, make_study())
+    }
+    assert gains[("clsl", "dog")] == (1.0, 1)
+
+
+def test_tables_keep_digits_and_columns():
+    rows = [["method", "10 % known"], ["known_asl", "80.00"], ["a | b", "82.30"]]
+    lines = study_report._markdown(rows).splitlines()
+    assert [line.split(" | ")[-1].strip(" |") for line in lines[2:]] == ["80.00", "82.30"]
+    assert lines[3].startswith("| a \\| b ")
+    latex = study_report._latex(
+        [["method", "20 % known"], ["known_asl", "80.00 ± 1.20"]], "scenes, 5 % of known_asl ± 1"
+    )
+    assert r"known\_asl & 80.00 $\pm$ 1.20" in " ".join(latex.split())
+    assert r"\caption{scenes, 5 \% of known\_asl $\pm$ 1}" in latex
+    assert latex.startswith(r"\begin{table}")
+    assert latex.endswith(r"\end{table}")
+
+
+def test_every_method_of_a_figure_has_a_look_of_its_own():
+    looks = [tuple(study_report._style(index).values()) for index in range(len(methods.METHODS))]
+    assert len(set(looks)) == len(looks)
 
 
 CONFIG = """
@@ -243,7 +292,7 @@ def get_config():
 """
 
 
-def begin(shared, folder):
+def begin(shared, folder, *arguments):
     return subprocess.Popen(
         [
             sys.executable,
@@ -251,6 +300,7 @@ def begin(shared, folder):
             "clsl_jax.study",
             f"--config={folder / 'study.py'}",
             f"--workdir={folder / 'study'}",
+            *arguments,
         ],
         cwd=commands.REPOSITORY,
         env=commands.environment(shared),
@@ -260,9 +310,9 @@ def begin(shared, folder):
     )
 
 
-def call(shared, folder):
+def call(shared, folder, *arguments):
     """(exit status, stdout, stderr) of the study, run to its end."""
-    process = begin(shared, folder)
+    process = begin(shared, folder, *arguments)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
@@ -312,12 +362,34 @@ def test_a_study_from_grid_to_tables(shared, tmp_path):
     assert "paper † (a page)" in report
     assert "91.7" in report
     assert "## Failed cells" in report
+    assert {(row["AP_convention"], row["weights"]) for row in rows.values()} == {
+        ("interpolated", "best")
+    }
     names = ("study.tex", "summary.csv", "per_class.csv", "curves.png", "recovery.png")
     assert all((work / name).stat().st_size > 100 for name in (*names, "reliability.png"))
+    assert "interpolated AP, weights of the best epoch" in (work / "study.tex").read_text()
+
+    # The predictions that are kept are the best epoch's: they say nothing of another.
+    with open(cell / "cell.json", encoding="utf-8") as file:
+        of_cell = study.Cell(**json.load(file))
+    how = {"convention": "interpolated", "weights": "best"}
+    assert study_report.read(of_cell, str(work), **how).calibration_error > 0
+    whole = (cell / "results.json").read_text()
+    other = json.loads(whole)
+    other["selection"]["epochs"]["best"] += 1
+    (cell / "results.json").write_text(json.dumps(other))
+    assert math.isnan(study_report.read(of_cell, str(work), **how).calibration_error)
+    (cell / "results.json").write_text(whole)
 
     before = {path: path.stat().st_mtime_ns for path in results}
-    (tmp_path / "study.py").write_text(text.replace("optim.accumulate=7", "epochs=1"))
-    assert call(shared, tmp_path)[0] == 2  # another setting under the same name
+    other = text.replace("'epochs=4'", "'epochs=5'")
+    assert other != text
+    (tmp_path / "study.py").write_text(other)
+    for mode in ("report", "run"):
+        status, _, err = call(shared, tmp_path, f"--mode={mode}")
+        assert status == 2
+        assert f"{cell} was started with another configuration" in err
+        assert "epochs: 4 -> 5" in err
     (tmp_path / "study.py").write_text(text)
     status, out, _ = call(shared, tmp_path)
     assert status == 2
