@@ -4,18 +4,22 @@ A process is one program on one host; it may have several devices. With one proc
 here is free.
 """
 
+import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from clsl_jax.errors import InputError
 
 Result = TypeVar("Result")
+LAST_WORDS = 10
 _COUNT, _INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
@@ -56,6 +60,21 @@ def join() -> None:
         ) from None
 
 
+def leave(status: int) -> NoReturn:
+    """Ends this process, one of several, which may be waiting for it.
+
+    At a normal end JAX waits for all others, who may be waiting for this one in a collective, until
+    after five minutes all of them are aborted with a status of JAX's own. Here those that end as
+    well have `LAST_WORDS` seconds to say why, and then this one is gone.
+    """
+    with contextlib.suppress(Exception):  # not all came
+        client = multihost.get_jax_distributed_client()
+        client.wait_at_barrier("clsl_jax leaves", 1000 * LAST_WORDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def agree(work: Callable[[], Result]) -> Result:
     """Returns `work()`; if it cannot be done on one process, it fails on all of them.
 
@@ -63,14 +82,14 @@ def agree(work: Callable[[], Result]) -> Result:
       work: without collectives; every process must call this.
 
     Raises:
-      InputError: what `work` raised here, or that another process failed.
+      InputError: another process failed; what `work` raised here, of any kind, is raised again.
     """
     if jax.process_count() == 1:
         return work()
     result, error = None, None
     try:
         result = work()
-    except InputError as raised:
+    except Exception as raised:
         error = raised
     failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
     if error is not None:

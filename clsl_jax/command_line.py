@@ -36,7 +36,7 @@ def run(
         try:
             return work(argv[1:])
         except InputError as error:
-            return _refuse(str(error))
+            return refuse(str(error))
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
@@ -47,7 +47,7 @@ def run(
                 message = str(error)
             if message is None:
                 raise
-        raise SystemExit(_refuse(message))
+        raise SystemExit(refuse(message))
 
     define_flags()
     app.run(main, flags_parser=parse)
@@ -127,6 +127,7 @@ def _unknown_key(argv: Sequence[str], base: ml_collections.ConfigDict, file: str
     return None
 
 
-def _refuse(message: str) -> int:
+def refuse(message: str) -> int:
+    """Says why the input cannot be used; returns the exit status."""
     print(f"error: {message}", file=sys.stderr)
     return EXIT_BAD_INPUT

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clsl_jax import embed, features, optim, sharding, steps, train_state
+from clsl_jax import cluster, embed, features, optim, sharding, steps, train_state
 from clsl_jax.config import ConfigError
 from clsl_jax.data import label_file, partial, pipeline, scenes, sources, transforms
 from clsl_jax.errors import InputError
@@ -83,9 +83,7 @@ class Experiment:
         """
         backbone: Mapping[str, Any] = {}
         if self.pretrained:
-            empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.backbone_shapes)
-            file = backbone_file(self.pretrained, self.model.backbone)
-            backbone, line = load_backbone(self.model.backbone, file, empty)
+            backbone, line = cluster.agree(self._read_backbone)
             report(line)
         elif self.model.backbone != "small":
             report(
@@ -96,6 +94,11 @@ class Experiment:
             sharding.put_matrix(self.mesh, sharding.pad_rows(self.annotations, partial.UNKNOWN)),
             sharding.put_replicated(self.mesh, backbone),
         )
+
+    def _read_backbone(self) -> tuple[Mapping[str, Any], str]:
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.backbone_shapes)
+        file = backbone_file(self.pretrained, self.model.backbone)
+        return load_backbone(self.model.backbone, file, empty)
 
     @property
     def caches_features(self) -> bool:

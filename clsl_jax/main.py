@@ -11,8 +11,10 @@ launcher that starts again only what has failed tells the first two apart by --s
 """
 
 import os
+import traceback
 from collections.abc import Sequence
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -47,11 +49,24 @@ def work(arguments: Sequence[str]) -> int | None:
     if values.mode == "train" and config is None:
         raise InputError("--config=FILE is missing, such as configs/scenes.py.")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not values.distributed:
+        return _run(values, config)
     # Here, so that wrong flags are answered before JAX has started.
-    from clsl_jax import cluster, torch_checkpoint, train
+    from clsl_jax import cluster
 
-    if values.distributed:
-        cluster.join()
+    cluster.join()
+    try:
+        return _run(values, config)
+    except InputError as error:
+        cluster.leave(command_line.refuse(str(error)))
+    except Exception:
+        traceback.print_exc()
+        cluster.leave(1)
+
+
+def _run(values: flags.FlagValues, config: ml_collections.ConfigDict | None) -> int | None:
+    from clsl_jax import torch_checkpoint, train
+
     if values.weights:
         torch_checkpoint.evaluate_checkpoint(config, values.workdir, values.weights)
     elif values.mode == "evaluate":

@@ -7,8 +7,8 @@ import jax
 import ml_collections
 import numpy as np
 
+from clsl_jax import cluster, evaluate, experiment, results, sharding
 from clsl_jax import config as config_lib
-from clsl_jax import evaluate, experiment, results, sharding
 from clsl_jax.compiled import compile_steps
 from clsl_jax.data import partial
 from clsl_jax.errors import InputError, writing_to
@@ -53,11 +53,11 @@ def evaluate_checkpoint(
     config.model.update({"pretrained": "", "freeze": "none", "position_residual": False})
     config.evaluation.statistics = config.loss.statistics = False
     config.recovery.source = "scores"
-    state_dict = read_weights(path)
+    state_dict = cluster.agree(lambda: read_weights(path))
     sharding.divide_cpu(config.cpu_devices)
     with Workdir(workdir) as where, writing_to(workdir):
         log = RunLog(workdir)
-        built = experiment.build(config, report=log.console.print)
+        built = cluster.agree(lambda: experiment.build(config, report=log.console.print))
         weights = _weights(built, config, state_dict, path)
         compiled = compile_steps(built, config, report=log.console.print, training=False)
         scores = {}

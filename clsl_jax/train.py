@@ -67,7 +67,7 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
     Raises:
       InputError: if there is no such run or no sound checkpoint.
     """
-    stored = Workdir.stored_config(workdir)
+    stored = cluster.agree(lambda: Workdir.stored_config(workdir))
     if config is not None:
         config_lib.validate(config)
         config_lib.check_resume(stored, config, workdir)

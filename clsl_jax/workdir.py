@@ -43,11 +43,17 @@ class Workdir:
             try:
                 # The system drops this lock when the process ends, however it ends.
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
                 self._lock.close()
+                if isinstance(error, BlockingIOError):
+                    raise InputError(
+                        f"Another process is running in --workdir={self._directory}: wait for it, "
+                        "stop it, or name another directory."
+                    ) from None
                 raise InputError(
-                    f"Another process is running in --workdir={self._directory}: wait for it, "
-                    "stop it, or name another directory."
+                    f"--workdir={self._directory} is on a file system without locks "
+                    f"({error.strerror}), so that two runs could write there at once: name a "
+                    "directory on another, or have it mounted with them (Lustre: -o flock)."
                 ) from None
 
     def __exit__(self, *unused: object) -> None:

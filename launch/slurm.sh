@@ -18,7 +18,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=clsl_jax-%j.log
-# Two minutes before the time is over every task gets SIGTERM: it saves and ends with status 0.
+# Two minutes before the time is over every task gets SIGTERM: it saves and ends with status 75.
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
@@ -37,12 +37,15 @@ if [[ -z $workdir ]]; then
   echo "error: --workdir=DIR is missing: a directory that every node sees." >&2
   exit 2
 fi
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdir")/compiled}
+# Not of a CPU, see launch/local.sh.
+if [[ -n ${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-} ]]; then
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdir")/compiled}
+fi
 export PYTHONUNBUFFERED=1
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages, for arrays on a CPU
 
 # --kill-on-bad-exit: if one task fails, the others, which wait for it, are ended too.
-srun --kill-on-bad-exit=1 python -m clsl_jax.main --distributed \
+srun --kill-on-bad-exit=1 python -m clsl_jax.main --distributed --stopped_status=75 \
   ${config:+--config="$config"} "$@" &
 tasks=$!
 
@@ -63,7 +66,7 @@ while kill -0 "$tasks" 2>/dev/null; do
   code=0
   wait "$tasks" || code=$?
 done
-if $again; then
+if $again || ((code == 75)); then # 75: the tasks were sent SIGTERM by another than this script
   scontrol requeue "$SLURM_JOB_ID"
 elif ((code != 0 && code != 2)) && ((${SLURM_RESTART_COUNT:-0} < ${CLSL_MOST_RESTARTS:-20})); then
   # Not refused (2) but broken: a node or a process was lost. The last checkpoint is still there.

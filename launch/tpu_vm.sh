@@ -55,15 +55,18 @@ train="cd clsl_jax && source launch/environment.sh && cd .. && ln -sfn clsl_jax/
 python -m clsl_jax.main --distributed --stopped_status=75 $arguments"
 
 for ((attempt = 0; attempt <= 20; attempt++)); do
-  run gcloud compute tpus tpu-vm scp "$archive" "$tpu:clsl_jax.tgz" "${where[@]}" --worker=all
-  on_all "$set_up"
   code=0
-  on_all "$train" || code=$?
+  { run gcloud compute tpus tpu-vm scp "$archive" "$tpu:clsl_jax.tgz" "${where[@]}" --worker=all &&
+    on_all "$set_up" && on_all "$train"; } || code=$?
   # 0: done; 2: refused, and would be again. 75, stopped by SIGTERM, goes on like all others.
   if ((code == 0 || code == 2)) || $dry; then exit "$code"; fi
   echo "The processes ended with status $code; waiting until $tpu is READY."
-  until [[ $(gcloud compute tpus tpu-vm describe "$tpu" "${where[@]}" --format='value(state)') == READY ]]; do
+  until state=$(gcloud compute tpus tpu-vm describe "$tpu" "${where[@]}" --format='value(state)') &&
+    [[ $state == READY ]]; do
+    # A spot TPU that was preempted has to be made again by whoever made it.
+    echo "$(date +%T) $tpu is ${state:-not found}"
     sleep 30
   done
+  sleep 30  # hosts that have just come up refuse connections for a while
 done
 exit "$code"

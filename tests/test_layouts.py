@@ -136,3 +136,15 @@ def test_a_second_run_in_the_workdir_is_refused_by_all_processes(shared, runs, t
     assert "Another process is running" in said[0]
     assert "Process 0 cannot go on" in said[1]
     assert os.listdir(workdir) == [".lock"]
+
+
+def test_an_error_of_one_process_ends_all(shared, tmp_path):
+    """JAX alone would wait for five minutes and then abort both, whatever was wrong."""
+    workdir = tmp_path / "run"
+    (workdir / "log.jsonl").mkdir(parents=True)  # process 0 alone opens it
+    start = time.monotonic()
+    statuses, said = run_several(shared, workdir, *STEPS, processes=2, devices=1)
+    assert statuses[0] == 1, said[0]
+    assert "Is a directory" in said[0]
+    assert statuses[1] != 0
+    assert time.monotonic() - start < 250
