@@ -135,7 +135,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.correction_threshold = 0.6  # self_paced
     c.recovery.correction_rate = 0.002  # share of the unknown labels more (for good: anew) an epoch
     c.recovery.estimate_rate = 1.0  # estimate: of gradient descent on their logits
-    c.recovery.blend_share = 0.5  # blend: of an image itself, the rest is the other's
+    c.recovery.blend_share = 0.5  # blend: of an image's own features, the rest is the other's
     # epoch: what labels are recovered from: scores (the network's) | statistics (known labels
     # alone, by a mixture model) | both | co_occurrence (of two labels) | prototypes (features).
     c.recovery.source = "scores"
@@ -157,7 +157,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.min_count = 5  # adaptive: entries a threshold must rest on
     c.recovery.soft = True  # recovered labels are the scores themselves; False: 0 and 1
     c.recovery.confidence_power = 1.0  # weight |2q-1|**power of a soft label q
-    c.recovery.warmup_epochs = 1  # epochs before the first recovery
+    c.recovery.warmup_epochs = 1  # epochs before the first recovery; blend: before prototypes
 
     c.optim = ml_collections.ConfigDict()
     c.optim.learning_rate = 9e-5  # peak of the one-cycle schedule
@@ -400,8 +400,9 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
         problems.append(f"recovery.correction={r.correction!r} goes with recovery.mode=assume")
     if r.source != "scores" and r.mode not in ("epoch", "none"):
         problems.append(f"recovery.source={r.source!r} goes with recovery.mode=epoch")
-    if r.source == "prototypes" and not config.model.srfl:
-        problems.append("recovery.source='prototypes' needs the features of model.srfl=True")
+    for name, used in (("source", r.source == "prototypes"), ("mode", r.mode == "blend")):
+        if used and not config.model.srfl:
+            problems.append(f"recovery.{name}={r[name]!r} needs the features of model.srfl=True")
     if r.branch != "semantic" and (r.teacher != "ema" or not config.model.global_branch):
         problems.append(
             f"recovery.branch={r.branch!r} needs recovery.teacher=ema and model.global_branch=True"

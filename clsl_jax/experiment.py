@@ -183,7 +183,7 @@ def build(
             learn_embeddings=config.model.learn_embeddings,
             graph_threshold=options.graph_threshold,
             graph_smoothing=options.graph_smoothing,
-            prototypes=options.prototypes,
+            prototypes=options.keeps_prototypes,
             components=options.components if options.needs_statistics else 0,
             backbone=backbone,
         )

@@ -60,7 +60,7 @@ def label_frequencies(annotations: jax.Array, *, prior: float = 1.0) -> jax.Arra
 
 
 def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
-    """The largest conditional frequency of each class given another of the image's known positives.
+    """The mean frequency of each class given one of the image's other known positives.
 
     Frequencies are among cells known together, drawn by one pseudo-count towards the class's own.
 
@@ -82,17 +82,17 @@ def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
     both, asked = cooccurrence(annotations)
     others = jnp.sum(positive, axis=1, keepdims=True) - positive
 
-    def add(best: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def add(total: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         number, present, both, asked = given
         # Of a known cell, without what it has added to the counts itself.
         conditional = (both - positive + frequencies) / (asked - known + 1.0)
         counts = present[:, None] & (jnp.arange(len(both)) != number)
-        return jnp.where(counts, jnp.maximum(best, conditional), best), None
+        return total + jnp.where(counts, conditional, 0.0), None
 
     start = jnp.zeros(annotations.shape, jnp.float32)
     classes = jnp.arange(annotations.shape[1])
-    best, _ = jax.lax.scan(add, start, (classes, positive.T, both, asked))
-    return jnp.where(others > 0, best, frequencies)
+    total, _ = jax.lax.scan(add, start, (classes, positive.T, both, asked))
+    return jnp.where(others > 0, total / jnp.maximum(others, 1), frequencies)
 
 
 def init_mixture(key: jax.Array, annotations: jax.Array, components: int) -> Mixture:

@@ -194,51 +194,6 @@ def expected_positives_loss(logits: jax.Array, positives: jax.Array | float) -> 
     return ((expected - positives) / logits.shape[-1]) ** 2
 
 
-def blending_loss(
-    logits: jax.Array,
-    annotations: jax.Array,
-    prototypes: jax.Array,
-    *,
-    elementwise: ElementwiseLoss = binary_cross_entropy,
-    share: float = 0.5,
-) -> jax.Array:
-    """Loss of images blended with others, and with prototypes, in whose place labels are known.
-
-    Where an image's label is unknown and the image before it in the batch has that class, both are
-    blended, ``share z + (1 - share) z_other``, and the label is ``1 - share``; likewise with the
-    class's prototype. Each of the two is a mean over the labels then known. A class's logit is a
-    linear function of its features (those of the last layer, pooled over positions), so that
-    blending logits is blending these.
-
-    Args:
-        logits: [B, C].
-        annotations: [B, C], 1 positive, 0 negative, -1 unknown.
-        prototypes: [C], logits that known positives have in the mean; 0 for none yet. Without
-            gradient.
-        elementwise: loss of logits and targets.
-        share: of the image itself, in (0, 1).
-
-    Returns:
-        Scalar, the sum of the two means.
-
-    Source: Pu et al., Semantic-Aware Representation Blending for Multi-Label Image Recognition with
-    Partial Labels, arXiv 2203.02172 (instance-level and prototype-level blending), where the shares
-    are trained.
-    """
-    known = annotations >= 0
-    prototypes = jax.lax.stop_gradient(prototypes)
-    total = jnp.zeros((), jnp.float32)
-    for other, present in (
-        (jnp.roll(logits, 1, axis=0), jnp.roll(annotations, 1, axis=0) == 1),
-        (prototypes, prototypes != 0.0),
-    ):
-        used = ~known & present
-        blended = jnp.where(used, share * logits + (1.0 - share) * other, logits)
-        targets = jnp.where(used, 1.0 - share, annotations)
-        total += known_loss(elementwise(blended, targets), known | used)
-    return total
-
-
 def expected_loss(elementwise: ElementwiseLoss) -> ElementwiseLoss:
     """A loss whose value at a soft target q is the mean over labels drawn with probability q.
 

@@ -43,12 +43,23 @@ _EPOCH = _ALONE | {"recovery.mode": "epoch", "loss.scale": "balanced"}
 _SPLC_PAPER = "Zhang et al., arXiv 2112.07368"
 _LARGE_LOSS = "Kim et al., Large Loss Matters, arXiv 2206.03740"
 _COLE = "Cole et al., Single Positive Labels, arXiv 2106.09708"
+_GAMMAS = "gammas and clip of the configuration (negatives 2, positives 0, 0; paper: 4, 0, 0.05)"
+_DELTA = "delta is not tuned; a share of the unknown cells (in the authors' program, of all)"
 
 METHODS: Mapping[str, Method] = {
-    "known_bce": Method("known labels, BCE", "Durand et al., arXiv 1902.09720", _KNOWN | _BCE),
-    "known_asl": Method("known labels, ASL", "Ridnik et al., arXiv 2009.14119", _KNOWN | _ASL),
+    "known_bce": Method(
+        "known labels, BCE",
+        "Durand et al., arXiv 1902.09720",
+        _KNOWN | _BCE,
+        note="a mean over known cells; the paper weighs each image by its known share",
+    ),
+    "known_asl": Method(
+        "known labels, ASL", "Ridnik et al., arXiv 2009.14119", _KNOWN | _ASL, note=_GAMMAS
+    ),
     "negative_bce": Method("assume negative, BCE", _COLE, _NEGATIVE | _BCE),
-    "negative_asl": Method("assume negative, ASL", "arXiv 2009.14119", _NEGATIVE | _ASL),
+    "negative_asl": Method(
+        "assume negative, ASL", "arXiv 2009.14119", _NEGATIVE | _ASL, note=_GAMMAS
+    ),
     "negative_smooth": Method(
         "assume negative, label smoothing",
         _COLE,
@@ -74,11 +85,13 @@ METHODS: Mapping[str, Method] = {
         "LL-R",
         _LARGE_LOSS,
         _NEGATIVE | _BCE | {"recovery.correction": "reject", "recovery.correction_rate": 0.002},
+        note=_DELTA,
     ),
     "ll_ct": Method(
         "LL-Ct",
         _LARGE_LOSS,
         _NEGATIVE | _BCE | {"recovery.correction": "correct", "recovery.correction_rate": 0.002},
+        note=_DELTA,
     ),
     "ll_cp": Method(
         "LL-Cp",
@@ -86,6 +99,7 @@ METHODS: Mapping[str, Method] = {
         _NEGATIVE
         | _BCE
         | {"recovery.correction": "correct_for_good", "recovery.correction_rate": 0.001},
+        note=_DELTA,
     ),
     "epr": Method(
         "expected positives",
@@ -152,7 +166,8 @@ METHODS: Mapping[str, Method] = {
             "recovery.soft": False,
             "recovery.weight": 1.0,
         },
-        note="frequencies of known labels in the place of a learned co-occurrence",
+        note="frequencies of known labels in the place of a learned co-occurrence; thresholds "
+        "calibrated on known cells, for negatives as well",
     ),
     "prototypes": Method(
         "prototype transfer (HST, across images)",
@@ -166,13 +181,17 @@ METHODS: Mapping[str, Method] = {
             "recovery.soft": False,
             "recovery.weight": 1.0,
         },
-        note="one prototype a class, thresholds calibrated on known cells",
+        note="one moving prototype a class, no contrastive loss; thresholds calibrated on known "
+        "cells, for negatives as well",
     ),
     "blending": Method(
         "instance and prototype blending (SARB)",
         "Pu et al., arXiv 2203.02172",
-        _KNOWN | _BCE | {"recovery.mode": "blend", "recovery.weight": 1.0},
-        note="shares stay at one half, one moving prototype a class, no contrastive loss",
+        _KNOWN
+        | _BCE
+        | {"recovery.mode": "blend", "recovery.weight": 1.0, "recovery.warmup_epochs": 5},
+        note="the features of SRFL are blended; shares stay at one half, one moving prototype a "
+        "class, no contrastive loss",
     ),
     "statistics": Method(
         "label statistics alone",
@@ -202,6 +221,7 @@ METHODS: Mapping[str, Method] = {
             "graph.layers": 0,
             "model.global_branch": True,
         },
+        note="gradients are clipped where the configuration says so, which the program does not do",
     ),
     "known_informed": Method(
         "known labels, ASL, with label statistics when predicting",

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from clsl_jax import (
+    blending,
     corrections,
     device_transforms,
     label_statistics,
@@ -21,12 +22,14 @@ from clsl_jax import (
     sharding,
 )
 from clsl_jax.data import transforms
+from clsl_jax.models.clsl import Blend
 from clsl_jax.models.efficientnet import IMAGENET_MEAN, IMAGENET_STD
 from clsl_jax.models.graph import label_adjacency
 from clsl_jax.train_state import SUM_NAMES, TrainState, with_backbone
 
 Batch = Mapping[str, jax.Array]
-_AUGMENTATION = 2**31 - 1  # folded into a step's key; dropout has the key itself or its parts
+# Folded into a step's key; dropout has the key itself or its parts.
+_AUGMENTATION, _BLENDING = 2**31 - 1, 2**31 - 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +101,9 @@ class StepOptions:
         return asked or self.source in ("statistics", "both")
 
     @property
-    def prototypes(self) -> str:
-        """Of what each class's known positives are averaged: features, logits, or "" nothing."""
-        if self.recovery_mode == "blend":
-            return "logits"
-        return "features" if self.source == "prototypes" else ""
+    def keeps_prototypes(self) -> bool:
+        """Whether each class's known positives are averaged."""
+        return self.recovery_mode == "blend" or self.source == "prototypes"
 
     @property
     def handed_out_source(self) -> str:
@@ -172,12 +173,14 @@ def make_train_step(
         ) -> tuple[jax.Array, tuple[Any, ...]]:
             variables = {"params": params["model"], "batch_stats": batch_stats}
             annotations = state.annotations[part["row"]]
+            blended, blend = _blends(state, annotations, key, options)
             (logits, out), updated = model.apply(
                 with_backbone(variables, state.frozen),
                 normalize(part["image"]),
                 params.get("label_embeddings", state.label_embeddings),
                 state.adjacency,
                 train=True,
+                blend=blend,
                 rngs={"dropout": key},
                 mutable=["batch_stats"],
             )
@@ -205,16 +208,18 @@ def make_train_step(
                 loss += options.expected_positives * losses.expected_positives_loss(
                     logits, options.positives_per_image
                 )
-            if options.recovery_mode == "blend":
-                blended = losses.blending_loss(
-                    logits,
-                    annotations,
-                    state.memory["prototypes"][:, 0],
-                    elementwise=elementwise,
-                    share=options.blend_share,
+            if blend is not None:
+                terms["recovered"] = sum(
+                    blending.blending_loss(
+                        other,
+                        annotations,
+                        where,
+                        elementwise=elementwise,
+                        share=options.blend_share,
+                    )
+                    for other, where in zip(out["blended_logits"], blended, strict=True)
                 )
-                loss += _recovered_scale(state.step, options) * blended
-                terms["recovered"] = blended
+                loss += _recovered_scale(state.step, options) * terms["recovered"]
             batch_stats = dict(updated.get("batch_stats", {}))
             if state.frozen:
                 batch_stats.pop("backbone", None)
@@ -245,9 +250,8 @@ def make_train_step(
                 )
             if options.correction == "correct_for_good":
                 found["corrected"] = targets
-            if options.prototypes:
-                of_logits = options.prototypes == "logits"
-                found["prototyped"] = logits[..., None] if of_logits else semantic
+            if options.keeps_prototypes:
+                found["semantic"] = semantic
             return gradients, terms, batch_stats, found
 
         if parts == 1:
@@ -274,10 +278,10 @@ def make_train_step(
             )
         if options.correction == "correct_for_good":
             recovered = _correct_for_good(recovered, state.annotations, kept, found["corrected"])
-        if options.prototypes:
+        if options.keeps_prototypes:
             moved = label_statistics.update_prototypes(
                 memory["prototypes"],
-                found["prototyped"],
+                found["semantic"],
                 state.annotations[rows],
                 options.ema_decay,
             )
@@ -320,6 +324,25 @@ def make_train_step(
         )
 
     return train_step
+
+
+def _blends(
+    state: TrainState, annotations: jax.Array, key: jax.Array, options: StepOptions
+) -> tuple[tuple[jax.Array, ...], Blend | None]:
+    """Which labels [B, C] are blended (with the image before; with prototypes), and by what."""
+    if options.recovery_mode != "blend":
+        return (), None
+    prototypes = state.memory["prototypes"]
+    drawn = blending.one_unknown(jax.random.fold_in(key, _BLENDING), annotations, prototypes)
+    drawn &= state.step >= options.warmup_steps
+    where = (blending.known_before(annotations), drawn)
+
+    def blend(semantic: jax.Array) -> list[jax.Array]:
+        before = jnp.roll(semantic, 1, axis=0)
+        pairs = zip((before, prototypes), where, strict=True)
+        return [blending.blend(semantic, other, w, options.blend_share) for other, w in pairs]
+
+    return where, blend
 
 
 def _augmented(batch: Batch, key: jax.Array, options: StepOptions) -> Batch:

@@ -38,9 +38,9 @@ class TrainState:
       visits: int32 [N], how often the row's scores were updated.
       recovered: float32 [N, C] in [0, 1], recovered labels; known entries hold the label.
       recovered_weight: float32 [N, C] in [0, 1], their weights in the loss; 0 where still unknown.
-      memory: "prototypes" float32 [C, D] where labels are recovered from features, or [C, 1] of
-        logits where images are blended with them; what `label_statistics.fit_statistics` keeps of
-        the known labels where recovery or prediction use it; else {}.
+      memory: "prototypes" float32 [C, D] where labels are recovered from them or features blended
+        with them; what `label_statistics.fit_statistics` keeps of the known labels where recovery
+        or prediction use it; else {}.
       sums: float32 [] each, sums over the steps of the epoch so far; `steps` counts them.
       faults: int32 [N], steps with a row's image whose loss or gradient was not finite.
       fault_step: int32 [], the first of these steps, counted from 0; -1 if there was none.
@@ -85,7 +85,7 @@ def init_state(
     learn_embeddings: bool,
     graph_threshold: float,
     graph_smoothing: float,
-    prototypes: str = "",
+    prototypes: bool = False,
     components: int = 0,
     backbone: Mapping[str, Any] | None = None,
 ) -> TrainState:
@@ -100,7 +100,7 @@ def init_state(
       annotations: int8 [N, C], N padded; rows without an image are -1.
       learn_embeddings: whether the embeddings are parameters.
       graph_threshold, graph_smoothing: of the label graph, see `label_adjacency`.
-      prototypes: keep a prototype of each class's "features" or "logits"; "" for none.
+      prototypes: whether a prototype of each class is kept; needs srfl.
       components: of the mixture that is fitted to the known labels; 0 for none.
       backbone: `params` and `batch_stats` to start the backbone with, not drawn then. Needed where
         the model freezes it.
@@ -136,8 +136,7 @@ def init_state(
     shape = annotations.shape
     memory: dict[str, jax.Array] = {}
     if prototypes:
-        of_features = prototypes == "features"
-        width = variables["params"]["semantic"]["out"]["kernel"].shape[-1] if of_features else 1
+        width = variables["params"]["semantic"]["out"]["kernel"].shape[-1]
         memory["prototypes"] = jnp.zeros((shape[1], width), jnp.float32)
     if components:
         memory |= label_statistics.fit_statistics(

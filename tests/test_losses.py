@@ -15,7 +15,6 @@ from clsl_jax.losses import (
     asymmetric_log_odds,
     asymmetric_loss,
     binary_cross_entropy,
-    blending_loss,
     clsl_loss,
     expected_positives_loss,
     focal_margin_log_odds,
@@ -512,37 +511,6 @@ def test_smoothing_softens_known_labels_only():
         torch.tensor([0.7, -0.3]), torch.tensor([0.9, 1.0]), reduction="none"
     )
     np.testing.assert_allclose(found, (softened[0] + 0.5 * softened[1]).item(), rtol=1e-6)
-
-
-def test_blending_by_hand():
-    """The second image's first class is known in the first; two classes have a prototype."""
-    annotations = jnp.array([[1, -1, 0], [-1, 0, -1]], jnp.int8)
-    logits = jnp.array([[2.0, 1.0, -1.0], [0.5, -2.0, 3.0]])
-    found = blending_loss(logits, annotations, jnp.array([0.0, 4.0, 2.0]), share=0.25)
-
-    def mean(blended):
-        z, t = torch.tensor([(2.0, 1.0), (-1.0, 0.0), (-2.0, 0.0), *blended]).T
-        return torch.nn.functional.binary_cross_entropy_with_logits(z, t).item()
-
-    of_images = mean([(0.25 * 0.5 + 0.75 * 2.0, 0.75)])
-    of_prototypes = mean([(0.25 * 1.0 + 0.75 * 4.0, 0.75), (0.25 * 3.0 + 0.75 * 2.0, 0.75)])
-    np.testing.assert_allclose(found, of_images + of_prototypes, rtol=1e-6)
-
-
-def test_blending_blends_the_features_of_a_linear_classifier():
-    rng = np.random.default_rng(0)
-    kernel, features = rng.normal(size=(3, 5)), rng.normal(size=(2, 3, 5))
-    blended = 0.3 * features[1] + 0.7 * features[0]
-    logits = jnp.asarray(np.einsum("bcd,cd->bc", features, kernel), jnp.float32)
-    annotations = jnp.array([[1, 1, 1], [-1, -1, -1]], jnp.int8)
-    seen = []
-
-    def elementwise(z, t):
-        seen.append(z)
-        return binary_cross_entropy(z, t)
-
-    blending_loss(logits, annotations, jnp.zeros(3), elementwise=elementwise, share=0.3)
-    np.testing.assert_allclose(seen[0][1], np.einsum("cd,cd->c", blended, kernel), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("gamma_pos", "gamma_neg"), [(0, 2), (0, 0), (1, 4)])

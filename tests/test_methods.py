@@ -89,6 +89,10 @@ def test_known_labels_alone(epoch):
     p = sigmoid(LOGITS)
     asl = np.where(labels(NEGATIVE) == 1, -np.log(p), -(p**2) * np.log(1 - p))
     assert loss == pytest.approx(asl[KNOWN].mean(), rel=1e-5)
+    # The product with label statistics has the same targets; its odds are tested in test_steps.
+    assert options_of("known_product").loss_statistics
+    assert options_of("known_product").evaluate_statistics
+    assert not options_of("known_asl").loss_statistics
     assert taught("known_product", epoch)[0] == pytest.approx(loss)
 
 

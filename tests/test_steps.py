@@ -93,7 +93,7 @@ class Harness:
                 graph_threshold=self.options.graph_threshold,
                 graph_smoothing=self.options.graph_smoothing,
                 components=self.options.components if self.options.needs_statistics else 0,
-                prototypes=self.options.prototypes,
+                prototypes=self.options.keeps_prototypes,
             )
 
         arguments = (

@@ -18,6 +18,7 @@ from clsl_jax.models.resnet import build_backbone
 from clsl_jax.models.semantic import SemanticFeatures
 
 Outputs = dict[str, Any]
+Blend = Callable[[jax.Array], Sequence[jax.Array]]
 
 
 def softmax_pool(position_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -101,6 +102,7 @@ class CLSLHead(nn.Module):
         adjacency: jax.Array | None = None,
         *,
         train: bool,
+        blend: Blend | None = None,
     ) -> tuple[jax.Array, Outputs]:
         """Logits of the semantic-aware branch, and every intermediate.
 
@@ -110,6 +112,7 @@ class CLSLHead(nn.Module):
           adjacency: normalised adjacency [C, C], needed with graph_layers > 0.
           train: batch statistics in norms (collection `batch_stats` mutable) and dropout (rng
             'dropout') instead of inference.
+          blend: gives other semantic features [B, C, D] for those of the images; needs srfl.
 
         Returns:
           (logits [B, C] float32, out). `out` holds, None where the part is off:
@@ -117,9 +120,11 @@ class CLSLHead(nn.Module):
             backbone_features [B, P, D]; features [B, P, D], after the encoder;
             label_nodes [C, E], after the graph; semantic_features v [B, C, D];
             attention_logits and attention (softmax over classes) [B, P, C];
-            enhanced_features f [B, P, D]; position_logits s and position_weights (softmax over
-            positions) [B, P, C]; semantic_logits [B, C], the logits again;
-            global_positions [B, P, C], global_logits [B, C], their maximum.
+            enhanced_features f [B, P, S], S the width of what SGFE is fed; position_logits s and
+            position_weights (softmax over positions) [B, P, C]; semantic_logits [B, C], the logits
+            again;
+            global_positions [B, P, C], global_logits [B, C], their maximum;
+            blended_logits, a tuple of [B, C] for what `blend` gives.
 
         Raises:
           ValueError: the embeddings are not [C, E], or an adjacency is missing.
@@ -150,6 +155,7 @@ class CLSLHead(nn.Module):
                 "position_weights",
                 "global_positions",
                 "global_logits",
+                "blended_logits",
             )
         )
         out.update(grid=(h, w), backbone_features=features.reshape(b, h * w, d), features=x)
@@ -161,29 +167,46 @@ class CLSLHead(nn.Module):
             semantic = out["semantic_features"] = SemanticFeatures(self.dtype, name="semantic")(
                 x, semantic, train=train
             )
-        if self.sgfe:
-            out["position_logits"], parts = FeatureEnhancement(
-                self.rank,
-                self.head_dropout,
-                self.dtype,
-                starts_at_zero=self.position_residual,
-                name="enhancement",
-            )(x, semantic, train=train)
-            out.update(parts)
-            if self.position_residual:
-                out["position_logits"] += self._pointwise(x, "pooled")
-        elif not self.srfl:
-            out["position_logits"] = self._pointwise(x, "pooled")
-
-        if out["position_logits"] is not None:
-            logits, out["position_weights"] = softmax_pool(out["position_logits"])
-        else:
-            logits = ClassDot(name="classifier")(semantic)
+        classify = self._classifier(x, train=train)
+        logits, parts = classify(semantic)
+        out.update(parts)
+        if blend is not None:
+            out["blended_logits"] = tuple(classify(other)[0] for other in blend(semantic))
         if self.global_branch:
             out["global_positions"] = self._pointwise(x, "global_branch")
             out["global_logits"] = jnp.max(out["global_positions"], 1)
         out["semantic_logits"] = logits
         return logits, out
+
+    def _classifier(
+        self, x: jax.Array, *, train: bool
+    ) -> Callable[[jax.Array | None], tuple[jax.Array, Outputs]]:
+        """Returns what makes semantic features into (logits [B, C], intermediates)."""
+        local = None
+        if self.sgfe:
+            enhancement = FeatureEnhancement(
+                self.rank,
+                self.head_dropout,
+                self.dtype,
+                starts_at_zero=self.position_residual,
+                name="enhancement",
+            )
+        elif self.srfl:
+            classifier = ClassDot(name="classifier")
+            return lambda semantic: (classifier(semantic), {})
+        if not self.sgfe or self.position_residual:
+            local = self._pointwise(x, "pooled")
+
+        def classify(semantic: jax.Array | None) -> tuple[jax.Array, Outputs]:
+            positions, out = local, {}
+            if self.sgfe:
+                positions, out = enhancement(x, semantic, train=train)
+                if local is not None:
+                    positions += local
+            logits, weights = softmax_pool(positions)
+            return logits, out | {"position_logits": positions, "position_weights": weights}
+
+        return classify
 
     def _label_nodes(self, embeddings: jax.Array | None, adjacency: jax.Array | None) -> jax.Array:
         """Label embeddings [C, E] after the graph."""
@@ -223,13 +246,14 @@ class CLSL(CLSLHead):
         adjacency: jax.Array | None = None,
         *,
         train: bool,
+        blend: Blend | None = None,
     ) -> tuple[jax.Array, Outputs]:
         """images [B, H, W, 3] float32, normalised -> (logits [B, C], out), as `CLSLHead` has it."""
         frozen = self.freeze_backbone
         features = backbone_of(self, name="backbone")(images, train=train and not frozen)
         if frozen:
             features = jax.lax.stop_gradient(features)
-        return super().__call__(features, embeddings, adjacency, train=train)
+        return super().__call__(features, embeddings, adjacency, train=train, blend=blend)
 
 
 def backbone_of(model: CLSL, *, name: str | None = None) -> nn.Module:
