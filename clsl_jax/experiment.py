@@ -32,7 +32,6 @@ class Experiment:
 
     Attributes:
       dataset: train, validation and test splits.
-      mask: bool [N, C], True where a training label may be seen.
       annotations: int8 [N, C], 1 / 0 / -1 unknown: all that training sees of the labels.
       mesh: of devices.
       model: the Linen module, from images on.
@@ -53,7 +52,6 @@ class Experiment:
     """
 
     dataset: sources.Dataset
-    mask: np.ndarray
     annotations: np.ndarray
     mesh: Mesh
     model: CLSL
@@ -99,6 +97,11 @@ class Experiment:
         empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.backbone_shapes)
         file = backbone_file(self.pretrained, self.model.backbone)
         return load_backbone(self.model.backbone, file, empty)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [N, C], True where a training label may be seen."""
+        return self.annotations >= 0
 
     @property
     def caches_features(self) -> bool:
@@ -201,7 +204,6 @@ def build(
     )
     return Experiment(
         dataset=dataset,
-        mask=annotations >= 0,
         annotations=annotations,
         mesh=mesh,
         model=model,

@@ -68,7 +68,7 @@ def write(
             "known_entries": int((built.annotations >= 0).sum()),
             "entries": int(built.annotations.size),
             "mask_sha256": mask_sha256,
-            "annotations_sha256": partial.mask_sha256(built.annotations),
+            "annotations_sha256": partial.matrix_sha256(built.annotations),
             "file": config.labels.file,
         },
         "seed": config.seed,

@@ -81,7 +81,7 @@ def evaluate_checkpoint(
             recovery={},
             state=None,
             unreadable=[],
-            mask_sha256=partial.mask_sha256(built.mask),
+            mask_sha256=partial.matrix_sha256(built.mask),
             explain=lambda images: compiled.explain(weights, images),
             source=os.fspath(path),
         )

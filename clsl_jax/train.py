@@ -92,7 +92,7 @@ def _build(config: ml_collections.ConfigDict, where: Workdir, log: RunLog) -> Ex
     cluster.check_alike(
         {
             "images": built.dataset.fingerprint,
-            "known labels": partial.mask_sha256(built.annotations),
+            "known labels": partial.matrix_sha256(built.annotations),
             "label embeddings": built.label_embeddings.tobytes().hex(),
         }
     )
@@ -138,7 +138,7 @@ class _Run:
         self.config, self.experiment, self.workdir = config, built, workdir
         self.log, self.guard = log, guard
         self.data_facts = {
-            "annotations_sha256": partial.mask_sha256(built.annotations),
+            "annotations_sha256": partial.matrix_sha256(built.annotations),
             "fingerprint": built.dataset.fingerprint,
         }
         self.checkpoints = config.checkpoint.dir or workdir.path("checkpoints")

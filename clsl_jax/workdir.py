@@ -99,7 +99,7 @@ class Workdir:
     def save_mask(self, mask: np.ndarray, config: ml_collections.ConfigDict) -> str:
         """Writes the known-label mask bool [N, C] and returns its SHA-256."""
         if jax.process_index() != 0:
-            return partial.mask_sha256(mask)
+            return partial.matrix_sha256(mask)
         return partial.save_mask(
             self.path(MASK_NAME),
             mask,

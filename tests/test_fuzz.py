@@ -215,7 +215,7 @@ def array_bytes(array):
 
 
 def mask_arrays():
-    facts = {"shape": list(MASK.shape), "sha256": partial.mask_sha256(MASK), "seed": 3}
+    facts = {"shape": list(MASK.shape), "sha256": partial.matrix_sha256(MASK), "seed": 3}
     return {"bits": np.packbits(MASK), "facts": np.array(json.dumps(facts))}
 
 

@@ -411,4 +411,4 @@ def test_masks(path):
             case["protocol"], np.zeros(shape, np.int8), case["known_fraction"], case["seed"]
         )
         assert mask.sum() == case["known_entries"], case
-        assert partial_labels.mask_sha256(mask) == case["sha256"], case
+        assert partial_labels.matrix_sha256(mask) == case["sha256"], case

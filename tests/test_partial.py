@@ -32,7 +32,7 @@ def test_masks_match_the_fixtures(case):
     labels = np.zeros((case["images"], case["classes"]), np.int8)
     mask = partial.known_mask(case["protocol"], labels, case["known_fraction"], case["seed"])
     assert int(mask.sum()) == case["known_entries"]
-    assert partial.mask_sha256(mask) == case["sha256"]
+    assert partial.matrix_sha256(mask) == case["sha256"]
 
 
 def test_released_mask_is_torch_rand():
@@ -48,10 +48,18 @@ def test_sst_mask_is_random_sample():
     assert np.array_equal(partial.known_mask("sst", np.zeros((9, 4)), 0.4, 5), expected)
 
 
-def test_mask_sha256_is_that_of_the_bytes():
+@pytest.mark.parametrize("protocol", partial.PROTOCOLS)
+def test_masks_do_not_depend_on_how_many_rows_are_drawn_at_once(protocol, monkeypatch):
+    labels = np.random.default_rng(0).integers(-1, 2, (50, 7)).astype(np.int8)
+    whole = partial.known_mask(protocol, labels, 0.3, 5)
+    monkeypatch.setattr(partial, "_CELLS_AT_ONCE", 25)  # three rows
+    np.testing.assert_array_equal(partial.known_mask(protocol, labels, 0.3, 5), whole)
+
+
+def test_matrix_sha256_is_that_of_the_bytes():
     mask = np.array([[True, False], [False, True]])
-    assert partial.mask_sha256(mask) == hashlib.sha256(b"\x01\x00\x00\x01").hexdigest()
-    assert partial.mask_sha256(np.asfortranarray(mask)) == partial.mask_sha256(mask)
+    assert partial.matrix_sha256(mask) == hashlib.sha256(b"\x01\x00\x00\x01").hexdigest()
+    assert partial.matrix_sha256(np.asfortranarray(mask)) == partial.matrix_sha256(mask)
 
 
 @given(label_matrices, st.sampled_from(partial.PROTOCOLS), fractions, seeds)
@@ -141,7 +149,7 @@ def test_saved_mask_comes_back(tmp_path_factory, mask):
     loaded, facts = partial.load_mask(path)
     assert np.array_equal(loaded, mask)
     assert loaded.dtype == bool
-    assert sha256 == partial.mask_sha256(mask) == facts["sha256"]
+    assert sha256 == partial.matrix_sha256(mask) == facts["sha256"]
     assert facts["protocol"] == "sst"
     assert facts["known_entries"] == int(mask.sum())
     assert [entry.name for entry in path.parent.iterdir()] == ["mask.npz"]

@@ -15,6 +15,7 @@ from clsl_jax import atomic, npz
 from clsl_jax.errors import InputError
 
 UNKNOWN = -1
+_CELLS_AT_ONCE = 1 << 22
 
 
 def _all(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -23,26 +24,47 @@ def _all(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def _released(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    words = np.random.RandomState(seed).randint(0, 2**32, labels.shape, np.uint32)
-    return (words & 0xFFFFFF) / 2**24 < fraction
+    generator = np.random.RandomState(seed)
+
+    def draw(some: np.ndarray) -> np.ndarray:
+        words = generator.randint(0, 2**32, some.shape, np.uint32)
+        return (words & 0xFFFFFF) / 2**24 < fraction
+
+    return _in_blocks(draw, labels)
 
 
 def _sst(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    return np.random.RandomState(seed).random_sample(labels.shape) < fraction
+    generator = np.random.RandomState(seed)
+    return _in_blocks(lambda some: generator.random_sample(some.shape) < fraction, labels)
 
 
 def _uniform(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).random(labels.shape) < fraction
+    generator = np.random.default_rng(seed)
+    return _in_blocks(lambda some: generator.random(some.shape) < fraction, labels)
 
 
 def _single_positive(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     del fraction
-    # The largest of C independent uniforms is at each positive with the same probability.
-    draws = np.random.RandomState(seed).random_sample(labels.shape)
-    positive = labels == 1
-    mask = np.zeros(labels.shape, bool)
-    rows = np.flatnonzero(positive.any(axis=1))
-    mask[rows, np.where(positive, draws, -1.0).argmax(axis=1)[rows]] = True
+    generator = np.random.RandomState(seed)
+
+    def draw(some: np.ndarray) -> np.ndarray:
+        # The largest of C independent uniforms is at each positive with the same probability.
+        draws = generator.random_sample(some.shape)
+        positive = some == 1
+        mask = np.zeros(some.shape, bool)
+        rows = np.flatnonzero(positive.any(axis=1))
+        mask[rows, np.where(positive, draws, -1.0).argmax(axis=1)[rows]] = True
+        return mask
+
+    return _in_blocks(draw, labels)
+
+
+def _in_blocks(draw: Callable[[np.ndarray], np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """Masks rows after rows: a large set's uniforms take eight times its labels' room."""
+    mask = np.empty(labels.shape, bool)
+    rows = max(1, _CELLS_AT_ONCE // max(labels.shape[1], 1))
+    for start in range(0, len(labels), rows):
+        mask[start : start + rows] = draw(labels[start : start + rows])
     return mask
 
 
@@ -105,12 +127,14 @@ def annotate(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """
     if np.shape(labels) != np.shape(mask):
         raise InputError(f"mask: shape {np.shape(mask)} differs from labels' {np.shape(labels)}")
-    return np.where(mask, labels, UNKNOWN).astype(np.int8)
+    return np.where(mask, labels, np.int8(UNKNOWN)).astype(np.int8, copy=False)
 
 
-def mask_sha256(mask: np.ndarray) -> str:
-    """SHA-256 (hex) of a mask's uint8 values in C order; the shape does not enter."""
-    return hashlib.sha256(np.ascontiguousarray(mask, np.uint8).tobytes()).hexdigest()
+def matrix_sha256(matrix: np.ndarray) -> str:
+    """SHA-256 (hex) of a mask or of annotations, a byte a cell in C order, without the shape."""
+    matrix = np.asarray(matrix)
+    cells = matrix if matrix.itemsize == 1 else matrix.astype(np.uint8)
+    return hashlib.sha256(np.ascontiguousarray(cells).view(np.uint8)).hexdigest()
 
 
 def save_mask(path: str | os.PathLike, mask: np.ndarray, **facts: str | int | float) -> str:
@@ -121,7 +145,7 @@ def save_mask(path: str | os.PathLike, mask: np.ndarray, **facts: str | int | fl
     Returns:
       The SHA-256 of the mask.
     """
-    sha256 = mask_sha256(mask)
+    sha256 = matrix_sha256(mask)
     header = {
         **facts,
         "shape": list(mask.shape),
@@ -160,7 +184,7 @@ def load_mask(path: str | os.PathLike) -> tuple[np.ndarray, dict]:
         raise InputError(
             f"{path}: not a readable mask file ({error}); delete it to draw it anew"
         ) from error
-    if mask_sha256(mask) != sha256:
+    if matrix_sha256(mask) != sha256:
         raise InputError(
             f"{path}: the mask's SHA-256 is not the one stored with it; delete it to draw it anew"
         )
