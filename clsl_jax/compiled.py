@@ -1,6 +1,7 @@
 """Ahead-of-time compilation of a run's functions, each exactly once, with a memory report."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,14 +26,14 @@ class CompiledSteps:
       predict: `predict(weights, images [B, S, S, 3]) -> probabilities [B, C]`; like the train step
         it takes features [B, h, w, D] instead where the frozen backbone's are cached.
       count: `count(recovered, weight, annotations, labels)` -> (RecoveryCounts, numbers of
-        recovered positives and negatives).
+        recovered positives and negatives). None where no labels are recovered into a matrix.
       explain: `explain(weights, images) -> (probabilities, position weights, attention)`, any B.
     """
 
     train: Callable[..., Any] | None
     recover: Callable[..., Any] | None
     predict: Callable[..., Any]
-    count: Callable[..., Any]
+    count: Callable[..., Any] | None
     explain: Callable[..., Any]
 
 
@@ -84,8 +85,10 @@ def compile_steps(
         (weights, images(built.eval_batch_size)),
         report,
     )
-    matrices = (state.recovered, state.recovered_weight, state.annotations, state.annotations)
-    count = jax.jit(_count, out_shardings=alike).lower(*matrices).compile()
+    count = None
+    if built.options.teaches:
+        matrices = (state.recovered, state.recovered_weight, state.annotations, state.annotations)
+        count = jax.jit(_count, out_shardings=alike).lower(*matrices).compile()
     explain_step = steps.make_predict_step(built.model, built.options, explain=True)
     explain = jax.jit(explain_step, out_shardings=alike)
     return CompiledSteps(train, recover, predict, count, explain)
@@ -104,7 +107,8 @@ def _check_memory(
     XLA's figures are known before anything is run. `train` is `train_step` compiled for `batch`.
     """
     room = _room(built, config)
-    needed = _peak(train)
+    beside = _diagnosed(built)
+    needed = _peak(train) + beside
     if not room or not needed or needed <= room:
         return
     report("The train step does not fit; looking for the largest batch that does ...")
@@ -115,7 +119,7 @@ def _check_memory(
             name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=x.sharding)
             for name, x in batch.items()
         }
-        return _peak(train_step.lower(built.abstract_state, smaller).compile())
+        return _peak(train_step.lower(built.abstract_state, smaller).compile()) + beside
 
     fits = largest_that_fits(peak, room, failed=(built.batch_size, needed), multiple=multiple)
     remedy = f"The largest batch_size that fits is {fits}. " if fits else "No batch fits. "
@@ -161,6 +165,14 @@ def _room(built: Experiment, config: ml_collections.ConfigDict) -> int:
         return int(config.memory_gb * 2**30)
     device = next(d for d in built.mesh.devices.flat if d.process_index == jax.process_index())
     return int((device.memory_stats() or {}).get("bytes_limit", 0))
+
+
+def _diagnosed(built: Experiment) -> int:
+    """Bytes of one device's rows of the full labels, which lie there for `CompiledSteps.count`."""
+    annotations = built.abstract_state.annotations
+    if not built.options.teaches:
+        return 0
+    return math.prod(annotations.sharding.shard_shape(annotations.shape))
 
 
 def _peak(compiled: Any) -> int:

@@ -275,7 +275,7 @@ def load_data(
     cache = config.data.cache
     if cache == "auto" and _features_stay(config) and config.model.feature_cache_gb > 0:
         cache = "none"  # each image is read once, if at all
-    sizes = dict(zip(("train", "validation", "test"), config.data.sizes, strict=False))
+    sizes = dict(zip(sources.SPLITS, config.data.sizes, strict=False))
     return sources.load_dataset(
         config.data.name,
         directory=config.data.dir or None,

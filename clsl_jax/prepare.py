@@ -32,11 +32,11 @@ from clsl_jax.data import inspection, stored, verification
 from clsl_jax.data.formats import coco, nuswide, table, vg500, voc
 from clsl_jax.data.formats.listing import ImageList, Listing
 from clsl_jax.data.inspection import MISSING, UNREADABLE, Inspected
+from clsl_jax.data.sources import PREPARED_NAMES
 from clsl_jax.data.splits import stratified_split
 from clsl_jax.data.verification_text import report_text
 from clsl_jax.errors import InputError
 
-DATASETS = ("voc2007", "voc2012", "coco2014", "nuswide", "vg500", "table")
 LEAVE_OUT = (MISSING, UNREADABLE)
 _CONFIG, _VERSION = "prepared", "1.0.0"
 # The configuration that each set has of its own; the others name theirs to that of COCO.
@@ -279,7 +279,7 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
-    flags.DEFINE_enum("dataset", None, DATASETS, "What lies in --source.")
+    flags.DEFINE_enum("dataset", None, PREPARED_NAMES, "What lies in --source.")
     flags.DEFINE_string("source", None, "The set's folder; for table also the file itself.")
     flags.DEFINE_string("out", None, "Directory of prepared sets: data.dir of the configuration.")
     flags.DEFINE_bool("check-only", False, "Print the report and store nothing.")
@@ -353,7 +353,7 @@ def _work(arguments: Sequence[str]) -> None:
     command_line.refuse_arguments(arguments)
     check_only = values["check-only"].value
     for name, why in (
-        ("dataset", f"one of {', '.join(DATASETS)}"),
+        ("dataset", f"one of {', '.join(PREPARED_NAMES)}"),
         ("source", "the folder that holds its files"),
         ("out", "the directory to prepare it in"),
     ):

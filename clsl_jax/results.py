@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import atomic, evaluate, experiment, label_tables, npz, sharding, steps
+from clsl_jax import atomic, evaluate, experiment, label_tables, metrics, npz, sharding, steps
 from clsl_jax.data import partial, sources
 from clsl_jax.experiment import Experiment
 from clsl_jax.score import percent, score_convention
@@ -233,7 +233,7 @@ def _scored(
     rows = []
     for (label, split_name), values in scores.items():
         split = getattr(built.dataset, split_name)
-        for convention in ("interpolated", "uninterpolated"):
+        for convention in metrics.CONVENTIONS:
             found = score_convention(
                 values,
                 split.labels,

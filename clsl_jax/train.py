@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import cluster, evaluate, experiment, features, results, sharding
+from clsl_jax import cluster, evaluate, experiment, features, metrics, results, sharding
 from clsl_jax import config as config_lib
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.compiled import CompiledSteps, compile_steps
@@ -151,9 +151,11 @@ class _Run:
             built, config, report=log.console.print, training=not read_only
         )
         # The full labels, for the diagnostic of recovery alone: only `steps.count` sees them.
-        self.hidden = sharding.put_matrix(
-            built.mesh, sharding.pad_rows(built.dataset.train.labels, partial.UNKNOWN)
-        )
+        self.hidden = None
+        if built.options.teaches:
+            self.hidden = sharding.put_matrix(
+                built.mesh, sharding.pad_rows(built.dataset.train.labels, partial.UNKNOWN)
+            )
         self.scored_splits = experiment.scored_splits(config, built.dataset)
         self.unreadable: set[int] = set()  # rows of training images that could not be read
         self.faulty_steps = 0  # left out, and said so
@@ -371,7 +373,7 @@ class _Run:
         split = getattr(self.inputs, name)
         scores = self._predict(state, split, poll)
         values: dict[str, Any] = {}
-        for convention in ("interpolated", "uninterpolated"):
+        for convention in metrics.CONVENTIONS:
             scored = score_convention(
                 scores,
                 split.labels,
@@ -539,7 +541,6 @@ class _Run:
         """Evaluates the last and the best weights on the test split and writes everything."""
         built = self.experiment
         best_step, best_state = self._best(state, step)
-        chosen = [("last", step, state), ("best", best_step, best_state)]
         scores = {}
         for split in self.scored_splits:
             scores["last", split] = self._predict(state, getattr(self.inputs, split))
@@ -555,7 +556,10 @@ class _Run:
             workdir=self.workdir,
             log=self.log,
             scores=scores,
-            epochs={label: at // built.steps_per_epoch for label, at, _ in chosen},
+            epochs={
+                "last": step // built.steps_per_epoch,
+                "best": best_step // built.steps_per_epoch,
+            },
             recovery=self._recovery_values(state),
             state=state,
             unreadable=[built.dataset.train.ids[row] for row in sorted(self.unreadable)],

@@ -105,10 +105,10 @@ def load_parts(split: str) -> Parts:
         raise ValueError(f"scenes: split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
     if not _MATERIAL.exists():
         raise FileNotFoundError(f"{_MATERIAL} is missing: reinstall the package with its data")
-    with np.load(_MATERIAL) as stored:
-        garments = stored["garments_test" if split == "test" else "garments_train"]
+    with np.load(_MATERIAL) as material:
+        garments = material["garments_test" if split == "test" else "garments_train"]
         low, high = _DIGIT_BOUNDS[split]
-        digits, digit_labels = stored["digits"][low:high], stored["digit_labels"][low:high]
+        digits, digit_labels = material["digits"][low:high], material["digit_labels"][low:high]
     if split == "train":
         garments = garments[:, :_GARMENTS_TRAIN]
     elif split == "validation":

@@ -152,16 +152,16 @@ def _jitter(image: Image.Image, rng: np.random.Generator, strength: float) -> Im
     return image.convert("RGB", tuple(matrix))
 
 
-def cutout(image: np.ndarray, rng: np.random.Generator, side: float) -> None:
+def cutout(image: np.ndarray, rng: np.random.Generator, share: float) -> None:
     """Paints, in place, one square of random colour.
 
     Args:
       image: uint8 [H, W, 3], writable.
       rng: draws place and colour.
-      side: of the square as a share of the image's shorter side, in [0, 1].
+      share: of the image's shorter side that a side of the square is, in [0, 1].
     """
     height, width = image.shape[:2]
-    length = round(side * min(height, width))
+    length = round(share * min(height, width))
     top = int(rng.integers(height - length + 1))
     left = int(rng.integers(width - length + 1))
     image[top : top + length, left : left + length] = rng.integers(0, 256, 3, dtype=np.uint8)

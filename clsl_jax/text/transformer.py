@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import safetensors
+from safetensors import SafetensorError
 
 from clsl_jax.errors import InputError
 from clsl_jax.text.names import Label
@@ -132,16 +134,12 @@ def _read_config(folder: str) -> dict[str, Any]:
     return config
 
 
-def _missing_library(error: ImportError) -> InputError:
-    return InputError(f"This encoder needs {error.name}: pip install 'clsl_jax[text]'.")
-
-
 def _read_tokenizer(folder: str) -> tuple[Any, str]:
     """Returns the tokenizer and the name of the file it came from."""
     try:
         import tokenizers
-    except ImportError as error:
-        raise _missing_library(error) from None
+    except ImportError:
+        raise InputError("This encoder needs tokenizers: pip install 'clsl_jax[text]'.") from None
     whole, words = (os.path.join(folder, name) for name in ("tokenizer.json", "vocab.txt"))
     path = whole if os.path.exists(whole) else words
     # The library raises bare Exception for whatever is wrong with a file.
@@ -171,11 +169,6 @@ def _read_tokenizer(folder: str) -> tuple[Any, str]:
 
 def _read_weights(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Reads the tensors of a forward pass, float32; heads for other tasks are left in the file."""
-    try:
-        import safetensors
-        from safetensors import SafetensorError
-    except ImportError as error:
-        raise _missing_library(error) from None
     path = os.path.join(folder, _WEIGHTS)
     if not os.path.exists(path):
         raise InputError(

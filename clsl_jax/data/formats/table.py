@@ -15,6 +15,7 @@ from clsl_jax.data import inspection
 from clsl_jax.data.formats import listing
 from clsl_jax.data.formats.listing import ImageList, Listing
 from clsl_jax.data.formats.table_file import SUFFIXES, Table, read_table
+from clsl_jax.data.splits import SPLITS
 from clsl_jax.errors import InputError
 
 # What a cell may say; those of WORDS only if chosen. "1.0": pandas writes columns with gaps so.
@@ -258,7 +259,7 @@ def _read_splits(table: Table, column: int | None, faults: _Faults) -> dict[str,
             faults.add(row, column, "expected train, validation or test")
         else:
             rows_of.setdefault(split, []).append(row)
-    return {name: rows_of[name] for name in ("train", "validation", "test") if name in rows_of}
+    return {name: rows_of[name] for name in SPLITS if name in rows_of}
 
 
 def _read_images(
