@@ -79,7 +79,7 @@ class Checkpointer:
         bucket = "://" in directory
         directory = directory if bucket else os.path.abspath(directory)
         self._pending: int | None = None
-        self._replacing = False
+        self._replacing = self._unswept = False
         self._read_only = read_only
         stdlib_logging.getLogger("absl").addFilter(_ONE_MESSAGE)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
@@ -262,6 +262,8 @@ class Checkpointer:
             self._replacing = False
             with contextlib.suppress(OSError):  # what is left is removed by the next start
                 self._end_replacements()
+        if self._unswept:
+            self._sweep()
 
     def close(self) -> None:
         """Waits for a save in the background and releases everything."""
@@ -277,17 +279,25 @@ class Checkpointer:
             step, self._pending = self._pending, None
             if step is None or jax.process_count() > 1:
                 raise
-            # What is half-written takes the room that the next one needs.
+            self._sweep()
             with contextlib.suppress(OSError):  # that the save failed is what is to be told
-                for left in self._directory.iterdir():
-                    if left.name.startswith(f"{step}.orbax-checkpoint-tmp"):
-                        left.rmtree(missing_ok=True)
                 self._end_replacements()
                 self._manager.reload()
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be saved in {self._directory}: "
                 f"{_reason(error)}."
             ) from error
+
+    def _sweep(self) -> None:
+        """Removes what failed saves have half-written, as it takes the room that others need.
+
+        A thread of theirs may still be writing there: then `wait` tries again after the next save.
+        """
+        self._unswept = True
+        with contextlib.suppress(OSError):
+            for left in list(self._directory.glob("*.orbax-checkpoint-tmp*")):
+                left.rmtree(missing_ok=True)
+            self._unswept = False
 
     def _end_replacements(self) -> None:
         """Removes what was replaced; puts back what a save was to replace that came to nothing."""

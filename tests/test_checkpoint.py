@@ -114,6 +114,30 @@ def test_a_step_that_cannot_be_saved_again_is_kept(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["4", "8"]
 
 
+def test_what_a_failed_save_left_is_removed_after_the_next(tmp_path, monkeypatch):
+    """A thread may still write there while the failure is told: here, one that never stops."""
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 4)
+    left = tmp_path / "8.orbax-checkpoint-tmp"
+
+    def fail(*unused, **also_unused):
+        left.mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def busy(*unused, **also_unused):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpointer._manager, "save", fail)
+        patched.setattr(type(checkpointer._directory), "rmtree", busy)
+        with pytest.raises(CheckpointError, match=r"step 8 could not be saved.*No space left"):
+            save(checkpointer, 8)
+    assert left.exists()
+    save(checkpointer, 12)
+    assert sorted(os.listdir(tmp_path)) == ["12", "4"]
+    checkpointer.close()
+
+
 @pytest.mark.parametrize("killed", ["before the new one is whole", "before the old one is removed"])
 def test_a_kill_while_a_step_is_saved_again(tmp_path, killed):
     with_old = killed == "before the old one is removed"
