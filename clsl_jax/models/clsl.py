@@ -173,7 +173,7 @@ class CLSLHead(nn.Module):
         if blend is not None:
             out["blended_logits"] = tuple(classify(other)[0] for other in blend(semantic))
         if self.global_branch:
-            out["global_positions"] = self._pointwise(x, "global_branch")
+            out["global_positions"] = self._pointwise("global_branch")(x.astype(jnp.float32))
             out["global_logits"] = jnp.max(out["global_positions"], 1)
         out["semantic_logits"] = logits
         return logits, out
@@ -182,7 +182,7 @@ class CLSLHead(nn.Module):
         self, x: jax.Array, *, train: bool
     ) -> Callable[[jax.Array | None], tuple[jax.Array, Outputs]]:
         """Returns what makes semantic features into (logits [B, C], intermediates)."""
-        local = None
+        pooled = None
         if self.sgfe:
             enhancement = FeatureEnhancement(
                 self.rank,
@@ -195,14 +195,15 @@ class CLSLHead(nn.Module):
             classifier = ClassDot(name="classifier")
             return lambda semantic: (classifier(semantic), {})
         if not self.sgfe or self.position_residual:
-            local = self._pointwise(x, "pooled")
+            pooled = self._pointwise("pooled")
 
         def classify(semantic: jax.Array | None) -> tuple[jax.Array, Outputs]:
-            positions, out = local, {}
+            positions, out = None, {}
             if self.sgfe:
                 positions, out = enhancement(x, semantic, train=train)
-                if local is not None:
-                    positions += local
+            if pooled is not None:
+                local = pooled(x.astype(jnp.float32))
+                positions = local if positions is None else positions + local
             logits, weights = softmax_pool(positions)
             return logits, out | {"position_logits": positions, "position_weights": weights}
 
@@ -216,11 +217,11 @@ class CLSLHead(nn.Module):
             raise ValueError(f"label embeddings are {found}, expected ({c}, E): a row per class.")
         return LabelGraph(self.graph_layers, self.dtype, name="graph")(embeddings, adjacency)
 
-    def _pointwise(self, x: jax.Array, name: str) -> jax.Array:
-        """1x1 convolution of x [B, P, D] to logits [B, P, C], float32."""
+    def _pointwise(self, name: str) -> nn.Dense:
+        """A 1x1 convolution of [B, P, D] to logits [B, P, C], float32."""
         return nn.Dense(
             self.num_classes, dtype=jnp.float32, kernel_init=TORCH_LINEAR_INIT, name=name
-        )(x.astype(jnp.float32))
+        )
 
 
 class CLSL(CLSLHead):
