@@ -79,7 +79,7 @@ class Checkpointer:
         bucket = "://" in directory
         directory = directory if bucket else os.path.abspath(directory)
         self._pending: int | None = None
-        self._replacing = self._unswept = False
+        self._untidy = False  # what a save replaces or has left lies beside the checkpoints
         self._read_only = read_only
         stdlib_logging.getLogger("absl").addFilter(_ONE_MESSAGE)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
@@ -98,7 +98,7 @@ class Checkpointer:
         try:
             self._directory = epath.Path(directory)
             if not read_only:
-                cluster.agree(self._end_replacements)
+                cluster.agree(self._tidy)
             cluster.agree(self._look_at_metrics)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except InputError:
@@ -149,7 +149,7 @@ class Checkpointer:
         """
         self.wait()
         if step in self._manager.all_steps():
-            self._replacing = True
+            self._untidy = True
             old = self._directory / str(step)
             self._alone(lambda: old.rename(self._directory / f"{_REPLACED}{step}"))
         sums = _checksums(state)
@@ -258,12 +258,7 @@ class Checkpointer:
         with self._failing():
             self._manager.wait_until_finished()
         self._pending = None
-        if self._replacing:
-            self._replacing = False
-            with contextlib.suppress(OSError):  # what is left is removed by the next start
-                self._end_replacements()
-        if self._unswept:
-            self._sweep()
+        self._try_to_tidy()
 
     def close(self) -> None:
         """Waits for a save in the background and releases everything."""
@@ -279,28 +274,28 @@ class Checkpointer:
             step, self._pending = self._pending, None
             if step is None or jax.process_count() > 1:
                 raise
-            self._sweep()
+            self._untidy = True
+            self._try_to_tidy()
             with contextlib.suppress(OSError):  # that the save failed is what is to be told
-                self._end_replacements()
                 self._manager.reload()
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be saved in {self._directory}: "
                 f"{_reason(error)}."
             ) from error
 
-    def _sweep(self) -> None:
-        """Removes what failed saves have half-written, as it takes the room that others need.
+    def _try_to_tidy(self) -> None:
+        """Tidies; where a failed save's thread still writes, `wait` tries again after the next."""
+        if self._untidy:
+            with contextlib.suppress(OSError):
+                self._tidy()
+                self._untidy = False
 
-        A thread of theirs may still be writing there: then `wait` tries again after the next save.
+    def _tidy(self) -> None:
+        """Leaves nothing but checkpoints, while none is being saved.
+
+        Removes what was replaced, puts back what a save was to replace that came to nothing, and
+        removes what failed saves have half-written, which takes the room that others need.
         """
-        self._unswept = True
-        with contextlib.suppress(OSError):
-            for left in list(self._directory.glob("*.orbax-checkpoint-tmp*")):
-                left.rmtree(missing_ok=True)
-            self._unswept = False
-
-    def _end_replacements(self) -> None:
-        """Removes what was replaced; puts back what a save was to replace that came to nothing."""
         if jax.process_index() != 0 or not self._directory.exists():
             return
         for place in list(self._directory.glob(f"{_REPLACED}*")):
@@ -311,6 +306,8 @@ class Checkpointer:
             if new.exists():
                 new.rmtree()
             place.rename(new)
+        for left in list(self._directory.glob("*.orbax-checkpoint-tmp*")):
+            left.rmtree(missing_ok=True)
 
     def _set_aside(self, step: int) -> None:
         self._alone(lambda: self._rename_damaged(step))
