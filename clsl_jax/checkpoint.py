@@ -79,7 +79,6 @@ class Checkpointer:
         bucket = "://" in directory
         directory = directory if bucket else os.path.abspath(directory)
         self._pending: int | None = None
-        self._untidy = False  # what a save replaces or has left lies beside the checkpoints
         self._read_only = read_only
         stdlib_logging.getLogger("absl").addFilter(_ONE_MESSAGE)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
@@ -97,8 +96,7 @@ class Checkpointer:
         )
         try:
             self._directory = epath.Path(directory)
-            if not read_only:
-                cluster.agree(self._tidy)
+            cluster.agree(self._tidy)
             cluster.agree(self._look_at_metrics)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except InputError:
@@ -149,7 +147,6 @@ class Checkpointer:
         """
         self.wait()
         if step in self._manager.all_steps():
-            self._untidy = True
             old = self._directory / str(step)
             self._alone(lambda: old.rename(self._directory / f"{_REPLACED}{step}"))
         sums = _checksums(state)
@@ -264,6 +261,7 @@ class Checkpointer:
         """Waits for a save in the background and releases everything."""
         with contextlib.suppress(CheckpointError), self._failing():
             self._manager.close()
+        self._try_to_tidy()
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -274,7 +272,6 @@ class Checkpointer:
             step, self._pending = self._pending, None
             if step is None or jax.process_count() > 1:
                 raise
-            self._untidy = True
             self._try_to_tidy()
             with contextlib.suppress(OSError):  # that the save failed is what is to be told
                 self._manager.reload()
@@ -284,11 +281,12 @@ class Checkpointer:
             ) from error
 
     def _try_to_tidy(self) -> None:
-        """Tidies; where a failed save's thread still writes, `wait` tries again after the next."""
-        if self._untidy:
-            with contextlib.suppress(OSError):
-                self._tidy()
-                self._untidy = False
+        """Tidies as far as it can be done.
+
+        That is after every save: a thread of one that failed may write on, after tidying too.
+        """
+        with contextlib.suppress(OSError):
+            self._tidy()
 
     def _tidy(self) -> None:
         """Leaves nothing but checkpoints, while none is being saved.
@@ -296,7 +294,7 @@ class Checkpointer:
         Removes what was replaced, puts back what a save was to replace that came to nothing, and
         removes what failed saves have half-written, which takes the room that others need.
         """
-        if jax.process_index() != 0 or not self._directory.exists():
+        if self._read_only or jax.process_index() != 0 or not self._directory.exists():
             return
         for place in list(self._directory.glob(f"{_REPLACED}*")):
             new = self._directory / place.name.removeprefix(_REPLACED)

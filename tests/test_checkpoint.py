@@ -114,8 +114,10 @@ def test_a_step_that_cannot_be_saved_again_is_kept(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["4", "8"]
 
 
-def test_what_a_failed_save_left_is_removed_after_the_next(tmp_path, monkeypatch):
-    """A thread may still write there while the failure is told: here, one that never stops."""
+@pytest.mark.parametrize("late", ["while it is tidied", "after it was tidied"])
+@pytest.mark.parametrize("next_one", ["save", "close"])
+def test_what_a_failed_save_left_is_removed_later(tmp_path, monkeypatch, late, next_one):
+    """A thread may still write there while the failure is told, and after."""
     checkpointer = Checkpointer(str(tmp_path))
     save(checkpointer, 4)
     left = tmp_path / "8.orbax-checkpoint-tmp"
@@ -129,13 +131,19 @@ def test_what_a_failed_save_left_is_removed_after_the_next(tmp_path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpointer._manager, "save", fail)
-        patched.setattr(type(checkpointer._directory), "rmtree", busy)
+        if late == "while it is tidied":
+            patched.setattr(type(checkpointer._directory), "rmtree", busy)
         with pytest.raises(CheckpointError, match=r"step 8 could not be saved.*No space left"):
             save(checkpointer, 8)
+    if late == "after it was tidied":
+        assert not left.exists()
+        left.mkdir()
     assert left.exists()
-    save(checkpointer, 12)
-    assert sorted(os.listdir(tmp_path)) == ["12", "4"]
+    if next_one == "save":
+        save(checkpointer, 12)
+        assert sorted(os.listdir(tmp_path)) == ["12", "4"]
     checkpointer.close()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("killed", ["before the new one is whole", "before the old one is removed"])
