@@ -1,4 +1,4 @@
-"""SGFE's attention: values and gradients of the direct form without its memory; SRFL's pairs."""
+"""SGFE: values and gradients of the direct form without its memory; SRFL's pairs."""
 
 import re
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clsl_jax.models import alignment
-from clsl_jax.models.alignment import SemanticAttention, bilinear_attention
+from clsl_jax.models.alignment import FeatureEnhancement, SemanticAttention, bilinear_attention
 from clsl_jax.models.semantic import SplitDense
 
 
@@ -42,6 +42,39 @@ def test_equals_the_direct_form_with_all_gradients(shared):
 
     for one, other in zip(
         jax.tree.leaves(jax.value_and_grad(folded, (0, 1, 2))(params, features, semantic)),
+        jax.tree.leaves(jax.value_and_grad(direct, (0, 1, 2))(params, features, semantic)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "shared"), [(4, False), (9, False), (4, True), (9, True)], ids=str
+)
+def test_position_logits_are_those_of_the_layer_on_what_is_joined(classes, shared):
+    # 4 classes are fewer than the positions, 9 are more.
+    b, p = 2, 5
+    features, semantic, pull = arrays(
+        0, (b, p, 7), (classes, 6) if shared else (b, classes, 6), (b, p, classes)
+    )
+    model = FeatureEnhancement(rank=3)
+    params = model.init(jax.random.key(0), features, semantic, train=False)["params"]
+    params["mlp_hidden"]["bias"], params["mlp_out"]["bias"] = arrays(1, (13,), (classes,))
+
+    def ours(params, features, semantic):
+        logits, out = model.apply({"params": params}, features, semantic, train=False)
+        return jnp.sum(logits * pull) + jnp.sum(out["enhanced_features"])
+
+    def direct(params, features, semantic):
+        attention = jax.nn.softmax(direct_attention(params["attention"], features, semantic), -1)
+        enhanced = jnp.sum(attention[..., None] * semantic[..., None, :, :], 2)
+        hidden, last = params["mlp_hidden"], params["mlp_out"]
+        values = jnp.concatenate([enhanced, features], -1) @ hidden["kernel"] + hidden["bias"]
+        logits = jax.nn.gelu(values, approximate=False) @ last["kernel"] + last["bias"]
+        return jnp.sum(logits * pull) + jnp.sum(enhanced)
+
+    for one, other in zip(
+        jax.tree.leaves(jax.value_and_grad(ours, (0, 1, 2))(params, features, semantic)),
         jax.tree.leaves(jax.value_and_grad(direct, (0, 1, 2))(params, features, semantic)),
         strict=True,
     ):

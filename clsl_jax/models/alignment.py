@@ -214,6 +214,10 @@ class FeatureEnhancement(nn.Module):
 
     f_p = sum_c softmax_c(a)[p, c] v_c and s_p = W4 GELU(W3 [f_p ; x_p]); W3 keeps the width.
 
+    Its halves are applied apart, W3 [f_p ; x_p] = F f_p + X x_p, and F to the v_c before their sum
+    where that is fewer rows than positions: the same function of the same parameters by fewer
+    products, and none for a gradient of frozen features.
+
     Attributes:
       rank: of the attention.
       dropout: rate before the last layer.
@@ -241,17 +245,23 @@ class FeatureEnhancement(nn.Module):
           (s [B, P, C] float32, {attention_logits [B, P, C], attention [B, P, C] softmax over
           classes, enhanced_features [B, P, S]}).
         """
-        c = semantic.shape[-2]
+        c, s = semantic.shape[-2:]
+        few = semantic.ndim == 2 or c < features.shape[-2]
+        width = s + features.shape[-1]
         attention_logits = SemanticAttention(self.rank, self.dtype, name="attention")(
             features, semantic
         )
         attention = jax.nn.softmax(attention_logits, -1)
-        mix = "bpc,cs->bps" if semantic.ndim == 2 else "bpc,bcs->bps"
-        enhanced = jnp.einsum(mix, attention.astype(self.dtype), semantic.astype(self.dtype))
-        joined = jnp.concatenate([enhanced, features.astype(self.dtype)], -1)
-        hidden = nn.Dense(
-            joined.shape[-1], dtype=self.dtype, kernel_init=TORCH_LINEAR_INIT, name="mlp_hidden"
-        )(joined)
+
+        def mixed(values: jax.Array) -> jax.Array:
+            formula = "bpc,cs->bps" if values.ndim == 2 else "bpc,bcs->bps"
+            return jnp.einsum(formula, attention.astype(self.dtype), values)
+
+        semantic = semantic.astype(self.dtype)
+        enhanced = mixed(semantic)
+        kernel, bias = (x.astype(self.dtype) for x in Affine(width, name="mlp_hidden")(width))
+        hidden = mixed(semantic @ kernel[:s]) if few else enhanced @ kernel[:s]
+        hidden += features.astype(self.dtype) @ kernel[s:] + bias
         hidden = nn.gelu(hidden, approximate=False)
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
         # The last product in float32: its results are logits.
