@@ -285,7 +285,7 @@ class Checkpointer:
 
         That is after every save: a thread of one that failed may write on, after tidying too.
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # each file system raises its own kinds
             self._tidy()
 
     def _tidy(self) -> None:
