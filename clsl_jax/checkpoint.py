@@ -11,7 +11,7 @@ import logging as stdlib_logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,10 +31,11 @@ _REPLACED = "replaced-"
 
 
 class _OneMessage(stdlib_logging.Filter):
-    """Keeps Orbax from printing tracebacks of a failed save, which is told in a line anyway."""
+    """Keeps Orbax from printing: tracebacks of a failed save, which is told in a line anyway, and
+    that what is only read is not written."""
 
     def filter(self, record: stdlib_logging.LogRecord) -> bool:
-        return record.levelno < stdlib_logging.ERROR or "orbax" not in record.pathname
+        return "orbax" not in record.pathname
 
 
 _ONE_MESSAGE = _OneMessage()
@@ -235,6 +236,32 @@ class Checkpointer:
                 "change it back; else use another --workdir to start anew."
             )
         return None
+
+    def restore_best(
+        self,
+        abstract_state: Any,
+        *,
+        at_hand: Mapping[int, Any],
+        report: Callable[[str], None],
+    ) -> tuple[Any, int]:
+        """Returns (state, step) of the sound checkpoint with the highest `selection` metric.
+
+        Where none has a metric and can be read, it is the newest of `at_hand`.
+
+        Args:
+          abstract_state: as of `restore`.
+          at_hand: {step: state} of what is restored already, one at least.
+          report: takes a line on a damaged one; the next best is taken then.
+        """
+        for step in self.best_steps():
+            if step in at_hand:
+                return at_hand[step], step
+            try:
+                return self.restore(abstract_state, step)[0], step
+            except CheckpointError as error:
+                report(f"{error}. The next best is taken for the best.")
+        step = max(at_hand)
+        return at_hand[step], step
 
     def best_steps(self) -> list[int]:
         """Returns the steps that have a `selection` metric, the highest first, the later of two."""

@@ -64,6 +64,27 @@ def _collect(scores: np.ndarray, batch: Mapping[str, jax.Array], probabilities: 
     scores[rows[valid]] = values[valid]
 
 
+def explain(
+    images: np.ndarray, explain_step: Callable[[jax.Array], Any], *, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns probabilities [n, C] of images and where each class was seen, on every process.
+
+    Args:
+      images: uint8 [n, S, S, 3].
+      explain_step: `images -> (probabilities, position weights, attention)`.
+      mesh: of devices.
+
+    Returns:
+      (probabilities, heat [n, h, w, C], summing to 1 over positions; None if the model has none).
+    """
+    found = gather(explain_step(sharding.put_replicated(mesh, images)))
+    probabilities, weights, _ = found
+    if weights is None:
+        return probabilities, None
+    side = round(weights.shape[1] ** 0.5)
+    return probabilities, weights.reshape(len(images), side, side, -1)
+
+
 def gather(tree: Any) -> Any:
     """Returns global arrays as NumPy arrays; with several processes, every one must call it."""
     if jax.process_count() > 1:

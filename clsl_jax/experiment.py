@@ -27,46 +27,57 @@ from clsl_jax.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A configuration made concrete.
+class Network:
+    """What a checkpoint is of: a model and its state, without any data.
 
     Attributes:
-      dataset: train, validation and test splits.
-      annotations: int8 [N, C], 1 / 0 / -1 unknown: all that training sees of the labels.
       mesh: of devices.
       model: the Linen module, from images on.
-      step_model: what train and predict step call: `model`, or its head where the features of a
-        frozen backbone are computed once.
-      input_shape, input_dtype: of an image, or of its features, as the steps take them.
       options: of the train step.
       label_embeddings: float32 [C, E], as the run starts with them.
-      steps_per_epoch: full batches of the training split.
-      total_steps: updates of the whole run.
       pretrained: file of backbone weights, 'installed', or "".
+      features_shape: [h, w, D], what this backbone makes of an image; () without such weights.
       backbone_shapes: of the variables that this file fills; {} without one.
       init: `init(label_embeddings, annotations, backbone variables) -> TrainState`, compiled.
       abstract_state: shapes, types and shardings of the state.
       optimizer: the gradient transformation.
+    """
+
+    mesh: Mesh
+    model: CLSL
+    options: steps.StepOptions
+    label_embeddings: np.ndarray
+    pretrained: str
+    features_shape: tuple[int, ...]
+    backbone_shapes: Mapping[str, Any]
+    init: Callable[[jax.Array, jax.Array, Any], TrainState]
+    abstract_state: TrainState
+    optimizer: optax.GradientTransformation
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Network):
+    """A configuration made concrete: a network and what it is trained and evaluated on.
+
+    Attributes:
+      dataset: train, validation and test splits.
+      annotations: int8 [N, C], 1 / 0 / -1 unknown: all that training sees of the labels.
+      step_model: what train and predict step call: `model`, or its head where the features of a
+        frozen backbone are computed once.
+      input_shape, input_dtype: of an image, or of its features, as the steps take them.
+      steps_per_epoch: full batches of the training split.
+      total_steps: updates of the whole run.
       batch_size: of training, over all devices.
       eval_batch_size: of evaluation, over all devices.
     """
 
     dataset: sources.Dataset
     annotations: np.ndarray
-    mesh: Mesh
-    model: CLSL
     step_model: Any
     input_shape: tuple[int, ...]
     input_dtype: Any
-    options: steps.StepOptions
-    label_embeddings: np.ndarray
     steps_per_epoch: int
     total_steps: int
-    pretrained: str
-    backbone_shapes: Mapping[str, Any]
-    init: Callable[[jax.Array, jax.Array, Any], TrainState]
-    abstract_state: TrainState
-    optimizer: optax.GradientTransformation
     batch_size: int
     eval_batch_size: int
 
@@ -112,7 +123,6 @@ class Experiment:
 def build(
     config: ml_collections.ConfigDict,
     *,
-    devices: list[jax.Device] | None = None,
     embeddings_file: str = "",
     report: Callable[[str], None] = lambda line: None,
 ) -> Experiment:
@@ -120,14 +130,13 @@ def build(
 
     Args:
       config: validated.
-      devices: to run on; all by default.
       embeddings_file: a run's own copy of its label embeddings, used if it exists.
       report: takes a line where images are decoded into a cache, or labels read from a file.
 
     Raises:
       InputError: if data and configuration do not fit each other, saying how.
     """
-    mesh = sharding.make_mesh(devices, model=config.mesh.model)
+    mesh = sharding.make_mesh(model=config.mesh.model)
     eval_batch_size = config.evaluation.batch_size or config.batch_size
     sharding.check_divides("batch_size", config.batch_size, mesh, parts=config.optim.accumulate)
     sharding.check_divides("evaluation.batch_size", eval_batch_size, mesh)
@@ -147,24 +156,69 @@ def build(
         )
     annotations = known_labels(config, dataset, report)
     _check_selection(config, dataset, annotations)
-    model = build_model(config, len(dataset.class_names))
-    pretrained = config.model.pretrained
-    features_shape, backbone_shapes = (), {}
-    if pretrained:
-        with _building():
-            features_shape, backbone_shapes = train_state.backbone_shapes(
-                model, config.data.image_size
-            )
-    caches_features = _caches_features(config, features_shape, dataset)
     options = dataclasses.replace(
         step_options(config, steps_per_epoch),
         positives_per_image=_positives_per_image(config, annotations),
     )
     if options.needs_statistics:
         _check_statistics(annotations, dataset.class_names)
+    network = build_network(
+        config,
+        options,
+        mesh=mesh,
+        class_names=dataset.class_names,
+        images=len(labels),
+        embeddings_file=embeddings_file,
+    )
+    caches_features = _caches_features(config, network.features_shape, dataset)
+    size = config.data.image_size
+    return Experiment(
+        **vars(network),
+        dataset=dataset,
+        annotations=annotations,
+        step_model=head_of(network.model) if caches_features else network.model,
+        input_shape=network.features_shape if caches_features else (size, size, 3),
+        input_dtype=features.DTYPE if caches_features else np.uint8,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=options.total_steps,
+        batch_size=config.batch_size,
+        eval_batch_size=eval_batch_size,
+    )
+
+
+def build_network(
+    config: ml_collections.ConfigDict,
+    options: steps.StepOptions,
+    *,
+    mesh: Mesh,
+    class_names: Sequence[str],
+    images: int,
+    embeddings_file: str = "",
+) -> Network:
+    """Builds what checkpoints of a run are of, without its data; compiles nothing yet.
+
+    Args:
+      config: validated.
+      options: of the train step, of `step_options`.
+      mesh: of devices.
+      class_names: C names.
+      images: of the training split.
+      embeddings_file: as of `build`.
+
+    Raises:
+      InputError: if no such network can be built, saying why.
+    """
+    model = build_model(config, len(class_names))
+    pretrained = config.model.pretrained
+    features_shape, backbone_shapes = (), {}
+    if pretrained:
+        with _building():
+            (_, *features_shape), backbone_shapes = train_state.backbone_shapes(
+                model, config.data.image_size
+            )
     schedule = optim.one_cycle(
         config.optim.learning_rate,
-        config.epochs * steps_per_epoch,
+        options.total_steps,
         warmup_fraction=config.optim.warmup_fraction,
     )
     optimizer = optim.adamw_cycled(
@@ -173,7 +227,7 @@ def build(
         weight_decay=config.optim.weight_decay,
         max_gradient_norm=config.optim.clip_norm,
     )
-    embeddings = label_embeddings(config, dataset.class_names, embeddings_file)
+    embeddings = label_embeddings(config, class_names, embeddings_file)
 
     def init(label_embeddings: jax.Array, annotations: jax.Array, backbone: Any) -> TrainState:
         return train_state.init_state(
@@ -193,7 +247,7 @@ def build(
 
     shapes = (
         jax.ShapeDtypeStruct(embeddings.shape, jnp.float32),
-        jax.ShapeDtypeStruct((rows, labels.shape[1]), jnp.int8),
+        jax.ShapeDtypeStruct((sharding.padded_rows(images), len(class_names)), jnp.int8),
         backbone_shapes,
     )
     with _building():
@@ -202,29 +256,17 @@ def build(
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    return Experiment(
-        dataset=dataset,
-        annotations=annotations,
+    return Network(
         mesh=mesh,
         model=model,
-        step_model=head_of(model) if caches_features else model,
-        input_shape=(
-            features_shape[1:]
-            if caches_features
-            else (config.data.image_size, config.data.image_size, 3)
-        ),
-        input_dtype=features.DTYPE if caches_features else np.uint8,
         options=options,
         label_embeddings=embeddings,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=config.epochs * steps_per_epoch,
         pretrained=pretrained,
+        features_shape=tuple(features_shape),
         backbone_shapes=backbone_shapes,
         init=jax.jit(init, out_shardings=shardings),
         abstract_state=abstract,
         optimizer=optimizer,
-        batch_size=config.batch_size,
-        eval_batch_size=eval_batch_size,
     )
 
 
@@ -260,7 +302,7 @@ def _features_stay(config: ml_collections.ConfigDict) -> bool:
 def _caches_features(
     config: ml_collections.ConfigDict, shape: tuple[int, ...], dataset: sources.Dataset
 ) -> bool:
-    """Whether features of `shape` [1, h, w, D] are computed once: they stay, and there is room."""
+    """Whether features of `shape` [h, w, D] are computed once: they stay, and there is room."""
     if not _features_stay(config):
         return False
     splits = (dataset.train, dataset.validation, dataset.test)

@@ -32,7 +32,7 @@ _LARGEST = float(np.finfo(DTYPE).max)
 
 
 def size_in_bytes(shape: Sequence[int], count: int) -> int:
-    """Returns the room that features of `shape` [1, h, w, D] take for `count` images."""
+    """Returns the room that features of `shape` [h, w, D] take for `count` images."""
     return count * math.prod(shape) * np.dtype(DTYPE).itemsize
 
 

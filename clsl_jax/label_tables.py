@@ -88,10 +88,13 @@ def write_probabilities(
     probabilities: np.ndarray,
     *,
     ids: Sequence[str],
-    splits: Sequence[str],
+    splits: Sequence[str] | None,
     class_names: Sequence[str],
 ) -> None:
-    """Writes probabilities [N, C], four digits each; the rest is as in `write_labels`."""
+    """Writes probabilities [N, C], four digits each, NaN as an empty cell.
+
+    The rest is as in `write_labels`; without `splits` the table has no such column.
+    """
     rounded = np.round(probabilities.astype(np.float64), 4)
     columns = [pa.array(column, from_pandas=True) for column in rounded.T]
     _write(path, columns, ids, splits, class_names)
@@ -101,10 +104,13 @@ def _write(
     path: str,
     columns: Sequence[pa.Array],
     ids: Sequence[str],
-    splits: Sequence[str],
+    splits: Sequence[str] | None,
     class_names: Sequence[str],
 ) -> None:
-    table = pa.table([pa.array(ids), pa.array(splits), *columns], ["image", "split", *class_names])
+    leading = {"image": pa.array(ids)}
+    if splits is not None:
+        leading["split"] = pa.array(splits)
+    table = pa.table([*leading.values(), *columns], [*leading, *class_names])
     try:
         with atomic.replacing(path) as partial:
             csv.write_csv(table, partial, csv.WriteOptions(quoting_style="needed"))

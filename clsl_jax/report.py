@@ -74,13 +74,15 @@ def picture_sheet(
                 )
         for axis in axes:
             axis.set_axis_off()
-    figure.text(
-        0.01,
-        0.012,
-        "green: present and found   red: not present but predicted   "
-        "brown: present but missed   right of each image: where its likeliest classes were seen",
-        fontsize=7,
+    legend = (
+        "right of each image: where its likeliest classes were seen" if heat is not None else ""
     )
+    if (labels >= 0).any():
+        legend = (
+            "green: present and found   red: not present but predicted   "
+            f"brown: present but missed   {legend}"
+        )
+    figure.text(0.01, 0.012, legend, fontsize=7)
     with atomic.replacing(path) as partial:
         figure.savefig(partial, format="png")
 

@@ -266,13 +266,7 @@ def _explain(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns images [n, H, W, 3], probabilities [n, C] and heat [n, h, w, C] of test images."""
     images = np.stack([built.dataset.test.images[i]["image"] for i in range(count)])
-    probabilities, weights, _ = evaluate.gather(
-        explain(sharding.put_replicated(built.mesh, images))
-    )
-    if weights is None:
-        return images, probabilities, None
-    side = round(weights.shape[1] ** 0.5)
-    return images, probabilities, weights.reshape(count, side, side, -1)
+    return images, *evaluate.explain(images, explain, mesh=built.mesh)
 
 
 def _write_predictions(path: str, built: Experiment, scores: np.ndarray) -> None:

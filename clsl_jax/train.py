@@ -524,23 +524,12 @@ class _Run:
         self.unreadable = set(meta["unreadable"])
         return self._report(state, step, "evaluation.json")
 
-    def _best(self, state: TrainState, step: int) -> tuple[int, TrainState]:
-        """The best of the saved weights that can be read, and their step."""
-        for candidate in self.checkpointer.best_steps():
-            if candidate == step:
-                break
-            try:
-                found, _ = self.checkpointer.restore(self.experiment.abstract_state, candidate)
-            except CheckpointError as error:
-                self.log.console.print(f"{error}. The next best is taken for the best.")
-            else:
-                return candidate, found
-        return step, state
-
     def _report(self, state: TrainState, step: int, name: str) -> dict[str, Any]:
         """Evaluates the last and the best weights on the test split and writes everything."""
         built = self.experiment
-        best_step, best_state = self._best(state, step)
+        best_state, best_step = self.checkpointer.restore_best(
+            built.abstract_state, at_hand={step: state}, report=self.log.console.print
+        )
         scores = {}
         for split in self.scored_splits:
             scores["last", split] = self._predict(state, getattr(self.inputs, split))

@@ -241,6 +241,16 @@ def _resize_fast(image: np.ndarray, image_size: int) -> np.ndarray:
     return np.frombuffer(resized.get_buffer(), np.uint8).reshape(image_size, image_size, 3)
 
 
+def decode_square(encoded: bytes, image_size: int, *, where: str, upright: bool) -> np.ndarray:
+    """Returns uint8 [S, S, 3] of an image file: `decode_image`, then `resize_image`.
+
+    Raises:
+      CorruptImage: as `decode_image`.
+    """
+    decoded = decode_image(encoded, where=where, at_least=image_size, upright=upright)
+    return resize_image(decoded, image_size)
+
+
 def encode_png(image: np.ndarray) -> bytes:
     """Encodes uint8 [H, W, 3] without loss."""
     buffer = io.BytesIO()

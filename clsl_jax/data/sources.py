@@ -154,6 +154,11 @@ def _version(path: pathlib.Path) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else -1 for part in path.name.split("."))
 
 
+def is_upright(name: str) -> bool:
+    """Returns whether images of a set are turned upright (see `Dataset`)."""
+    return name == "table"
+
+
 def load_prepared(
     directory: str | os.PathLike,
     *,
@@ -193,7 +198,7 @@ def load_prepared(
     prepared = stored.open_prepared(directory)
     if missing := {"train", "test"} - prepared.labels.keys():
         raise InputError(f"{directory}: has no split {', '.join(sorted(missing))}.")
-    upright = name == "table"
+    upright = is_upright(name)
     images = _images(prepared, image_size, upright, cache, int(cache_gb * 2**30), report)
     kept = {split: _kept(prepared.labels[split], without_labels) for split in images}
     splits = {split: _split(prepared, split, images[split], kept[split]) for split in images}

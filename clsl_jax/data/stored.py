@@ -300,16 +300,13 @@ class StoredImages:
         if not 0 <= index < len(self._ids):
             raise IndexError(f"row {index} of {len(self._ids)}")
         index = int(index)
-        image = images_lib.decode_image(
+        image = images_lib.decode_square(
             self._encoded(index),
+            self._image_size,
             where=f"{self._directory}, {self._name(index)}",
-            at_least=self._image_size,
             upright=self._upright,
         )
-        return {
-            "image": images_lib.resize_image(image, self._image_size),
-            "row": np.int32(index),
-        }
+        return {"image": image, "row": np.int32(index)}
 
     def _name(self, index: int) -> str:
         return f"{self._split} row {index} ({self._ids[index]})"

@@ -1,0 +1,341 @@
+"""Applies the classifier of a run to images that were not there when it was trained.
+
+python -m clsl_jax.predict --workdir=RUN --out=FILE.csv IMAGE_OR_FOLDER ... [--pictures=FILE.png]
+
+It needs the run's directory alone (configuration, label embeddings, known-label mask,
+checkpoints); the images it was trained on may be gone. The table has a row for each image and the
+probability of each class, as `probabilities.csv` of the run has for its test images.
+Exit status: 0 done; 2 input that cannot be used. An image that cannot be read is that too: it is
+named, its row in the table is empty, and all others are there.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from PIL import Image
+from rich.console import Console
+
+from clsl_jax import (
+    command_line,
+    evaluate,
+    experiment,
+    label_tables,
+    npz,
+    sharding,
+    steps,
+)
+from clsl_jax.checkpoint import Checkpointer, CheckpointError
+from clsl_jax.data import images as images_lib
+from clsl_jax.data import partial, pipeline, sources
+from clsl_jax.errors import InputError
+from clsl_jax.models.clsl import CLSL
+from clsl_jax.train_state import evaluation_weights
+from clsl_jax.workdir import EMBEDDINGS_NAME, MASK_NAME, Workdir
+
+WEIGHTS = ("best", "last")
+_SHOWN = 10  # images whose classes are printed, and unreadable ones that are named
+_NAMED = 5  # classes of an image
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """The trained network of a run.
+
+    Attributes:
+      class_names: C names.
+      image_size: side S to which images are squashed, in pixels.
+      upright: whether images are turned as their EXIF tag says.
+      epoch: after which the weights are.
+      batch_size: of the run's evaluation.
+      mesh: of devices.
+      model: the Linen module.
+      options: of its steps.
+      weights: of `train_state.evaluation_weights`.
+    """
+
+    class_names: tuple[str, ...]
+    image_size: int
+    upright: bool
+    epoch: int
+    batch_size: int
+    mesh: Mesh
+    model: CLSL
+    options: steps.StepOptions
+    weights: Mapping[str, Any]
+
+    def probabilities(
+        self, images: images_lib.Images, *, batch_size: int | None = None
+    ) -> np.ndarray:
+        """Returns the probability of every class in every image, float32 [N, C].
+
+        Args:
+          images: random access to {"image": uint8 [S, S, 3], "row": its index}.
+          batch_size: images at once; by default that of the run's evaluation.
+        """
+        # No larger than there are images, and a multiple of the devices.
+        size = min(batch_size or self.batch_size, len(images))
+        size = -(-size // self.mesh.size) * self.mesh.size
+        step = steps.make_predict_step(self.model, self.options, mesh=self.mesh)
+        unknown = np.full((len(images), len(self.class_names)), partial.UNKNOWN, np.int8)
+        split = sources.Split("new", images, unknown, unknown == 1, [])
+        found = evaluate.predict(
+            split,
+            self.weights,
+            jax.jit(step, out_shardings=sharding.by_example(self.mesh)),
+            mesh=self.mesh,
+            batch_size=size,
+        )
+        return np.array(steps.stated_probabilities(found, self.options))
+
+    def explain(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns probabilities [n, C] of uint8 [n, S, S, 3] and where each class was seen.
+
+        That is [n, h, w, C], summing to 1 over positions; None if the model does not tell.
+        """
+        step = jax.jit(
+            steps.make_predict_step(self.model, self.options, explain=True),
+            out_shardings=sharding.replicated(self.mesh),
+        )
+        found, heat = evaluate.explain(
+            images, lambda given: step(self.weights, given), mesh=self.mesh
+        )
+        return np.array(steps.stated_probabilities(found, self.options)), heat
+
+
+def load_classifier(
+    workdir: str,
+    *,
+    weights: str = "best",
+    report: Callable[[str], None] = lambda line: None,
+) -> Classifier:
+    """Returns the classifier of a run.
+
+    Args:
+      workdir: of a run of `clsl_jax.main`; nothing is written there.
+      weights: 'best' by the run's selection, or 'last'.
+      report: takes a line on a checkpoint that is damaged, where another stands in.
+
+    Raises:
+      InputError: there is no such run, it has saved nothing yet, or a file of it is damaged.
+    """
+    config = Workdir.stored_config(workdir)
+    where = Workdir(workdir)
+    class_names, count = _classes_and_images(where)
+    sharding.divide_cpu(config.cpu_devices)
+    mesh = sharding.make_mesh()
+    steps_per_epoch = pipeline.steps_per_epoch(count, batch_size=config.batch_size)
+    options = experiment.step_options(config, steps_per_epoch)
+    network = experiment.build_network(
+        config,
+        options,
+        mesh=mesh,
+        class_names=class_names,
+        images=count,
+        embeddings_file=where.path(EMBEDDINGS_NAME),
+    )
+    checkpoints = config.checkpoint.dir or where.path("checkpoints")
+    checkpointer = Checkpointer(checkpoints, keep=config.checkpoint.keep, read_only=True)
+    try:
+        restored = checkpointer.restore_latest(network.abstract_state)
+        if restored is None:
+            raise CheckpointError(f"{checkpoints} holds no checkpoint: train first.")
+        state, _, step = restored
+        if weights == "best":
+            state, step = checkpointer.restore_best(
+                network.abstract_state, at_hand={step: state}, report=report
+            )
+    finally:
+        checkpointer.close()
+    return Classifier(
+        class_names=class_names,
+        image_size=config.data.image_size,
+        upright=sources.is_upright(config.data.name),
+        epoch=step // steps_per_epoch,
+        batch_size=config.evaluation.batch_size or config.batch_size,
+        mesh=mesh,
+        model=network.model,
+        options=options,
+        weights=evaluation_weights(state, ema=options.evaluate_ema),
+    )
+
+
+def _classes_and_images(where: Workdir) -> tuple[tuple[str, ...], int]:
+    """Returns the class names of a run and the number of its training images."""
+    path = where.path(EMBEDDINGS_NAME)
+    names = tuple(npz.read(path, ("class_names",), made_by="a run")["class_names"].tolist())
+    path = where.path(MASK_NAME)
+    try:
+        mask, _ = partial.load_mask(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file; it belongs to the run.") from None
+    if mask.shape[1] != len(names):
+        raise InputError(
+            f"{path} is of {mask.shape[1]} classes, {EMBEDDINGS_NAME} beside it of {len(names)}: "
+            "they are not of one run."
+        )
+    return names, len(mask)
+
+
+def find_images(places: Sequence[str]) -> list[str]:
+    """Returns the paths of images: files as they are named, and all images below folders.
+
+    In a folder a file is an image by its ending; names that begin with a dot are passed over. Those
+    of one folder are sorted; what is named twice is there once.
+
+    Raises:
+      InputError: a place does not exist, or there is no image.
+    """
+    if missing := [place for place in places if not os.path.exists(place)]:
+        raise InputError(
+            f"{missing[0]}: there is no such file or folder; expected images, or folders of them."
+        )
+    Image.init()
+    endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    found: dict[str, None] = {}
+    for place in places:
+        if not os.path.isdir(place):
+            found[place] = None
+            continue
+        for folder, folders, files in os.walk(place):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if name.lower().endswith(endings) and not name.startswith("."):
+                    found[os.path.join(folder, name)] = None
+    if not found:
+        raise InputError(
+            f"There is no image in {', '.join(places)} (looked for names that end in "
+            f"{', '.join(sorted(endings)[:5])}, …)."
+        )
+    return list(found)
+
+
+class FileImages:
+    """Image files by index; one that cannot be read is black, and why is kept.
+
+    Attributes:
+      unreadable: {index: why}, of those asked for so far.
+    """
+
+    def __init__(self, paths: Sequence[str], image_size: int, *, upright: bool) -> None:
+        """`image_size` in pixels; `upright` as in `images.decode_image`."""
+        self._paths, self._image_size, self._upright = paths, image_size, upright
+        self.unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+        path = self._paths[index]
+        try:
+            with open(path, "rb") as file:
+                encoded = file.read()
+            image = images_lib.decode_square(
+                encoded, self._image_size, where=path, upright=self._upright
+            )
+        except (OSError, images_lib.CorruptImage) as error:
+            strerror = getattr(error, "strerror", None)
+            self.unreadable[index] = f"{path}: {strerror}" if strerror else str(error)
+            image = np.zeros((self._image_size, self._image_size, 3), np.uint8)
+        return {"image": image, "row": np.int32(index)}
+
+
+def define_flags() -> None:
+    """Defines the command's flags; importing this module defines none."""
+    flags.DEFINE_string("workdir", None, "Directory of the run; nothing is written there.")
+    flags.DEFINE_string("out", None, "Table of probabilities to write, CSV.")
+    flags.DEFINE_enum("weights", "best", WEIGHTS, "Which of the run's weights.")
+    flags.DEFINE_integer("batch_size", None, "Images at once.", lower_bound=1)
+    flags.DEFINE_string("pictures", None, "Also draw where each class was seen, PNG.")
+    flags.DEFINE_integer("pictured", 8, "Images on that sheet: the first so many.", lower_bound=1)
+
+
+def _work(arguments: Sequence[str]) -> None:
+    values = flags.FLAGS
+    if not values.workdir:
+        raise InputError("--workdir=DIR is missing: the directory of the run.")
+    if not values.out:
+        raise InputError("--out=FILE.csv is missing: the table to write.")
+    if not arguments:
+        raise InputError("No images are named: add image files, or folders of them.")
+    paths = find_images(arguments)
+    for path in filter(None, (values.out, values.pictures)):
+        _check_place(path)
+    console = Console(highlight=False, soft_wrap=True)
+    classifier = load_classifier(values.workdir, weights=values.weights, report=console.print)
+    images = FileImages(paths, classifier.image_size, upright=classifier.upright)
+    probabilities = classifier.probabilities(images, batch_size=values.batch_size)
+    probabilities[list(images.unreadable)] = np.nan
+    names = classifier.class_names
+    label_tables.write_probabilities(
+        values.out, probabilities, ids=paths, splits=None, class_names=names
+    )
+    console.print(
+        f"{len(paths):,} images, {len(names)} classes, weights of epoch {classifier.epoch}"
+    )
+    for path, row in zip(paths[:_SHOWN], probabilities, strict=False):
+        console.print(f"  {path}: {_described(row, names)}", markup=False)
+    written = [values.out]
+    readable = [i for i in range(len(paths)) if i not in images.unreadable]
+    if values.pictures and readable:
+        _draw(values.pictures, classifier, images, readable[: values.pictured])
+        written.append(values.pictures)
+    console.print(f"Written: {', '.join(written)}", markup=False)
+    if images.unreadable:
+        reasons = [images.unreadable[index] for index in sorted(images.unreadable)]
+        more = len(reasons) - _SHOWN
+        lines = [f"{len(reasons):,} of {len(paths):,} images cannot be read; their rows are empty:"]
+        lines += reasons[:_SHOWN] + ([f"and {more:,} more"] if more > 0 else [])
+        raise InputError("\n  ".join(lines))
+
+
+def _check_place(path: str) -> None:
+    """Refuses a place that nothing can be written to, before any work is done."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise InputError(f"{path} cannot be written: there is no folder {folder}; make it first.")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        what = "it is a folder" if os.path.isdir(path) else f"{folder} is not writable for you"
+        raise InputError(f"{path} cannot be written: {what}; name another place.")
+
+
+def _described(probabilities: np.ndarray, class_names: Sequence[str]) -> str:
+    """What is likelier than not to be there, else the likeliest; at most `_NAMED` classes."""
+    if np.isnan(probabilities).any():
+        return "cannot be read"
+    order = np.argsort(-probabilities, kind="stable")
+    named = [f"{class_names[c]} {probabilities[c]:.2f}" for c in order[:_NAMED]]
+    likely = int((probabilities >= 0.5).sum())
+    if not likely:
+        return f"nothing is likely; likeliest {named[0]}"
+    return ", ".join(named[:likely]) + (", …" if likely > _NAMED else "")
+
+
+def _draw(path: str, classifier: Classifier, images: FileImages, rows: Sequence[int]) -> None:
+    from clsl_jax import report  # matplotlib is slow to import
+
+    shown = np.stack([images[row]["image"] for row in rows])
+    probabilities, heat = classifier.explain(shown)
+    report.picture_sheet(
+        path,
+        images=shown,
+        labels=np.full(probabilities.shape, partial.UNKNOWN, np.int8),
+        probabilities=probabilities,
+        heat=heat,
+        class_names=classifier.class_names,
+        title=f"New images, weights of epoch {classifier.epoch}",
+    )
+
+
+def cli() -> None:
+    """Entry point of the console script."""
+    command_line.run(define_flags, _work)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,183 @@
+"""A trained run applied to image files, in processes of its own and as a function."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import REPOSITORY, TINY, environment, run
+from PIL import Image
+
+from clsl_jax import predict
+from clsl_jax.data import sources
+from clsl_jax.data.images import encode_png
+from clsl_jax.errors import InputError
+
+SIZES = {"train": 96, "validation": 48, "test": 48}  # of TINY
+
+
+@pytest.fixture(scope="module")
+def finished(shared, tmp_path_factory):
+    """A run, and a folder with its test images as files."""
+    assert "--config.data.sizes=(96,48,48)" in TINY
+    home = tmp_path_factory.mktemp("predict")
+    status, _, err = run(shared, home / "run", "--config.epochs=2")
+    assert status == 0, err
+    scenes = sources.load_dataset(
+        "scenes", directory=os.path.join(shared, "data"), image_size=64, sizes=SIZES
+    )
+    os.makedirs(home / "new" / "deeper")
+    for row, name in enumerate(scenes.test.ids):
+        folder = home / "new" / ("deeper" if row % 2 else "")
+        (folder / f"{name}.png").write_bytes(encode_png(scenes.test.images[row]["image"]))
+    return home / "run", home / "new"
+
+
+def command(shared, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "clsl_jax.predict", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=environment(shared),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def table(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def files_of(directory):
+    return {
+        os.path.join(folder, name): os.stat(os.path.join(folder, name)).st_mtime_ns
+        for folder, _, names in os.walk(directory)
+        for name in names
+    }
+
+
+@pytest.mark.slow
+def test_what_a_run_said_of_its_test_images_it_says_of_their_files(shared, finished, tmp_path):
+    workdir, new = finished
+    before = files_of(workdir)
+    out, sheet = tmp_path / "out.csv", tmp_path / "sheet.png"
+    shown = ("--weights=last", f"--pictures={sheet}", "--pictured=2")
+    status, printed, err = command(shared, f"--workdir={workdir}", f"--out={out}", *shown, new)
+    assert (status, err) == (0, "")
+    assert "48 images, 20 classes, weights of epoch 2" in printed
+    assert files_of(workdir) == before
+    header, *rows = table(out)
+    said = table(workdir / "probabilities.csv")
+    assert header == ["image", *said[0][2:]]
+    expected = {row[0]: row[2:] for row in said[1:] if row[1] == "test"}
+    assert len(rows) == len(expected) == 48
+    for path, *numbers in rows:
+        assert os.path.isfile(path)
+        assert numbers == expected[os.path.basename(path).removesuffix(".png")]
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+
+
+@pytest.mark.slow
+def test_the_best_weights_of_another_place_without_the_data(finished, tmp_path):
+    workdir, new = finished
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    classifier = predict.load_classifier(os.fspath(moved))
+    with np.load(workdir / "predictions.npz") as stored:
+        assert classifier.class_names == tuple(stored["class_names"])
+        ids, scores = stored["ids"].tolist(), stored["scores"]
+    paths = predict.find_images([os.fspath(new)])
+    rows = [ids.index(os.path.basename(path).removesuffix(".png")) for path in paths]
+    images = predict.FileImages(paths, classifier.image_size, upright=classifier.upright)
+    found = classifier.probabilities(images, batch_size=16)
+    # Eight devices of two images in place of one of 48.
+    np.testing.assert_allclose(found, scores[rows], atol=1e-5)
+    assert not images.unreadable
+    two = np.stack([images[row]["image"] for row in (0, 1)])
+    probabilities, heat = classifier.explain(two)
+    np.testing.assert_allclose(probabilities, found[:2], atol=1e-5)
+    assert (len(heat), heat.shape[-1]) == (2, 20)
+    np.testing.assert_allclose(heat.sum(axis=(1, 2)), 1.0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_read_leaves_its_row_empty(shared, finished, tmp_path):
+    workdir, new = finished
+    whole = next(path for path in sorted(new.iterdir()) if path.is_file())
+    shutil.copy(whole, tmp_path / "b.png")
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    (tmp_path / "._b.png").write_bytes(b"of a Macintosh")
+    (tmp_path / "notes.txt").write_text("no image either")
+    out = tmp_path / "out.csv"
+    status, printed, err = command(shared, f"--workdir={workdir}", f"--out={out}", tmp_path)
+    assert status == 2
+    assert "1 of 2 images cannot be read; their rows are empty:" in err
+    assert str(tmp_path / "a.jpg") in err
+    assert "Traceback" not in err
+    assert f"{tmp_path / 'a.jpg'}: cannot be read" in printed
+    _, first, second = table(out)
+    assert first == [str(tmp_path / "a.jpg"), *[""] * 20]
+    assert second[0] == str(tmp_path / "b.png")
+    assert all(0 <= float(number) <= 1 for number in second[1:])
+
+
+def test_images_are_found_once_and_in_order(tmp_path):
+    for name in ("b.PNG", "a.jpeg", "c/d.webp", "c/.hidden.png", ".git/e.png", "f.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    folder, odd = os.fspath(tmp_path), os.fspath(tmp_path / "f.csv")
+    expected = [os.path.join(folder, name) for name in ("a.jpeg", "b.PNG", "c/d.webp")]
+    assert predict.find_images([folder]) == expected
+    assert predict.find_images([odd, folder, folder]) == [odd, *expected]
+
+
+def test_places_without_images(tmp_path):
+    with pytest.raises(InputError, match="nowhere: there is no such file or folder"):
+        predict.find_images([os.fspath(tmp_path), os.fspath(tmp_path / "nowhere")])
+    with pytest.raises(InputError, match=r"There is no image in .*looked for names that end in"):
+        predict.find_images([os.fspath(tmp_path)])
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(InputError, match="There is no run in --workdir="):
+        predict.load_classifier(os.fspath(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("label_embeddings.npz", "label_embeddings.npz: there is no such file"),
+        ("known_mask.npz", "known_mask.npz: there is no such file"),
+        ("checkpoints", "holds no checkpoint"),
+    ],
+)
+def test_a_run_that_lacks_something(finished, tmp_path, name, match):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished[0], moved)
+    place = moved / name
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    with pytest.raises(InputError, match=match):
+        predict.load_classifier(os.fspath(moved))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--workdir=DIR is missing"),
+        (("--workdir=RUN", "--out=o.csv"), "No images are named"),
+        (("--workdir=RUN", "--out=nowhere/o.csv", "docs"), "there is no folder nowhere; make it"),
+    ],
+)
+def test_wrong_arguments(shared, arguments, message):
+    status, _, err = command(shared, *arguments)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
