@@ -27,7 +27,7 @@ class CompiledSteps:
         it takes features [B, h, w, D] instead where the frozen backbone's are cached.
       count: `count(recovered, weight, annotations, labels)` -> (RecoveryCounts, numbers of
         recovered positives and negatives). None where no labels are recovered into a matrix.
-      explain: `explain(weights, images) -> (probabilities, position weights, attention)`, any B.
+      explain: `explain(weights, images) -> (probabilities, position weights)`, any B.
     """
 
     train: Callable[..., Any] | None

@@ -323,17 +323,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def near_keys(key: str, keys: Iterable[str], count: int = 3) -> list[str]:
-    """Returns the keys most like `key`, by their whole dotted name or by its last part."""
+def near_keys(key: str, keys: Iterable[str]) -> list[str]:
+    """Returns up to three keys like `key`, by their whole dotted name or by its last part."""
     keys = list(keys)
     last = key.rsplit(".", 1)[-1]
     same_last = [k for k in keys if k.rsplit(".", 1)[-1] == last]
-    by_name = difflib.get_close_matches(key, keys, n=count, cutoff=0.6)
-    lasts = difflib.get_close_matches(
-        last, {k.rsplit(".", 1)[-1] for k in keys}, n=count, cutoff=0.6
-    )
+    by_name = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
+    lasts = difflib.get_close_matches(last, {k.rsplit(".", 1)[-1] for k in keys}, n=3, cutoff=0.6)
     by_last = [k for match in lasts for k in keys if k.rsplit(".", 1)[-1] == match]
-    return list(dict.fromkeys(same_last + by_name + by_last))[:count]
+    return list(dict.fromkeys(same_last + by_name + by_last))[:3]
 
 
 def unknown_key_message(

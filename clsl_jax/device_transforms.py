@@ -69,15 +69,8 @@ def augment_images(key: jax.Array, images: jax.Array, augment: transforms.Augmen
     Raises:
       ValueError: the images have another type or shape.
     """
-    if (
-        images.dtype != jnp.uint8
-        or images.ndim != 4
-        or images.shape[1:]
-        != (
-            *(images.shape[2],) * 2,
-            3,
-        )
-    ):
+    squares = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
+    if images.dtype != jnp.uint8 or not squares:
         raise ValueError(
             f"expected images uint8 [B, S, S, 3], found {images.dtype} {list(images.shape)}"
         )

@@ -75,19 +75,15 @@ def save_embeddings(
     )
 
 
-def load_embeddings(
-    path: str, class_names: Sequence[str], *, width: int | None = None
-) -> np.ndarray:
+def load_embeddings(path: str, class_names: Sequence[str]) -> np.ndarray:
     """Returns the label embeddings of a file, float32 [C, E].
 
     Args:
       path: of an `.npz` of `save_embeddings`.
       class_names: the C classes that they must be for, in this order.
-      width: the E that they must have; None takes any.
 
     Raises:
-      InputError: no such file, a damaged or foreign one, or a count, name or width that does not
-        fit.
+      InputError: no such file, a damaged or foreign one, or a count or name that does not fit.
     """
     found = npz.read(path, _ARRAYS, made_by=_MADE_BY)
     embeddings, stored = found["embeddings"], found["class_names"]
@@ -100,13 +96,8 @@ def load_embeddings(
         raise InputError(
             f"{path}: {stored.size} class names for {len(embeddings)} embeddings, not one each."
         )
-    wanted, given = list(class_names), stored.tolist()
-    _check_names(path, given, wanted)
-    if width is not None and embeddings.shape[1] != width:
-        raise InputError(
-            f"{path}: embeddings are {embeddings.shape[1]} wide, expected {width}: make them with "
-            "the encoder that the model was trained with."
-        )
+    given = stored.tolist()
+    _check_names(path, given, list(class_names))
     with np.errstate(over="ignore"):  # what is too large is infinite, and named below
         embeddings = embeddings.astype(np.float32)
     rows = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))

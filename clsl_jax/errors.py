@@ -1,7 +1,8 @@
 """The one kind of error that a user's input causes."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 
 
 class InputError(ValueError):
@@ -10,6 +11,25 @@ class InputError(ValueError):
     The message names what and where, what was expected and what to do. Commands print it without a
     traceback and exit with status 2; anything else is a bug and keeps its traceback.
     """
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Returns "a, b", or "a, b and 7 more" of more than `most` names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+@contextlib.contextmanager
+def writing(place: str | os.PathLike, advice: str) -> Iterator[None]:
+    """Says in one message that something cannot be written, and what to do about it.
+
+    Raises:
+      InputError: in place of an OSError in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{place} cannot be written ({error.strerror}){advice}.") from None
 
 
 @contextlib.contextmanager

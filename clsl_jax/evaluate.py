@@ -71,14 +71,13 @@ def explain(
 
     Args:
       images: uint8 [n, S, S, 3].
-      explain_step: `images -> (probabilities, position weights, attention)`.
+      explain_step: `images -> (probabilities, position weights)`.
       mesh: of devices.
 
     Returns:
       (probabilities, heat [n, h, w, C], summing to 1 over positions; None if the model has none).
     """
-    found = gather(explain_step(sharding.put_replicated(mesh, images)))
-    probabilities, weights, _ = found
+    probabilities, weights = gather(explain_step(sharding.put_replicated(mesh, images)))
     if weights is None:
         return probabilities, None
     side = round(weights.shape[1] ** 0.5)

@@ -19,7 +19,7 @@ from absl import flags
 
 from clsl_jax import command_line
 from clsl_jax.data import partial, scenes
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing
 
 TABLE_NAME = "labels.csv"
 SIZE = 128
@@ -61,7 +61,7 @@ def write_example(
         for name, cells in zip(files, partial.annotate(labels, mask).tolist(), strict=True)
     ]
     planted = _plant(rows, files) if faults else []
-    try:
+    with writing(f"--out={out}", "; name another place"):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"--out={out} is there already: name a new or an empty folder.")
         (out / "images").mkdir(parents=True, exist_ok=True)
@@ -70,10 +70,6 @@ def write_example(
         # Last, so that a folder with a table is whole.
         with open(out / TABLE_NAME, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([["image", *scenes.CLASS_NAMES], *rows])
-    except OSError as error:
-        raise InputError(
-            f"--out={out} cannot be written ({error.strerror}); name another place."
-        ) from None
     return planted
 
 

@@ -105,9 +105,8 @@ class Experiment(Network):
         )
 
     def _read_backbone(self) -> tuple[Mapping[str, Any], str]:
-        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.backbone_shapes)
         file = backbone_file(self.pretrained, self.model.backbone)
-        return load_backbone(self.model.backbone, file, empty)
+        return load_backbone(self.model.backbone, file, self.backbone_shapes)
 
     @property
     def mask(self) -> np.ndarray:
@@ -411,7 +410,7 @@ def _check_selection(
             )
     if (
         config.evaluation.selection == "validation"
-        and dataset.validation.ids == train.ids
+        and dataset.validates_on_train
         and (annotations != train.labels).any()
     ):
         raise InputError(
@@ -422,8 +421,7 @@ def _check_selection(
 
 def scored_splits(config: ml_collections.ConfigDict, dataset: sources.Dataset) -> tuple[str, ...]:
     """Returns the splits to evaluate: training images as validation only where these may select."""
-    trained_on = dataset.validation.ids == dataset.train.ids
-    if trained_on and config.evaluation.selection == "test":
+    if dataset.validates_on_train and config.evaluation.selection == "test":
         return ("test",)
     return ("validation", "test")
 

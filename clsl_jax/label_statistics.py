@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from clsl_jax.models.graph import cooccurrence
 
 _LARGEST_LOG_RATIO = 12.0
+_ITERATIONS = 100  # of expectation and maximisation
 
 
 class Mixture(NamedTuple):
@@ -44,19 +45,18 @@ def _mixture_of(statistics: Mapping[str, jax.Array]) -> Mixture:
     return Mixture(statistics["mixture_prior"], statistics["mixture_logits"])
 
 
-def label_frequencies(annotations: jax.Array, *, prior: float = 1.0) -> jax.Array:
-    """Share of positives among the known labels of each class.
+def label_frequencies(annotations: jax.Array) -> jax.Array:
+    """Share of positives among the known labels of each class, and one of each kind besides.
 
     Args:
       annotations: [N, C].
-      prior: pseudo-counts of a positive and of a negative.
 
     Returns:
-      float32 [C], strictly between 0 and 1 with a prior.
+      float32 [C], strictly between 0 and 1.
     """
     positives = jnp.sum(annotations == 1, axis=0, dtype=jnp.float32)
     known = jnp.sum(annotations >= 0, axis=0, dtype=jnp.float32)
-    return (positives + prior) / (known + 2.0 * prior)
+    return (positives + 1.0) / (known + 2.0)
 
 
 def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
@@ -206,9 +206,7 @@ def fit_mixture(
     return jax.lax.scan(improve, mixture, None, length=iterations)[0]
 
 
-def fit_statistics(
-    key: jax.Array, annotations: jax.Array, components: int, *, iterations: int = 100
-) -> dict[str, jax.Array]:
+def fit_statistics(key: jax.Array, annotations: jax.Array, components: int) -> dict[str, jax.Array]:
     """Returns all that is kept of the known labels: frequencies and a mixture, as plain arrays.
 
     The mixture's prior is a tenth of the known cells that a component has of a class, from 1 to 5:
@@ -218,7 +216,6 @@ def fit_statistics(
       key: of the components' start.
       annotations: [N, C].
       components: K.
-      iterations: of expectation and maximisation.
 
     Returns:
       {"frequencies": [C], "mixture_prior": [K], "mixture_logits": [K, C]}, float32.
@@ -226,7 +223,7 @@ def fit_statistics(
     start = init_mixture(key, annotations, components)
     known = jnp.mean(jnp.sum(annotations >= 0, axis=0, dtype=jnp.float32))
     prior = jnp.clip(0.1 * known / components, 1.0, 5.0)
-    mixture = fit_mixture(start, annotations, iterations=iterations, prior=prior)
+    mixture = fit_mixture(start, annotations, iterations=_ITERATIONS, prior=prior)
     return {
         "frequencies": label_frequencies(annotations),
         "mixture_prior": mixture.log_prior,

@@ -115,23 +115,21 @@ def hill_loss(
     *,
     margin: float = 1.0,
     gamma: float = 2.0,
-    turn: float = 1.5,
 ) -> jax.Array:
     """Hill loss, element-wise and unreduced: easy on negatives that look positive.
 
     With ``p = sigmoid(logits)`` and ``m = sigmoid(logits - margin)``::
 
-        positive: -(1 - m)^gamma log m          negative: (turn - p) p^2
+        positive: -(1 - m)^gamma log m          negative: (3/2 - p) p^2
 
-    At turn = 1.5 the gradient of a negative is 3 p^2 (1 - p)^2, largest at p = 1/2 and none at 1:
-    an unlabelled positive taken for a negative, which the network contradicts, is left alone.
+    The gradient of a negative is 3 p^2 (1 - p)^2, largest at p = 1/2 and none at 1: an unlabelled
+    positive taken for a negative, which the network contradicts, is left alone.
 
     Args:
         logits: any shape, finite. Types below float32 are computed in float32.
         targets: same shape, in [0, 1].
         margin: of positives, in logits.
         gamma: focusing exponent of positives, >= 0.
-        turn: lambda of the paper, >= 1.
 
     Returns:
         The loss of each entry, shape of `logits`, >= 0.
@@ -141,7 +139,7 @@ def hill_loss(
     """
     logits, targets = _at_least_float32(logits, targets)
     p = jax.nn.sigmoid(logits)
-    return targets * _focal_margin(logits, margin, gamma) + (1.0 - targets) * (turn - p) * p**2
+    return targets * _focal_margin(logits, margin, gamma) + (1.0 - targets) * (1.5 - p) * p**2
 
 
 def focal_margin_loss(
@@ -252,7 +250,7 @@ def asymmetric_log_odds(
 
 
 def hill_log_odds(logits: jax.Array, *, margin: float = 1.0, gamma: float = 2.0) -> jax.Array:
-    """Log odds of a positive that a network trained by `hill_loss` stands for (turn 1.5).
+    """Log odds of a positive that a network trained by `hill_loss` stands for.
 
     Where positives are found with probability q, the expected gradient of the loss vanishes at the
     logit x with ``q / (1 - q) = l'(x, 0) / -l'(x, 1)``.

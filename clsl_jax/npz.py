@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from clsl_jax import atomic
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing
 
 # What an archive may unpack into: so much, or so many times its own bytes. A few kilobytes of
 # deflated zeros could otherwise fill the memory.
@@ -41,13 +41,12 @@ def write(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     """
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    try:
-        with atomic.replacing(path) as partial, open(partial, "wb") as file:
-            file.write(buffer.getvalue())
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}): name another place."
-        ) from None
+    with (
+        writing(path, ": name another place"),
+        atomic.replacing(path) as partial,
+        open(partial, "wb") as file,
+    ):
+        file.write(buffer.getvalue())
 
 
 def read(path: str, names: Sequence[str], *, made_by: str) -> dict[str, np.ndarray]:

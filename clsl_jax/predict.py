@@ -170,10 +170,7 @@ def _classes_and_images(where: Workdir) -> tuple[tuple[str, ...], int]:
     path = where.path(EMBEDDINGS_NAME)
     names = tuple(npz.read(path, ("class_names",), made_by="a run")["class_names"].tolist())
     path = where.path(MASK_NAME)
-    try:
-        mask, _ = partial.load_mask(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file; it belongs to the run.") from None
+    mask, _ = partial.load_mask(path)
     if mask.shape[1] != len(names):
         raise InputError(
             f"{path} is of {mask.shape[1]} classes, {EMBEDDINGS_NAME} beside it of {len(names)}: "

@@ -30,12 +30,12 @@ from rich.progress import Progress
 from clsl_jax import atomic, command_line
 from clsl_jax.data import inspection, stored, verification
 from clsl_jax.data.formats import coco, nuswide, table, vg500, voc
-from clsl_jax.data.formats.listing import ImageList, Listing
+from clsl_jax.data.formats.listing import ImageList, Listing, without_labels
 from clsl_jax.data.inspection import MISSING, UNREADABLE, Inspected
 from clsl_jax.data.sources import PREPARED_NAMES
 from clsl_jax.data.splits import stratified_split
 from clsl_jax.data.verification_text import report_text
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing
 
 LEAVE_OUT = (MISSING, UNREADABLE)
 _CONFIG, _VERSION = "prepared", "1.0.0"
@@ -220,9 +220,7 @@ def _store(
         return {
             "content_sha256": content,
             "images": {split: len(part.ids) for split, part in splits.items()},
-            "without_labels": {
-                split: int(verification.without_labels(labels[split]).sum()) for split in labels
-            },
+            "without_labels": {split: int(without_labels(labels[split]).sum()) for split in labels},
             "left_out": {
                 split: {state: len(part[state]) for state in LEAVE_OUT}
                 for split, part in report["splits"].items()
@@ -269,12 +267,8 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    try:
+    with writing(path, "; name another --out"):
         atomic.write_text(path, text)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}); name another --out."
-        ) from None
 
 
 def define_flags() -> None:

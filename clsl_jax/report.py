@@ -11,6 +11,8 @@ from clsl_jax import atomic
 
 ROW_INCHES = 2.5
 RIGHT, WRONG, MISSED = "#1a7f37", "#cf222e", "#9a6700"
+# A class from this probability on counts as predicted; so many heat maps an image.
+THRESHOLD, SHOWN_CLASSES = 0.5, 3
 
 
 def picture_sheet(
@@ -21,8 +23,6 @@ def picture_sheet(
     probabilities: np.ndarray,
     heat: np.ndarray | None,
     class_names: Sequence[str],
-    threshold: float = 0.5,
-    shown_classes: int = 3,
     title: str = "",
 ) -> None:
     """Writes a PNG with a block per image: the image, its labels, and heat maps.
@@ -38,11 +38,9 @@ def picture_sheet(
       probabilities: float [n, C] in [0, 1].
       heat: float [n, h, w, C], or None if the model has no position weights.
       class_names: C names.
-      threshold: a class from this probability on counts as predicted.
-      shown_classes: heat maps an image.
       title: of the sheet.
     """
-    shown_classes = min(shown_classes, len(class_names))
+    shown_classes = min(SHOWN_CLASSES, len(class_names))
     blocks = 2 if len(images) > 1 else 1
     panels = 1 + (shown_classes if heat is not None else 0)
     rows = -(-len(images) // blocks)
@@ -63,7 +61,7 @@ def picture_sheet(
         row, block = divmod(i, blocks)
         axes = [figure.add_subplot(grid[row, block * panels + k]) for k in range(panels)]
         axes[0].imshow(image)
-        _caption(axes[0], labels[i], probabilities[i], class_names, threshold)
+        _caption(axes[0], labels[i], probabilities[i], class_names)
         if heat is not None:
             order = np.argsort(-probabilities[i], kind="stable")[:shown_classes]
             for axis, c in zip(axes[1:], order, strict=True):
@@ -88,13 +86,9 @@ def picture_sheet(
 
 
 def _caption(
-    axis: object,
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    class_names: Sequence[str],
-    threshold: float,
+    axis: object, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]
 ) -> None:
-    predicted = probabilities >= threshold
+    predicted = probabilities >= THRESHOLD
     groups = (
         (RIGHT, np.flatnonzero(predicted & (labels == 1))),
         (WRONG, np.flatnonzero(predicted & (labels == 0))),

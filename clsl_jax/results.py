@@ -52,7 +52,7 @@ def write(
       state: at the end, whose recovered labels are written out; None writes none.
       unreadable: ids of the training images in whose place others stood.
       mask_sha256: of the known-label mask.
-      explain: `images -> (probabilities, position weights, attention)` with the best weights.
+      explain: `images -> (probabilities, position weights)` with the best weights.
       source: file of the weights, where they are not this run's.
 
     Returns:
@@ -196,8 +196,9 @@ def held_out_precision(labels: np.ndarray, given: np.ndarray) -> dict[str, Any]:
 
 def _tabled(built: Experiment) -> list[sources.Split]:
     """Returns the splits, each image once: without a validation split of the training images."""
-    splits = [getattr(built.dataset, name) for name in sources.SPLITS]
-    return [s for s in splits if s.name == "train" or s.ids != splits[0].ids]
+    dataset = built.dataset
+    validation = [] if dataset.validates_on_train else [dataset.validation]
+    return [dataset.train, *validation, dataset.test]
 
 
 def _write_label_tables(workdir: Workdir, built: Experiment, tables: _Tables | None) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clsl_jax import atomic, command_line, metrics, npz
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing
 
 DIFFICULT = ("ignored", "negative")
 WITHOUT_LABELS = ("kept", "dropped")
@@ -245,18 +245,10 @@ def _work(arguments: Sequence[str]) -> None:
     for table in tables(scored):
         console.print(table)
     if flags.FLAGS.json:
-        _write_json(flags.FLAGS.json, scored)
+        text = json.dumps(scored, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        with writing(flags.FLAGS.json, ": name another place"):
+            atomic.write_text(flags.FLAGS.json, text)
         console.print(f"Written: {flags.FLAGS.json}", soft_wrap=True)
-
-
-def _write_json(path: str, scored: Mapping[str, Any]) -> None:
-    text = json.dumps(scored, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    try:
-        atomic.write_text(path, text)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}): name another place."
-        ) from None
 
 
 def cli() -> None:

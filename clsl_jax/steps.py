@@ -153,8 +153,7 @@ def make_train_step(
     On a `mesh` with more than one device along `model`, the backbone has each of its images on one
     device, and the head those of its neighbours along `model` too, as its layers are divided there.
     """
-    model = _placed(model, mesh)
-    elementwise = _elementwise_loss(options)
+    one_part = _make_part(_placed(model, mesh), options)
     parts = options.accumulate
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
@@ -162,15 +161,77 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if options.augment is not None:
             batch = _augmented(batch, jax.random.fold_in(key, _AUGMENTATION), options)
-        known_count = entries = None
+        whole: dict[str, Any] = {}
         if parts > 1:
             annotations = state.annotations[rows]
-            known_count = jnp.sum(annotations >= 0, dtype=jnp.float32)
-            entries = annotations.size
+            whole["known_count"] = jnp.sum(annotations >= 0, dtype=jnp.float32)
+            whole["entries"] = annotations.size
+        work = functools.partial(one_part, state, whole)
+        if parts == 1:
+            gradients, terms, batch_stats, found = work(state.batch_stats, batch, key)
+        else:
+            gradients, terms, batch_stats, found = _in_parts(
+                work, parts, state.batch_stats, batch, key
+            )
+        sound = found["sound"]
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        gradient_norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(gradient_norm)
+        # Where no image stands out, the gradient alone overflowed: every image had a part in it.
+        faulty = ~finite & (~sound | sound.all())
 
-        def loss_fn(
-            params: Any, batch_stats: Any, part: Batch, key: jax.Array
-        ) -> tuple[jax.Array, tuple[Any, ...]]:
+        remembered = _remembered(state, rows, found, finite, options)
+        step_sums = {
+            "steps": jnp.ones(()),
+            "loss": terms["loss"],
+            "loss_known": terms["known"],
+            "loss_recovered": terms["recovered"],
+            "gradient_norm": gradient_norm,
+        }
+        # The first step of an epoch starts the sums anew, so that no separate reset is needed and
+        # the end of an epoch can be done again after an interruption.
+        keep = (state.step % options.steps_per_epoch != 0).astype(jnp.float32)
+        carried = {name: state.sums[name] * keep for name in SUM_NAMES}
+        learned = {
+            "params": params,
+            "batch_stats": batch_stats,
+            "opt_state": opt_state,
+            "ema_params": optim.ema_update(state.ema_params, params, options.ema_decay),
+            "ema_batch_stats": optim.ema_update(
+                state.ema_batch_stats, batch_stats, options.ema_decay
+            ),
+            "sums": {name: carried[name] + step_sums[name] for name in SUM_NAMES},
+        }
+        if options.skip_nonfinite:
+            before = {name: getattr(state, name) for name in learned} | {"sums": carried}
+            learned = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, before)
+        return state.replace(
+            step=state.step + 1,
+            faults=state.faults.at[rows].add(faulty.astype(jnp.int32), mode="drop"),
+            fault_step=jnp.where(finite | (state.fault_step >= 0), state.fault_step, state.step),
+            faulty_steps=state.faulty_steps + (~finite).astype(jnp.int32),
+            **remembered,
+            **learned,
+        )
+
+    return train_step
+
+
+def _make_part(
+    model: nn.Module, options: StepOptions
+) -> Callable[..., tuple[Any, Any, Any, dict[str, jax.Array]]]:
+    """Returns `one_part(state, whole, batch_stats, part, key)`: what examples make of a state.
+
+    That is (gradients, terms of the loss, batch_stats, what a row keeps: [b, ...] each). `whole` is
+    empty or, of a part of a batch, `known_count` and `entries` of all of it (`losses.clsl_loss`).
+    """
+    elementwise = _elementwise_loss(options)
+
+    def one_part(
+        state: TrainState, whole: Mapping[str, Any], batch_stats: Any, part: Batch, key: jax.Array
+    ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, ...]]:
             variables = {"params": params["model"], "batch_stats": batch_stats}
             annotations = state.annotations[part["row"]]
             blended, blend = _blends(state, annotations, key, options)
@@ -201,8 +262,7 @@ def make_train_step(
                 recovered_scale=_recovered_scale(state.step, options),
                 global_scale=options.global_weight,
                 smoothing=options.smoothing,
-                known_count=known_count,
-                entries=entries,
+                **whole,
             )
             if options.expected_positives:
                 loss += options.expected_positives * losses.expected_positives_loss(
@@ -220,110 +280,27 @@ def make_train_step(
                     for other, where in zip(out["blended_logits"], blended, strict=True)
                 )
                 loss += _recovered_scale(state.step, options) * terms["recovered"]
-            batch_stats = dict(updated.get("batch_stats", {}))
+            new_stats = dict(updated.get("batch_stats", {}))
             if state.frozen:
-                batch_stats.pop("backbone", None)
+                new_stats.pop("backbone", None)
             sound = jnp.isfinite(logits).all(axis=1)
             if out["global_logits"] is not None:
                 sound &= jnp.isfinite(out["global_logits"]).all(axis=1)
             kept = (logits, sound, targets, out["semantic_features"])
-            return loss, ({"loss": loss, **terms}, batch_stats, kept)
+            return loss, ({"loss": loss, **terms}, new_stats, kept)
 
-        def one_part(batch_stats: Any, part: Batch, key: jax.Array) -> tuple[Any, Any, Any, Any]:
-            """(gradients, terms of the loss, batch_stats, what a row keeps: [b, ...] each)."""
-            gradients, (terms, batch_stats, kept) = jax.grad(loss_fn, has_aux=True)(
-                state.params, batch_stats, part, key
-            )
-            logits, sound, targets, semantic = kept
-            found = {"sound": sound}
-            if options.keeps_scores and options.recovery_mode == "epoch":
-                found["taught"] = _teach(model, state, part, logits, semantic, options)
-            elif options.recovery_mode == "estimate":
-                annotations = state.annotations[part["row"]]
-                found["taught"] = corrections.estimate_update(
-                    _estimates(state, part["row"]),
-                    logits,
-                    annotations,
-                    rate=options.estimate_rate,
-                    positives=options.positives_per_image,
-                    positives_weight=options.expected_positives,
-                )
-            if options.correction == "correct_for_good":
-                found["corrected"] = targets
-            if options.keeps_prototypes:
-                found["semantic"] = semantic
-            return gradients, terms, batch_stats, found
-
-        if parts == 1:
-            gradients, terms, batch_stats, found = one_part(state.batch_stats, batch, key)
-        else:
-            gradients, terms, batch_stats, found = _in_parts(
-                one_part, parts, state.batch_stats, batch, key
-            )
-        sound = found["sound"]
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        gradient_norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(gradient_norm)
-        # Where no image stands out, the gradient alone overflowed: every image had a part in it.
-        faulty = ~finite & (~sound | sound.all())
-
-        kept = jnp.where(finite, rows, -1) if options.skip_nonfinite else rows
-        scores, visits = state.scores, state.visits
-        recovered, memory = state.recovered, state.memory
+        gradients, (terms, new_stats, kept) = jax.grad(loss_fn, has_aux=True)(state.params)
+        logits, sound, targets, semantic = kept
+        found = {"sound": sound}
         if options.keeps_scores:
-            momentum = options.momentum if options.recovery_mode == "epoch" else 0.0
-            scores, visits = recovery.scatter_scores(
-                scores, visits, kept, found["taught"], momentum
-            )
+            found["taught"] = _teach(model, state, part, logits, semantic, options)
         if options.correction == "correct_for_good":
-            recovered = _correct_for_good(recovered, state.annotations, kept, found["corrected"])
+            found["corrected"] = targets
         if options.keeps_prototypes:
-            moved = label_statistics.update_prototypes(
-                memory["prototypes"],
-                found["semantic"],
-                state.annotations[rows],
-                options.ema_decay,
-            )
-            memory = {**memory, "prototypes": jnp.where(finite, moved, memory["prototypes"])}
+            found["semantic"] = semantic
+        return gradients, terms, new_stats, found
 
-        step_sums = {
-            "steps": jnp.ones(()),
-            "loss": terms["loss"],
-            "loss_known": terms["known"],
-            "loss_recovered": terms["recovered"],
-            "gradient_norm": gradient_norm,
-        }
-        # The first step of an epoch starts the sums anew, so that no separate reset is needed and
-        # the end of an epoch can be done again after an interruption.
-        keep = (state.step % options.steps_per_epoch != 0).astype(jnp.float32)
-        carried = {name: state.sums[name] * keep for name in SUM_NAMES}
-        learned = {
-            "params": params,
-            "batch_stats": batch_stats,
-            "opt_state": opt_state,
-            "ema_params": optim.ema_update(state.ema_params, params, options.ema_decay),
-            "ema_batch_stats": optim.ema_update(
-                state.ema_batch_stats, batch_stats, options.ema_decay
-            ),
-            "sums": {name: carried[name] + step_sums[name] for name in SUM_NAMES},
-        }
-        if options.skip_nonfinite:
-            before = {name: getattr(state, name) for name in learned} | {"sums": carried}
-            learned = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, before)
-        return state.replace(
-            step=state.step + 1,
-            scores=scores,
-            visits=visits,
-            recovered=recovered,
-            memory=memory,
-            faults=state.faults.at[rows].add(faulty.astype(jnp.int32), mode="drop"),
-            fault_step=jnp.where(finite | (state.fault_step >= 0), state.fault_step, state.step),
-            faulty_steps=state.faulty_steps + (~finite).astype(jnp.int32),
-            **learned,
-        )
-
-    return train_step
+    return one_part
 
 
 def _blends(
@@ -494,6 +471,34 @@ def _targets(
     return state.recovered[rows], state.recovered_weight[rows]
 
 
+def _remembered(
+    state: TrainState,
+    rows: jax.Array,
+    found: Mapping[str, jax.Array],
+    finite: jax.Array,
+    options: StepOptions,
+) -> dict[str, Any]:
+    """Returns what a step changes of the matrices and the memory, from what its rows keep."""
+    kept = jnp.where(finite, rows, -1) if options.skip_nonfinite else rows
+    changed: dict[str, Any] = {}
+    if options.keeps_scores:
+        momentum = options.momentum if options.recovery_mode == "epoch" else 0.0
+        changed["scores"], changed["visits"] = recovery.scatter_scores(
+            state.scores, state.visits, kept, found["taught"], momentum
+        )
+    if options.correction == "correct_for_good":
+        changed["recovered"] = _correct_for_good(
+            state.recovered, state.annotations, kept, found["corrected"]
+        )
+    if options.keeps_prototypes:
+        before = state.memory["prototypes"]
+        moved = label_statistics.update_prototypes(
+            before, found["semantic"], state.annotations[rows], options.ema_decay
+        )
+        changed["memory"] = {**state.memory, "prototypes": jnp.where(finite, moved, before)}
+    return changed
+
+
 def _estimates(state: TrainState, rows: jax.Array) -> jax.Array:
     """Label estimates [B, C]; 1/2 until a row was seen."""
     return jnp.where((state.visits[rows] == 0)[:, None], 0.5, state.scores[rows])
@@ -516,7 +521,20 @@ def _teach(
     semantic: jax.Array | None,
     options: StepOptions,
 ) -> jax.Array:
-    """Returns the teacher's calibrated probabilities [B, C], without gradient."""
+    """Returns the scores [B, C] that a step keeps, without gradient.
+
+    They are the teacher's calibrated probabilities or, with recovery "estimate", the estimates one
+    step on.
+    """
+    if options.recovery_mode == "estimate":
+        return corrections.estimate_update(
+            _estimates(state, batch["row"]),
+            logits,
+            state.annotations[batch["row"]],
+            rate=options.estimate_rate,
+            positives=options.positives_per_image,
+            positives_weight=options.expected_positives,
+        )
     out: Mapping[str, Any] = {"semantic_features": semantic}
     if options.teacher == "ema":
         variables = {"params": state.ema_params["model"], "batch_stats": state.ema_batch_stats}
@@ -654,14 +672,15 @@ def make_recover(
         if options.recovery_mode == "estimate":
             known, seen = state.annotations >= 0, (state.visits > 0)[:, None]
             labels = state.annotations.astype(jnp.float32)
-            state = state.replace(
+            return state.replace(
                 recovered=jnp.where(known, labels, jnp.where(seen, state.scores, 0.0)),
                 recovered_weight=(~known & seen).astype(jnp.float32),
             )
-        if options.recovery_mode == "epoch":
-            recovered, weight = _recovered_labels(state, options, mesh)
-            state = state.replace(recovered=recovered, recovered_weight=weight)
-        if options.graph_layers and options.graph_refresh and options.recovery_mode == "epoch":
+        if options.recovery_mode != "epoch":
+            return state
+        recovered, weight = _recovered_labels(state, options, mesh)
+        state = state.replace(recovered=recovered, recovered_weight=weight)
+        if options.graph_layers and options.graph_refresh:
             known = (state.annotations >= 0).astype(jnp.float32)
             adjacency = label_adjacency(
                 state.recovered,
@@ -670,7 +689,7 @@ def make_recover(
                 options.graph_smoothing,
             )
             state = state.replace(adjacency=adjacency)
-        if options.recovery_mode == "epoch" and options.thresholds == "none":
+        if options.thresholds == "none":
             # Nothing learns from these any more: they are for whoever asked for labels.
             labels, weight = _recovered_labels(state, options, mesh, handed_out=True)
             ends = state.step >= options.total_steps
@@ -716,8 +735,8 @@ def make_predict_step(
     `weights` is what `evaluation_weights` returns. The result is what the network says, float32
     [B, C]: the sigmoid of its logits or, with `options.evaluate_statistics`, the probabilities
     that label statistics make of it (`label_statistics.informed_probabilities`, no label known);
-    with `explain` also where each class was seen, [B, P, C], summing to 1 over positions, and the
-    attention over classes at each position, [B, P, C] (None without SGFE).
+    with `explain` also where each class was seen, [B, P, C], summing to 1 over positions (None
+    for a model without position logits).
     """
     model = _placed(model, mesh)
 
@@ -737,7 +756,7 @@ def make_predict_step(
         else:
             probabilities = jax.nn.sigmoid(logits)
         if explain:
-            return probabilities, out.get("position_weights"), out.get("attention")
+            return probabilities, out["position_weights"]
         return probabilities
 
     return predict_step

@@ -16,7 +16,7 @@ from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.compiled import CompiledSteps, compile_steps
 from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.data.watched import Watched
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, listed
 from clsl_jax.experiment import Experiment
 from clsl_jax.preemption import Preempted, PreemptionGuard
 from clsl_jax.recovery import recovery_summary
@@ -492,11 +492,10 @@ class _Run:
             return
         ids = self.experiment.dataset.train.ids
         rows = np.flatnonzero(evaluate.gather(state.faults)[: len(ids)])
-        names = ", ".join(f"{ids[row]} (row {row})" for row in rows[:5])
+        names = listed([f"{ids[row]} (row {row})" for row in rows], 5)
         where = (
             f"The loss or a gradient was NaN or infinite, first in step {first + 1} of "
             f"{self.experiment.total_steps}, with the training images {names}"
-            + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
         )
         allowed = self.config.optim.skip_nonfinite
         if count > allowed:

@@ -113,15 +113,14 @@ def init_state(
         graph_threshold,
         graph_smoothing,
     )
-    images = jnp.zeros((2, image_size, image_size, 3), jnp.float32)
-    inputs: Any = images
+    network, size = model, (2, image_size, image_size, 3)
     if backbone:
         # The network that draws is the head alone: the same draws, and nothing of a large backbone
         # is compiled for the sake of values that are thrown away.
-        shape, _ = backbone_shapes(model, image_size, batch_size=2)
-        inputs = jnp.zeros(shape, jnp.float32)
-    variables = (head_of(model) if backbone else model).init(
-        init_key, inputs, label_embeddings, adjacency, train=False
+        network = head_of(model)
+        size, _ = backbone_shapes(model, image_size, batch_size=2)
+    variables = network.init(
+        init_key, jnp.zeros(size, jnp.float32), label_embeddings, adjacency, train=False
     )
     variables = {"batch_stats": {}, **variables}
     frozen: Any = {}

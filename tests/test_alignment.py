@@ -9,7 +9,7 @@ import pytest
 
 from clsl_jax.models import alignment
 from clsl_jax.models.alignment import FeatureEnhancement, SemanticAttention, bilinear_attention
-from clsl_jax.models.semantic import SplitDense
+from clsl_jax.models.semantic import SemanticFeatures
 
 
 def direct_attention(params, features, semantic):
@@ -140,13 +140,17 @@ def test_no_array_of_batch_classes_positions_and_rank_in_memory():
     assert temporary(lambda x, v, u: jnp.tanh(x[:, :, None] * v[:, None]) @ u) > whole / 2
 
 
-def test_split_dense_is_the_layer_on_concatenated_pairs():
-    a, b = arrays(3, (4, 3), (2, 5))
-    model = SplitDense(6)
-    variables = model.init(jax.random.key(0), a, b)
-    variables["params"]["bias"] = arrays(4, (6,))[0]
-    pairs = jnp.concatenate(
-        [jnp.broadcast_to(a[None], (2, 4, 3)), jnp.broadcast_to(b[:, None], (2, 4, 5))], -1
-    )
-    expected = pairs @ variables["params"]["kernel"] + variables["params"]["bias"]
-    np.testing.assert_allclose(model.apply(variables, a, b), expected, rtol=1e-5, atol=1e-6)
+def test_semantic_features_are_those_of_concatenated_pairs():
+    features, embeddings = arrays(3, (2, 7, 5), (4, 3))
+    model = SemanticFeatures()
+    variables = model.init(jax.random.key(0), features, embeddings, train=False)
+    params = variables["params"]
+    params["hidden"]["bias"] = arrays(4, (8,))[0]
+    mean = jnp.broadcast_to(features.mean(axis=1)[:, None], (2, 4, 5))
+    pairs = jnp.concatenate([jnp.broadcast_to(embeddings[None], (2, 4, 3)), mean], -1)
+    hidden = pairs @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+    # Its running mean and variance are still 0 and 1.
+    hidden = jax.nn.gelu(hidden / np.sqrt(1 + 1e-5), approximate=False)
+    expected = hidden @ params["out"]["kernel"] + params["out"]["bias"]
+    found = model.apply(variables, features, embeddings, train=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -475,7 +475,7 @@ def saved(tmp_path: pathlib.Path) -> str:
 
 
 def test_load_gives_what_was_saved(saved: str) -> None:
-    found = embed.load_embeddings(saved, CLASS_NAMES, width=3)
+    found = embed.load_embeddings(saved, CLASS_NAMES)
     np.testing.assert_array_equal(found, np.arange(12).reshape(4, 3))
     assert found.dtype == np.float32
     with np.load(saved, allow_pickle=False) as archive:
@@ -486,19 +486,16 @@ def test_load_gives_what_was_saved(saved: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("class_names", "width", "message"),
+    ("class_names", "message"),
     [
-        (CLASS_NAMES[:3], None, "for 4 classes, the data set has 3"),
-        (CLASS_NAMES[::-1], None, "same names in another order.*class 0: 'dog' there, 'cat' here"),
-        ([*CLASS_NAMES[:3], "cow"], None, "1 of 4 .*others.*class 3: 'cat' there, 'cow' here"),
-        (CLASS_NAMES, 5, "3 wide, expected 5"),
+        (CLASS_NAMES[:3], "for 4 classes, the data set has 3"),
+        (CLASS_NAMES[::-1], "same names in another order.*class 0: 'dog' there, 'cat' here"),
+        ([*CLASS_NAMES[:3], "cow"], "1 of 4 .*others.*class 3: 'cat' there, 'cow' here"),
     ],
 )
-def test_load_refuses_what_does_not_fit(
-    saved: str, class_names: list[str], width: int | None, message: str
-) -> None:
+def test_load_refuses_what_does_not_fit(saved: str, class_names: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        embed.load_embeddings(saved, class_names, width=width)
+        embed.load_embeddings(saved, class_names)
 
 
 class _Trap:
@@ -587,7 +584,7 @@ def test_command_random_and_unit_variance(tmp_path: pathlib.Path) -> None:
     flags = (f"--labels={labels}", f"--out={out}")
     done = _run(*flags, "--encoder=random", "--width=8", "--seed=5")
     assert done.returncode == 0, done.stderr
-    found = embed.load_embeddings(str(out), ["dog", "cat"], width=8)
+    found = embed.load_embeddings(str(out), ["dog", "cat"])
     np.testing.assert_array_equal(found, embed.random_embeddings(2, width=8, seed=5))
     source = _glove_file(tmp_path, "dog 3 4\ncat 3 4\n")
     done = _run(*flags, "--encoder=glove", f"--source={source}", "--unit_variance")
@@ -624,7 +621,8 @@ def test_command_says_what_is_wrong(
 
 
 def test_the_embeddings_of_the_embedded_set_are_for_its_classes():
-    found = embed.load_embeddings(str(scenes.LABEL_EMBEDDINGS), scenes.CLASS_NAMES, width=384)
+    found = embed.load_embeddings(str(scenes.LABEL_EMBEDDINGS), scenes.CLASS_NAMES)
+    assert found.shape == (20, 384)
     assert found.std() == pytest.approx(1, abs=1e-3)
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
     similar = unit @ unit.T - np.eye(20)

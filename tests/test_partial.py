@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clsl_jax.data import partial
+from clsl_jax.errors import InputError
 
 PARITY = pathlib.Path(os.environ.get("CLSL_PARITY_DIR") or pathlib.Path(__file__).parent / "parity")
 
@@ -162,5 +163,5 @@ def test_damaged_mask_file_is_named(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"mask\.npz"):
         partial.load_mask(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match=r"none\.npz: there is no such file"):
         partial.load_mask(tmp_path / "none.npz")

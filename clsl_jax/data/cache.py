@@ -21,6 +21,7 @@ import numpy as np
 from clsl_jax import atomic
 from clsl_jax.data import images as images_lib
 from clsl_jax.data.images import Images
+from clsl_jax.data.threads import usual_number
 from clsl_jax.errors import InputError
 
 KINDS = ("memory", "disk")
@@ -155,7 +156,7 @@ def _fill(images: Images, count: int, put: Callable[[int, np.ndarray], None]) ->
       bool [count]: which could be read.
     """
     readable = np.zeros(count, bool)
-    threads = min(8, max(2, os.cpu_count() or 2))
+    threads = usual_number()
     stop = threading.Event()
 
     def fill(rows: range) -> None:

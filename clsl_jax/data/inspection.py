@@ -1,6 +1,5 @@
 """Reads and decodes every image of a listing once: what cannot be read, and what is there twice."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -13,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from PIL import Image
 
 from clsl_jax.data import images as images_lib
-from clsl_jax.errors import InputError
+from clsl_jax.data import threads
+from clsl_jax.errors import InputError, writing
 
 READABLE, DAMAGED, UNREADABLE, MISSING = "readable", "damaged", "unreadable", "missing"
 
@@ -102,36 +102,14 @@ def inspect_images(
         return inspect_image(path)
 
     results = []
-    with (
-        _appending(journal) as append,
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
-    ):
-        try:
-            for path, found in zip(paths, _in_order(pool, inspect, paths, workers), strict=True):
-                if known.get(os.fspath(path)) != found:
-                    append(path, found)
-                results.append(found)
-                advance()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    inspected = threads.in_order(inspect, paths, threads=workers, ahead=8 * workers)
+    with _appending(journal) as append, contextlib.closing(inspected):
+        for path, found in zip(paths, inspected, strict=True):
+            if known.get(os.fspath(path)) != found:
+                append(path, found)
+            results.append(found)
+            advance()
     return results
-
-
-def _in_order(
-    pool: concurrent.futures.Executor,
-    work: Callable[[pathlib.Path], Inspected],
-    paths: Sequence[pathlib.Path],
-    workers: int,
-) -> Iterator[Inspected]:
-    # A bounded number ahead: `Executor.map` would queue a quarter of a million calls at once.
-    pending: list[concurrent.futures.Future[Inspected]] = []
-    for path in paths:
-        pending.append(pool.submit(work, path))
-        if len(pending) > 8 * workers:
-            yield pending.pop(0).result()
-    while pending:
-        yield pending.pop(0).result()
 
 
 def _unchanged(path: pathlib.Path, found: Inspected) -> bool:
@@ -163,7 +141,7 @@ def _appending(
     if journal is None:
         yield lambda path, found: None
         return
-    try:
+    with writing(journal, "; name another --out"):
         journal.parent.mkdir(parents=True, exist_ok=True)
         with open(journal, "a", encoding="utf-8", buffering=1) as file:
             if file.tell():
@@ -171,7 +149,3 @@ def _appending(
             yield lambda path, found: file.write(
                 json.dumps([os.fspath(path), dataclasses.asdict(found)]) + "\n"
             )
-    except OSError as error:
-        raise InputError(
-            f"{journal} cannot be written ({error.strerror}); name another --out."
-        ) from None

@@ -59,7 +59,7 @@ def read_label_file(
         raise InputError(
             f"{path}: expected a mask (.npz, .npy) or a table of labels ({', '.join(SUFFIXES)})."
         )
-    mask = _read_npz(path) if suffix == ".npz" else _read_npy(path)
+    mask = partial.load_mask(path)[0] if suffix == ".npz" else _read_npy(path)
     if mask.shape != np.shape(labels):
         raise InputError(
             f"{path}: its mask has the shape {list(mask.shape)}, the training split's labels "
@@ -67,19 +67,6 @@ def read_label_file(
             "training split needs data.validation_fraction=0 and data.without_labels=keep."
         )
     return partial.annotate(labels, mask)
-
-
-def _read_npz(path: pathlib.Path) -> np.ndarray:
-    """Reads bool [N, C] that `partial.save_mask` wrote."""
-    npz.read(os.fspath(path), ("bits", "facts"), made_by="a run (known_mask.npz)")
-    try:
-        return partial.load_mask(path)[0]
-    except InputError:
-        # Its advice is for a run's own mask, which can be drawn anew.
-        raise InputError(
-            f"{path}: its mask is not the one that was written there, by its SHA-256 or shape; "
-            "copy the file again from where it was made."
-        ) from None
 
 
 def _read_npy(path: pathlib.Path) -> np.ndarray:

@@ -166,26 +166,23 @@ def load_mask(path: str | os.PathLike) -> tuple[np.ndarray, dict]:
       (mask bool [N, C], facts: those passed to `save_mask`, with shape, known_entries, sha256).
 
     Raises:
-      FileNotFoundError: no such file.
-      InputError: the file is cut off, is something else, or does not match its own SHA-256.
+      InputError: no such file, or it is cut off, is something else, or does not match its own
+        SHA-256.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(path)
-    stored = npz.read(os.fspath(path), ("bits", "facts"), made_by="a run")
+    stored = npz.read(os.fspath(path), ("bits", "facts"), made_by="a run (known_mask.npz)")
     try:
         facts = json.loads(str(stored["facts"]))
         n, c = facts["shape"]
-        sha256 = facts["sha256"]
         # Before room is made for them: `unpackbits` adds as many zeros as it is asked for.
         if min(n, c) < 0 or stored["bits"].shape != (-(-n * c // 8),):
             raise ValueError(f"{stored['bits'].size} bytes for a mask of shape {[n, c]}")
         mask = np.unpackbits(stored["bits"], count=n * c).astype(bool).reshape(n, c)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        sound = matrix_sha256(mask) == facts["sha256"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        sound = False
+    if not sound:
         raise InputError(
-            f"{path}: not a readable mask file ({error}); delete it to draw it anew"
-        ) from error
-    if matrix_sha256(mask) != sha256:
-        raise InputError(
-            f"{path}: the mask's SHA-256 is not the one stored with it; delete it to draw it anew"
+            f"{path}: its mask is not the one that was written there, by its SHA-256 or shape; "
+            "copy the file again from where it was made."
         )
     return mask, facts

@@ -3,15 +3,14 @@
 The one module that imports Grain.
 """
 
-import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping
 
 import grain
 import numpy as np
 from absl import flags
 
+from clsl_jax.data import threads
 from clsl_jax.data.images import Images
 
 Batch = dict[str, np.ndarray]
@@ -119,9 +118,9 @@ def train_iterator(
     records = records.random_map(_View(augment, clean_view), seed=view_seed)
     records = _ProcessPart(records, batch_size, process_index, process_count)
     batches = records.batch(batch_size, drop_remainder=True).repeat()[start:]
-    threads = _threads()
+    number = threads.usual_number()
     # Grain's default of 500 batches ahead would be tens of gigabytes of large images.
-    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    read = grain.ReadOptions(num_threads=number, prefetch_buffer_size=2 * number)
     iterable = batches.to_iter_dataset(read)
     if workers:
         if not flags.FLAGS.is_parsed():
@@ -179,17 +178,8 @@ def _eval_batches(
             batch["valid"][place] = True
         return batch
 
-    threads = _threads()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        pending = [pool.submit(load, first) for first in starts[: 2 * threads]]
-        for ahead in range(len(starts)):
-            yield pending.pop(0).result()
-            if ahead + 2 * threads < len(starts):
-                pending.append(pool.submit(load, starts[ahead + 2 * threads]))
-
-
-def _threads() -> int:
-    return min(8, max(2, os.cpu_count() or 2))
+    number = threads.usual_number()
+    yield from threads.in_order(load, starts, threads=number, ahead=2 * number - 1)
 
 
 def _check_slice(batch_size: int, process_index: int, process_count: int) -> None:

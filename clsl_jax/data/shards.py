@@ -5,7 +5,6 @@ Here a shard that is finished stays finished: a writer that starts again in the 
 on behind it.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import os
@@ -16,6 +15,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from clsl_jax import npz
+from clsl_jax.data import threads
 from clsl_jax.errors import InputError
 
 SHARD_BYTES = 256 * 2**20
@@ -171,14 +171,5 @@ def _from(examples: Iterable[Example] | Sequence[Example], start: int) -> Iterat
             next(waiting)
         yield from waiting
         return
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        pending: list[concurrent.futures.Future[Example]] = []
-        try:
-            for row in range(start, len(examples)):
-                pending.append(pool.submit(examples.__getitem__, row))
-                if len(pending) > 4 * _THREADS:
-                    yield pending.pop(0).result()
-            while pending:
-                yield pending.pop(0).result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    rows = range(start, len(examples))
+    yield from threads.in_order(examples.__getitem__, rows, threads=_THREADS, ahead=4 * _THREADS)

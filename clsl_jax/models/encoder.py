@@ -14,12 +14,10 @@ import jax.numpy as jnp
 TORCH_LINEAR_INIT = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
-def sine_positions(
-    height: int, width: int, dim: int, *, temperature: float = 10000.0, scale: float = 2 * math.pi
-) -> jax.Array:
+def sine_positions(height: int, width: int, dim: int) -> jax.Array:
     """2-D sine positions [height, width, dim], float32; the first half of dim tells the row.
 
-    Rows and columns count from 1 and are divided by the last one + 1e-6, times `scale`. Sine and
+    Rows and columns count from 1 and are divided by the last one + 1e-6, times 2 pi. Sine and
     cosine take turns along the channels.
 
     Raises:
@@ -28,9 +26,9 @@ def sine_positions(
     if dim % 4:
         raise ValueError(f"sine positions need a width that 4 divides, not {dim}.")
     half = dim // 2
-    rows = jnp.arange(1, height + 1, dtype=jnp.float32) / (height + 1e-6) * scale
-    columns = jnp.arange(1, width + 1, dtype=jnp.float32) / (width + 1e-6) * scale
-    period = temperature ** (2 * (jnp.arange(half) // 2).astype(jnp.float32) / half)
+    rows = jnp.arange(1, height + 1, dtype=jnp.float32) / (height + 1e-6) * (2 * math.pi)
+    columns = jnp.arange(1, width + 1, dtype=jnp.float32) / (width + 1e-6) * (2 * math.pi)
+    period = 10000.0 ** (2 * (jnp.arange(half) // 2).astype(jnp.float32) / half)
     even = jnp.arange(half) % 2 == 0
 
     def waves(steps: jax.Array) -> jax.Array:

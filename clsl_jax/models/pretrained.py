@@ -5,7 +5,6 @@ all of it or the part after the backbone. Names are checked on both sides: what 
 the model has no place for, and shapes that differ are one error that lists them all.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, listed
 from clsl_jax.models.resnet import BOTTLENECK, STAGE_SIZES
 
 Path = tuple[str, ...]
@@ -116,13 +115,7 @@ def backbone_name(state: Mapping[str, Any]) -> str:
     )
 
 
-def import_torch(
-    state: Mapping[str, Any],
-    variables: Variables,
-    *,
-    drop: Sequence[str] = (),
-    keep: Sequence[str] = (),
-) -> dict[str, Any]:
+def import_torch(state: Mapping[str, Any], variables: Variables) -> dict[str, Any]:
     """Variables with the values of a state dict.
 
     Args:
@@ -130,10 +123,6 @@ def import_torch(
         a bare `ResNet`. `num_batches_tracked` is not read: nothing here counts batches.
       variables: `params` and `batch_stats` of the model, as values or as shapes (`jax.eval_shape`);
         says what is expected.
-      drop: beginnings of names to leave out, e.g. ('fc.',) for torchvision's classifier. What was
-        left out is logged.
-      keep: beginnings of names that may be missing from the state, e.g. ('graph.',), which the
-        authors do not have; `variables` keep their values there and must not be mere shapes.
 
     Returns:
       Variables of the same structure, NumPy arrays of the same types.
@@ -142,27 +131,20 @@ def import_torch(
       InputError: names are missing or left over, or shapes differ; all of them are listed.
     """
     layout = find_layout(state)
-    dropped = [n for n in state if n.removeprefix(layout.wrapper).startswith(tuple(drop))]
-    if dropped:
-        logging.getLogger(__name__).info("left out on request: %s", ", ".join(dropped))
-    rest = {name: array for name, array in state.items() if name not in set(dropped)}
-
     filled, missing, misshapen, expected = {}, [], [], set()
     for path, name, leaf in _entries(variables, layout):
         expected |= {name, _counter(name)} if path[0] == "batch_stats" else {name}
         shape = _torch_shape(path, leaf.shape)
-        if name not in rest:
-            if not name.removeprefix(layout.wrapper).startswith(tuple(keep)):
-                missing.append(name)
-            filled[path] = leaf
-        elif np.shape(rest[name]) != shape:
-            misshapen.append(f"{name} is {np.shape(rest[name])}, the model has {shape}")
+        if name not in state:
+            missing.append(name)
+        elif np.shape(state[name]) != shape:
+            misshapen.append(f"{name} is {np.shape(state[name])}, the model has {shape}")
         else:
-            filled[path] = _from_torch(path, np.array(rest[name], leaf.dtype))
+            filled[path] = _from_torch(path, np.array(state[name], leaf.dtype))
     _raise_if_any(
         {
             "missing from the state dict": missing,
-            "left over, without a place in the model": sorted(set(rest) - expected),
+            "left over, without a place in the model": sorted(set(state) - expected),
             "of another shape": misshapen,
         }
     )
@@ -189,6 +171,11 @@ def export_torch(
         if path[0] == "batch_stats":
             state[_counter(name)] = np.zeros((), np.int64)
     return state
+
+
+def torch_shapes(variables: Variables, layout: TorchLayout) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the state dict of variables, which may be shapes; without counters."""
+    return {n: _torch_shape(path, leaf.shape) for path, n, leaf in _entries(variables, layout)}
 
 
 def _entries(variables: Variables, layout: TorchLayout) -> Iterator[tuple[Path, str, Any]]:
@@ -258,10 +245,9 @@ def _raise_if_any(problems: Mapping[str, Sequence[str]]) -> None:
     parts = []
     for what, names in problems.items():
         if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:_LISTED])}{more}")
+            parts.append(f"{len(names)} {what}: {listed(names, _LISTED)}")
     if parts:
         raise InputError(
             "the state dict does not fit the model; " + "; ".join(parts) + ". Build the model with "
-            "the same parts and sizes, or name what may be dropped or kept."
+            "the same parts and sizes."
         )

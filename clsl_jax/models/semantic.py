@@ -9,36 +9,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clsl_jax.models.alignment import Affine
 from clsl_jax.models.encoder import TORCH_LINEAR_INIT
 from clsl_jax.models.norm import BatchNorm
-
-
-class SplitDense(nn.Module):
-    """A linear layer on [a ; b] for a [C, I] and b [B, J], all pairs of rows.
-
-    W [a ; b] = W_a a + W_b b, so the product is taken before the pairs are formed: C + B rows
-    instead of B * C, the same function and the same parameters (kernel [I + J, O], bias [O]).
-    """
-
-    features: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """a [C, I], b [B, J] -> [B, C, features]."""
-        i, j = a.shape[-1], b.shape[-1]
-        kernel = self.param("kernel", TORCH_LINEAR_INIT, (i + j, self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
-        first = a.astype(self.dtype) @ kernel[:i] + bias
-        second = b.astype(self.dtype) @ kernel[i:]
-        return first[None] + second[:, None]
 
 
 class SemanticFeatures(nn.Module):
     """v_c = W2 GELU(BN(W1 [e_c ; g])), with g the mean of x over positions.
 
     W1 keeps the width E + D, W2 gives D. BN runs over B * C; GELU is the exact one (erf).
+
+    W1's halves are applied apart, W1 [e_c ; g] = E e_c + G g, before the pairs are formed: to C + B
+    rows instead of B * C, the same function of the same parameters.
 
     Attributes:
       dtype: compute type; BN is float32.
@@ -51,7 +33,10 @@ class SemanticFeatures(nn.Module):
         """features [B, P, D], embeddings [C, E] -> [B, C, D]."""
         d, e = features.shape[-1], embeddings.shape[-1]
         mean = jnp.mean(features.astype(jnp.float32), 1)
-        hidden = SplitDense(e + d, self.dtype, name="hidden")(embeddings, mean)
+        kernel, bias = (x.astype(self.dtype) for x in Affine(e + d, name="hidden")(e + d))
+        of_class = embeddings.astype(self.dtype) @ kernel[:e] + bias
+        of_image = mean.astype(self.dtype) @ kernel[e:]
+        hidden = of_class[None] + of_image[:, None]
         hidden = BatchNorm(dtype=self.dtype, name="norm")(hidden, train=train)
         hidden = nn.gelu(hidden, approximate=False)
         return nn.Dense(d, dtype=self.dtype, kernel_init=TORCH_LINEAR_INIT, name="out")(hidden)

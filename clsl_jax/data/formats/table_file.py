@@ -6,7 +6,7 @@ import math
 import pathlib
 from typing import Any
 
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, listed
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 # Each row of a table names another image, which a Parquet file cannot do for nothing.
@@ -82,9 +82,8 @@ def _read_text(path: pathlib.Path, suffix: str) -> Table:
         if len(line) != len(columns)
     ]
     if wrong:
-        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise InputError(
-            f"{path} has {len(columns)} columns, but {', '.join(wrong[:10])}{more}. A cell that "
+            f"{path} has {len(columns)} columns, but {listed(wrong, 10)}. A cell that "
             "contains the separator must be in double quotes."
         )
     # Commas at the ends of lines make columns of nothing.
