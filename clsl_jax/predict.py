@@ -10,6 +10,7 @@ named, its row in the table is empty, and all others are there.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -128,7 +129,9 @@ def load_classifier(
     where = Workdir(workdir)
     class_names, count = _classes_and_images(where)
     sharding.divide_cpu(config.cpu_devices)
-    mesh = sharding.make_mesh()
+    # As many devices as the rows of the run's matrices spread over.
+    devices = jax.devices()
+    mesh = sharding.make_mesh(devices[: math.gcd(len(devices), sharding.padded_rows(count))])
     steps_per_epoch = pipeline.steps_per_epoch(count, batch_size=config.batch_size)
     options = experiment.step_options(config, steps_per_epoch)
     network = experiment.build_network(

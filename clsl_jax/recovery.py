@@ -350,15 +350,18 @@ def recovery_counts(
 
 
 def recovered_numbers(recovered: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many labels were recovered as positive and as negative, right or not; int32 scalars.
+    """How many labels of each class were recovered as positive and as negative, right or not.
 
     Args:
         recovered: [N, C] in [0, 1], from `recover_labels`; positive from 0.5 on.
         weight: [N, C]; an entry counts as recovered where it is > 0.
+
+    Returns:
+        int32 [C] each: their sums over many classes may be too large for one.
     """
     taken = weight > 0
-    positive = jnp.sum(taken & (recovered >= 0.5), dtype=jnp.int32)
-    return positive, jnp.sum(taken, dtype=jnp.int32) - positive
+    positive = jnp.sum(taken & (recovered >= 0.5), axis=0, dtype=jnp.int32)
+    return positive, jnp.sum(taken, axis=0, dtype=jnp.int32) - positive
 
 
 def recovery_summary(counts: RecoveryCounts) -> dict[str, dict[str, float | np.ndarray]]:

@@ -138,12 +138,10 @@ def _label_tables(
         return None
     count = len(built.annotations)
 
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(built.mesh))
-    def handed_out(state: TrainState) -> Any:
-        found, visits = steps.recovery_scores(state, built.options, handed_out=True)
-        thresholds = steps.recovery_thresholds(state, found, visits, built.options, built.mesh)
-        return found, visits, state.recovered, state.recovered_weight, thresholds
-
+    handed_out = jax.jit(
+        functools.partial(steps.handed_out, options=built.options, mesh=built.mesh),
+        out_shardings=sharding.replicated(built.mesh),
+    )
     *found, thresholds = jax.device_get(handed_out(state))
     kept, visits, recovered, weight = (x[:count] for x in found)
     labels = [label_tables.recovered_labels(built.annotations, recovered, weight)]

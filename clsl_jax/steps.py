@@ -702,6 +702,26 @@ def make_recover(
     return recover
 
 
+def handed_out(
+    state: TrainState, options: StepOptions, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns what a run hands to whoever asked for labels, at the end of any epoch.
+
+    That is (probabilities [N, C], visits [N], recovered labels and their weights [N, C], thresholds
+    of positives and negatives). With thresholds "none" the labels of the state are, before the last
+    step, what is learned from, of every unknown label; here thresholds pick the safe ones.
+    """
+    scores, visits = recovery_scores(state, options, handed_out=True)
+    thresholds = recovery_thresholds(state, scores, visits, options, mesh)
+    recovered, weight = state.recovered, state.recovered_weight
+    if options.thresholds == "none":
+        labels, safe = _recovered_labels(state, options, mesh, handed_out=True)
+        ended = state.step >= options.total_steps
+        recovered = jnp.where(ended, recovered, labels)
+        weight = jnp.where(ended, weight, safe)
+    return scores, visits, recovered, weight, thresholds
+
+
 def _recovered_labels(
     state: TrainState, options: StepOptions, mesh: Mesh | None, *, handed_out: bool = False
 ) -> tuple[jax.Array, jax.Array]:

@@ -53,8 +53,8 @@ def evaluate_checkpoint(
     config.model.update({"pretrained": "", "freeze": "none", "position_residual": False})
     config.evaluation.statistics = config.loss.statistics = False
     config.recovery.source = "scores"
-    state_dict = cluster.agree(lambda: read_weights(path))
     sharding.divide_cpu(config.cpu_devices)
+    state_dict = cluster.agree(lambda: read_weights(path))
     with Workdir(workdir) as where, writing_to(workdir):
         log = RunLog(workdir)
         built = cluster.agree(lambda: experiment.build(config, report=log.console.print))

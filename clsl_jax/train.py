@@ -67,12 +67,14 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
     Raises:
       InputError: if there is no such run or no sound checkpoint.
     """
+    # Before anything asks JAX for its processes, which starts it; what is wrong is told below.
+    with contextlib.suppress(InputError):
+        sharding.divide_cpu(Workdir.stored_config(workdir).cpu_devices)
     stored = cluster.agree(lambda: Workdir.stored_config(workdir))
     if config is not None:
         config_lib.validate(config)
         config_lib.check_resume(stored, config, workdir)
     config = stored if config is None else config
-    sharding.divide_cpu(config.cpu_devices)
     log = RunLog(workdir)
     where = Workdir(workdir)
     built = _build(config, where, log)
@@ -358,8 +360,8 @@ class _Run:
         names = built.dataset.class_names
         values: dict[str, Any] = {
             "recovery/unknown": int((built.annotations < 0).sum()),
-            "recovery/recovered_positives": int(positives),
-            "recovery/recovered_negatives": int(negatives),
+            "recovery/recovered_positives": int(positives.sum(dtype=np.int64)),
+            "recovery/recovered_negatives": int(negatives.sum(dtype=np.int64)),
         }
         for key, number in summary["overall"].items():
             values[f"recovery/{key}"] = _finite(number)

@@ -15,6 +15,7 @@ from clsl_jax.recovery import (
     expected_thresholds,
     online_targets,
     recover_labels,
+    recovered_numbers,
     recovery_counts,
     recovery_summary,
     scatter_scores,
@@ -732,3 +733,11 @@ def test_counts_are_consistent(scores, annotations, labels, soft):
     assert bool(((counts.recovered_positives + counts.recovered_negatives) <= hidden).all())
     as_positive = (annotations < 0) & (labels >= 0) & (scores >= np.float32(0.7))
     np.testing.assert_array_equal(counts.recovered_positives, as_positive.sum(0))
+
+
+def test_numbers_of_recovered_labels_by_class():
+    recovered = np.array([[0.5, 0.0, 1.0], [0.4, 0.2, 0.9], [1.0, 0.1, 0.0]], np.float32)
+    weight = np.array([[0.1, 0.0, 0.0], [1.0, 0.3, 1.0], [0.5, 1.0, 0.0]], np.float32)
+    positives, negatives = recovered_numbers(recovered, weight)
+    assert positives.tolist() == [2, 0, 1]
+    assert negatives.tolist() == [1, 2, 0]

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -15,8 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import test_config
-from commands import TINY, environment, newest_step, run, start, wait_for
+from commands import REPOSITORY, TINY, environment, newest_step, run, start, wait_for
 
+from clsl_jax import config as config_lib
 from clsl_jax import experiment, train
 from clsl_jax.data import partial
 from clsl_jax.errors import InputError
@@ -426,3 +429,25 @@ def test_two_runs_in_one_workdir(shared, tmp_path):
     first.communicate()
     assert status == 2
     assert "Another process is running" in err
+
+
+def test_evaluation_divides_the_cpu_as_training_does(tmp_path):
+    config = config_lib.base_config()
+    config.cpu_devices = 3
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    program = (
+        "import sys, jax\n"
+        "from clsl_jax import train\n"
+        "train._build = lambda *_: sys.exit(str(jax.device_count()))\n"
+        "train.evaluate_only(None, sys.argv[1])"
+    )
+    settings = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, os.fspath(tmp_path)],
+        cwd=REPOSITORY,
+        env={**settings, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.splitlines()[-1] == "3"
