@@ -315,7 +315,9 @@ def read_listing(values: flags.FlagValues) -> Listing:
     """
     source = pathlib.Path(values.source)
     if not source.exists():
-        raise InputError(f"--source={source}: there is no such place.")
+        own = values.dataset == "table"
+        what = "the table, or the folder that it is in" if own else "the folder of the set"
+        raise InputError(f"--source={source}: no such file or folder; expected {what}.")
     class_names = pathlib.Path(values.class_names) if values.class_names else None
     if values.dataset in ("voc2007", "voc2012"):
         return voc.read_voc(source, year=values.dataset[3:], test=values.voc_test)

@@ -3,7 +3,7 @@
     python -m clsl_jax.main --config=configs/scenes.py --workdir=DIR
 
 Arguments, after a colon: `configs/scenes.py:strong` for labels that co-occur strongly. Hardware:
-two CPU cores, three minutes. Test mAP of five seeds: 84.82 ± 0.54, strong 91.92 ± 0.34
+two CPU cores, three to five minutes. Test mAP of five seeds: 84.82 ± 0.54, strong 91.92 ± 0.34
 (docs/study.md).
 """
 

@@ -113,7 +113,10 @@ def test_check_only_writes_nothing(tmp_path):
         (["--dataset=imagenet"], "imagenet"),
         (["--dataset=voc2007", "--out=x"], "--source is missing"),
         (["--dataset=voc2007", "--source=."], "--out is missing"),
-        (["--dataset=voc2007", "--source=/no/such", "--out=x"], "there is no such place"),
+        (
+            ["--dataset=voc2007", "--source=/no/such", "--out=x"],
+            "no such file or folder; expected the folder of the set",
+        ),
         (["--dataset=voc2007", "--source=.", "--out=x", "--cells=?"], "--cells has no meaning"),
         (["--dataset=table", "--source=.", "--out=x", "--cells=maybe"], "choose of yes/no"),
         (["--dataset=table", "--source=.", "--out=x", "more"], "Unexpected argument 'more'"),

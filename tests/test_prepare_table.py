@@ -124,10 +124,31 @@ def test_a_column_that_is_no_class_is_not_listed_cell_by_cell(tmp_path):
     with pytest.raises(ValueError, match="60 cells cannot be used") as error:
         table.read_own_table(path, may_miss=True)
     lines = str(error.value).splitlines()
-    assert len(lines) == 52
-    assert lines[-1].endswith(
-        "… and 10 more in column 'weight': if it is no class, --ignore_columns=weight"
+    assert len(lines) == 53
+    assert lines[-2].endswith("… and 10 more in column 'weight'")
+    assert lines[-1] == (
+        "If column 'weight' is no class: --ignore_columns=weight; if it lists the labels of an "
+        "image: --labels_column=weight"
     )
+
+
+def test_words_in_the_cells_are_met_with_the_flag_that_reads_them(tmp_path):
+    path = write(tmp_path / "t.csv", "image,cat,dog\na.jpg,yes,0\nb.jpg,?,no\n")
+    with pytest.raises(ValueError, match="3 cells cannot be used") as error:
+        table.read_own_table(path, may_miss=True)
+    last = str(error.value).splitlines()[-1]
+    assert last == "If that is what these cells mean: --cells='yes/no,?'"
+    found = table.read_own_table(path, may_miss=True, words=["yes/no", "?"])
+    assert found.splits["train"].labels.tolist() == [[1, 0], [-1, 0]]
+
+
+def test_a_slip_of_the_pen_is_met_with_no_advice(tmp_path):
+    path = write(tmp_path / "t.csv", "image,cat\na.jpg,1\nb.jpg,0\nc.jpg,maybe\n")
+    with pytest.raises(ValueError, match="1 cell cannot be used") as error:
+        table.read_own_table(path, may_miss=True)
+    assert str(error.value).splitlines()[1:] == [
+        "  row 4, column 'cat': 'maybe'; expected 1, 0 or an empty cell"
+    ]
 
 
 def test_parquet_and_tsv_say_the_same(tmp_path):

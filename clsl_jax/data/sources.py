@@ -137,7 +137,8 @@ def find_prepared(name: str, directory: str | os.PathLike | None) -> pathlib.Pat
     if not directory:
         raise InputError(
             f"data.name={name!r} needs data.dir: the directory that holds the prepared set "
-            f"({name}/VERSION/dataset_info.json)."
+            f"({name}/VERSION/dataset_info.json). Make it by 'python -m clsl_jax.prepare "
+            f"--dataset={name} --source=... --out=DIR' and add --config.data.dir=DIR."
         )
     directory = pathlib.Path(directory)
     if (directory / "dataset_info.json").is_file():

@@ -17,7 +17,7 @@ _CLASSES_SHOWN = 100
 # What may have been published.
 _COUNTS = (
     ("images", "images"),
-    ("images without a label", "without_labels"),
+    ("images without a positive or unknown label", "without_labels"),
     ("positive labels", "labels"),
 )
 
@@ -126,7 +126,8 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
         if empty:
             more = ["…"] if len(empty) > _SHOWN else []
             shown = ", ".join([*empty[:_SHOWN], *more])
-            lines.append(f"Classes without a positive label in {split}: {len(empty):,}: {shown}")
+            classes = "1 class" if len(empty) == 1 else f"{len(empty):,} classes"
+            lines.append(f"{classes} without a positive label in {split}: {shown}")
     return lines or ["No image is missing, unreadable, damaged or there twice."]
 
 

@@ -7,7 +7,7 @@ column of label lists. Unknown cells stay unknown: they are what the method is f
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -150,14 +150,18 @@ class _Faults:
     def __init__(self, table: Table):
         self._table = table
         self._found: dict[int, list[tuple[int, str]]] = {}
-        self._hints: dict[int, str] = {}
+        self._hints: list[str] = []
 
-    def add(self, row: int, column: int, expected: str, hint: str = "") -> None:
+    def hint(self, text: str) -> None:
+        """Adds what may be done about some of them, a sentence; told once, below all."""
+        if text not in self._hints:
+            self._hints.append(text)
+
+    def add(self, row: int, column: int, expected: str) -> None:
         cell = self._table.rows[row][column]
         number = self._table.first_row + row
         where = f"row {number}, column {self._table.columns[column]!r}"
         self._found.setdefault(column, []).append((number, f"{where}: {cell!r}; {expected}"))
-        self._hints[column] = hint
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -170,11 +174,12 @@ class _Faults:
             lines += faults[:_CELLS_SHOWN]
             if more := faults[_CELLS_SHOWN:]:
                 text = f"… and {len(more)} more in column {self._table.columns[column]!r}"
-                lines.append((faults[_CELLS_SHOWN - 1][0], text + self._hints[column]))
+                lines.append((faults[_CELLS_SHOWN - 1][0], text))
         count = sum(map(len, self._found.values()))
         cells = "1 cell" if count == 1 else f"{count} cells"
         listed = "\n  ".join(text for _, text in sorted(lines, key=lambda line: line[0]))
-        raise InputError(f"{self._table.path}: {cells} cannot be used:\n  {listed}")
+        hints = "".join(f"\n{hint}" for hint in self._hints)
+        raise InputError(f"{self._table.path}: {cells} cannot be used:\n  {listed}{hints}")
 
 
 def _column(
@@ -208,15 +213,36 @@ def _read_cells(
     allowed = [word for word in meaning if word and not word.endswith(".0")]
     expected = f"expected {', '.join(allowed)} or an empty cell"
     labels = np.full((len(table.rows), len(of_class)), -1, np.int8)
+    wrong: dict[int, list[str]] = {}
     for row, cells in enumerate(table.rows):
         for place, column in enumerate(of_class):
             label = meaning.get(cells[column].lower())
             if label is None:
-                name = table.columns[column]
-                faults.add(row, column, expected, f": if it is no class, --ignore_columns={name}")
+                faults.add(row, column, expected)
+                wrong.setdefault(column, []).append(cells[column].lower())
             else:
                 labels[row, place] = label
+    _hint(table, wrong, words, faults)
     return labels
+
+
+def _hint(
+    table: Table, wrong: Mapping[int, Sequence[str]], words: Sequence[str], faults: _Faults
+) -> None:
+    """Says what to do about wrong cells, {column: cells}, where the table shows what is meant."""
+    found = {cell for cells in wrong.values() for cell in cells}
+    needed = [name for name, meaning in WORDS.items() if found & meaning.keys()]
+    if needed and found <= {word for name in needed for word in WORDS[name]}:
+        faults.hint(f"If that is what these cells mean: --cells='{','.join([*words, *needed])}'")
+        return
+    for column, cells in wrong.items():
+        filled = sum(bool(row[column]) for row in table.rows)
+        if 2 * len(cells) > filled:  # not a slip of the pen
+            name = table.columns[column]
+            faults.hint(
+                f"If column {name!r} is no class: --ignore_columns={name}; if it lists the labels "
+                f"of an image: --labels_column={name}"
+            )
 
 
 def _read_lists(
@@ -268,6 +294,7 @@ def _read_images(
     ids = [cells[column].replace("\\", "/") for cells in table.rows]
     paths = [folder / name for name in ids]
     first: dict[str, int] = {}
+    missing = 0
     for row, name in enumerate(ids):
         if not name or "\0" in name:
             faults.add(row, column, "expected the path of an image")
@@ -278,8 +305,11 @@ def _read_images(
             )
         elif not may_miss and not _is_file(paths[row]):
             expected = f"no such file; expected the path of an image below {folder}"
-            faults.add(row, column, expected, " (to go on without them: --leave_out=missing)")
+            faults.add(row, column, expected)
+            missing += 1
         first.setdefault(name, row)
+    if missing > _CELLS_SHOWN:
+        faults.hint("To go on without images that are missing: --leave_out=missing")
     return paths, ids
 
 
