@@ -10,6 +10,7 @@ named, its row in the table is empty, and all others are there.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -82,15 +83,16 @@ class Classifier:
         # No larger than there are images, and a multiple of the devices.
         size = min(batch_size or self.batch_size, len(images))
         size = -(-size // self.mesh.size) * self.mesh.size
-        step = steps.make_predict_step(self.model, self.options, mesh=self.mesh)
-        unknown = np.full((len(images), len(self.class_names)), partial.UNKNOWN, np.int8)
-        split = sources.Split("new", images, unknown, unknown == 1, [])
+        shape = len(images), len(self.class_names)
+        split = sources.Split(
+            name="new",
+            images=images,
+            labels=np.full(shape, partial.UNKNOWN, np.int8),
+            difficult=np.zeros(shape, bool),
+            ids=[],
+        )
         found = evaluate.predict(
-            split,
-            self.weights,
-            jax.jit(step, out_shardings=sharding.by_example(self.mesh)),
-            mesh=self.mesh,
-            batch_size=size,
+            split, self.weights, self._predict_step, mesh=self.mesh, batch_size=size
         )
         return np.array(steps.stated_probabilities(found, self.options))
 
@@ -99,14 +101,22 @@ class Classifier:
 
         That is [n, h, w, C], summing to 1 over positions; None if the model does not tell.
         """
-        step = jax.jit(
-            steps.make_predict_step(self.model, self.options, explain=True),
-            out_shardings=sharding.replicated(self.mesh),
-        )
         found, heat = evaluate.explain(
-            images, lambda given: step(self.weights, given), mesh=self.mesh
+            images, lambda given: self._explain_step(self.weights, given), mesh=self.mesh
         )
         return np.array(steps.stated_probabilities(found, self.options)), heat
+
+    # Compiled once for each number of images, however often they are called.
+
+    @functools.cached_property
+    def _predict_step(self) -> Callable[..., Any]:
+        step = steps.make_predict_step(self.model, self.options, mesh=self.mesh)
+        return jax.jit(step, out_shardings=sharding.by_example(self.mesh))
+
+    @functools.cached_property
+    def _explain_step(self) -> Callable[..., Any]:
+        step = steps.make_predict_step(self.model, self.options, explain=True)
+        return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
 
 def load_classifier(

@@ -103,6 +103,9 @@ def test_the_best_weights_of_another_place_without_the_data(finished, tmp_path, 
     assert classifier.mesh.size == 2  # the run's 256 rows do not spread over six
     np.testing.assert_allclose(found, scores[rows], atol=1e-5)
     assert not images.unreadable
+    # Called again, it is not compiled again.
+    np.testing.assert_array_equal(classifier.probabilities(images, batch_size=16), found)
+    assert classifier._predict_step._cache_size() == 1
     two = np.stack([images[row]["image"] for row in (0, 1)])
     probabilities, heat = classifier.explain(two)
     np.testing.assert_allclose(probabilities, found[:2], atol=1e-5)
