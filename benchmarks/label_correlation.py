@@ -45,7 +45,7 @@ def main(workdir: str) -> None:
         ("hidden training labels", built.dataset.train, built.annotations),
         ("test", built.dataset.test, unknown),
     ):
-        sigmoid = evaluate.predict(split, weights, predict, mesh=built.mesh, batch_size=250)
+        sigmoid = evaluate.predict(split.images, weights, predict, mesh=built.mesh, batch_size=250)
         image = steps.stated_probabilities(sigmoid, alone)
         labels = label_statistics.informed_probabilities(kept, known)
         both = label_statistics.informed_probabilities(kept, known, image)

@@ -29,7 +29,9 @@ def writing(place: str | os.PathLike, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{place} cannot be written ({error.strerror}){advice}.") from None
+        raise InputError(
+            f"{place} cannot be written ({error.strerror or error}){advice}."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -9,11 +9,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clsl_jax import sharding
-from clsl_jax.data import pipeline, sources
+from clsl_jax.data import images as images_lib
+from clsl_jax.data import pipeline
 
 
 def predict(
-    split: sources.Split,
+    images: images_lib.Images,
     weights: Mapping[str, Any],
     predict_step: Callable[[Mapping[str, Any], jax.Array], jax.Array],
     *,
@@ -21,19 +22,19 @@ def predict(
     batch_size: int,
     poll: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Returns the probabilities float32 [N, C] of every image of a split, on every process.
+    """Returns the probabilities float32 [N, C] of every image, on every process.
 
     Args:
-      split: nothing of it is dropped; the last batch is padded and the padding is masked out.
+      images: none of them is dropped; the last batch is padded and the padding is masked out.
       weights: of `train_state.evaluation_weights`.
       predict_step: compiled for `batch_size` images.
       mesh: of devices.
       batch_size: over all devices.
       poll: called before each batch; may raise to stop.
     """
-    scores = np.zeros(split.labels.shape, np.float32)
+    scores = np.zeros((len(images), len(weights["label_embeddings"])), np.float32)
     pending: list[tuple[Any, Any]] = []
-    for batch in batches(split, mesh=mesh, batch_size=batch_size):
+    for batch in batches(images, mesh=mesh, batch_size=batch_size):
         poll()
         probabilities = predict_step(weights, batch["image"])
         pending.append((batch, probabilities))
@@ -46,11 +47,11 @@ def predict(
 
 
 def batches(
-    split: sources.Split, *, mesh: Mesh, batch_size: int
+    images: images_lib.Images, *, mesh: Mesh, batch_size: int
 ) -> Iterator[Mapping[str, jax.Array]]:
     """Yields padded global batches: `image` [B, S, S, 3], `row` [B], `valid` [B]."""
     local = pipeline.eval_batches(
-        split.images,
+        images,
         batch_size=batch_size // jax.process_count(),
         process_index=jax.process_index(),
         process_count=jax.process_count(),

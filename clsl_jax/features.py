@@ -163,7 +163,7 @@ def _write(
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.sweep(path.parent.glob("*.partial-*"))
         with atomic.replacing(path) as partial:
-            for batch in evaluate.batches(split, mesh=mesh, batch_size=batch_size):
+            for batch in evaluate.batches(split.images, mesh=mesh, batch_size=batch_size):
                 poll()
                 found, place, valid = evaluate.gather(
                     (compute(batch["image"]), batch["row"], batch["valid"])

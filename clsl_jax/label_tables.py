@@ -9,7 +9,7 @@ from pyarrow import csv
 
 from clsl_jax import atomic
 from clsl_jax.data.partial import UNKNOWN
-from clsl_jax.errors import InputError
+from clsl_jax.errors import writing
 from clsl_jax.recovery import recover_labels
 
 RECOVERED_NAME = "recovered.csv"
@@ -111,8 +111,5 @@ def _write(
     if splits is not None:
         leading["split"] = pa.array(splits)
     table = pa.table([*leading.values(), *columns], [*leading, *class_names])
-    try:
-        with atomic.replacing(path) as partial:
-            csv.write_csv(table, partial, csv.WriteOptions(quoting_style="needed"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}).") from None
+    with writing(path, ""), atomic.replacing(path) as partial:
+        csv.write_csv(table, partial, csv.WriteOptions(quoting_style="needed"))

@@ -23,19 +23,11 @@ from jax.sharding import Mesh
 from PIL import Image
 from rich.console import Console
 
-from clsl_jax import (
-    command_line,
-    evaluate,
-    experiment,
-    label_tables,
-    npz,
-    sharding,
-    steps,
-)
+from clsl_jax import command_line, evaluate, experiment, label_tables, npz, sharding, steps
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import partial, pipeline, sources
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing
 from clsl_jax.models.clsl import CLSL
 from clsl_jax.train_state import evaluation_weights
 from clsl_jax.workdir import EMBEDDINGS_NAME, MASK_NAME, Workdir
@@ -83,16 +75,8 @@ class Classifier:
         # No larger than there are images, and a multiple of the devices.
         size = min(batch_size or self.batch_size, len(images))
         size = -(-size // self.mesh.size) * self.mesh.size
-        shape = len(images), len(self.class_names)
-        split = sources.Split(
-            name="new",
-            images=images,
-            labels=np.full(shape, partial.UNKNOWN, np.int8),
-            difficult=np.zeros(shape, bool),
-            ids=[],
-        )
         found = evaluate.predict(
-            split, self.weights, self._predict_step, mesh=self.mesh, batch_size=size
+            images, self.weights, self._predict_step, mesh=self.mesh, batch_size=size
         )
         return np.array(steps.stated_probabilities(found, self.options))
 
@@ -331,15 +315,16 @@ def _draw(path: str, classifier: Classifier, images: FileImages, rows: Sequence[
 
     shown = np.stack([images[row]["image"] for row in rows])
     probabilities, heat = classifier.explain(shown)
-    report.picture_sheet(
-        path,
-        images=shown,
-        labels=np.full(probabilities.shape, partial.UNKNOWN, np.int8),
-        probabilities=probabilities,
-        heat=heat,
-        class_names=classifier.class_names,
-        title=f"New images, weights of epoch {classifier.epoch}",
-    )
+    with writing(path, ": name another place"):
+        report.picture_sheet(
+            path,
+            images=shown,
+            labels=np.full(probabilities.shape, partial.UNKNOWN, np.int8),
+            probabilities=probabilities,
+            heat=heat,
+            class_names=classifier.class_names,
+            title=f"New images, weights of epoch {classifier.epoch}",
+        )
 
 
 def cli() -> None:

@@ -63,7 +63,7 @@ def evaluate_checkpoint(
         scores = {}
         for name in experiment.scored_splits(config, built.dataset):
             found = evaluate.predict(
-                getattr(built.dataset, name),
+                getattr(built.dataset, name).images,
                 weights,
                 compiled.predict,
                 mesh=built.mesh,

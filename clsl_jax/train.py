@@ -391,7 +391,7 @@ class _Run:
     def _predict(self, state: TrainState, split: Any, poll: Any = lambda: None) -> np.ndarray:
         weights = evaluation_weights(state, ema=self.experiment.options.evaluate_ema)
         return evaluate.predict(
-            split,
+            split.images,
             weights,
             self.steps.predict,
             mesh=self.experiment.mesh,

@@ -153,9 +153,8 @@ class _Faults:
         self._hints: list[str] = []
 
     def hint(self, text: str) -> None:
-        """Adds what may be done about some of them, a sentence; told once, below all."""
-        if text not in self._hints:
-            self._hints.append(text)
+        """Adds what may be done about some of them, a sentence; told below all."""
+        self._hints.append(text)
 
     def add(self, row: int, column: int, expected: str) -> None:
         cell = self._table.rows[row][column]
