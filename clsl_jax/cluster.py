@@ -65,11 +65,13 @@ def leave(status: int) -> NoReturn:
 
     At a normal end JAX waits for all others, who may be waiting for this one in a collective, until
     after five minutes all of them are aborted with a status of JAX's own. Here those that end as
-    well have `LAST_WORDS` seconds to say why, and then this one is gone.
+    well have `LAST_WORDS` seconds to say why, and then this one is gone. Where all end, none is
+    aborted because process 0, which serves the others, was gone before them.
     """
     with contextlib.suppress(Exception):  # not all came
         client = multihost.get_jax_distributed_client()
         client.wait_at_barrier("clsl_jax leaves", 1000 * LAST_WORDS)
+        jax.distributed.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -60,12 +60,13 @@ def start(shared, workdir, *arguments, devices=1, tiny=True, program=None):
     )
 
 
-def start_several(shared, workdir, *arguments, processes, devices):
+def start_several(shared, workdir, *arguments, processes, devices, program=None):
     """Starts so many processes of one run, each with so many devices, as on as many hosts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "clsl_jax.main", f"--workdir={workdir}", *arguments]
+    what = ["-c", program] if program else ["-m", "clsl_jax.main"]
+    command = [sys.executable, *what, f"--workdir={workdir}", *arguments]
     started = []
     for k in range(processes):
         settings = environment(shared, devices, processes)
@@ -84,16 +85,16 @@ def start_several(shared, workdir, *arguments, processes, devices):
     return started
 
 
-def run_several(shared, workdir, *arguments, processes, devices):
+def run_several(shared, workdir, *arguments, **how):
     """Runs them to the end; returns (exit statuses, what each printed)."""
-    started = start_several(shared, workdir, *arguments, processes=processes, devices=devices)
+    started = start_several(shared, workdir, *arguments, **how)
     try:
         statuses = [process.wait(timeout=600) for process in started]
     finally:
         for process in started:
             process.kill()
             process.wait()
-    return statuses, [read(f"{workdir}.{k}.log") for k in range(processes)]
+    return statuses, [read(f"{workdir}.{k}.log") for k in range(len(started))]
 
 
 def wait_for(condition, *processes, seconds=300):

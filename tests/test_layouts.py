@@ -138,6 +138,29 @@ def test_a_second_run_in_the_workdir_is_refused_by_all_processes(shared, runs, t
     assert os.listdir(workdir) == [".lock"]
 
 
+def test_no_process_is_aborted_because_another_left_before_it(shared, tmp_path):
+    """Both refuse; the one that the other depends on is done two seconds earlier, or later."""
+    for slow in (0, 1):
+        program = f"""
+import sys, time
+from clsl_jax import cluster
+
+class Slow:
+    def flush(self):
+        time.sleep(2)
+
+cluster.join()
+import jax
+if jax.process_index() == {slow}:
+    sys.stdout = Slow()
+cluster.leave(2)
+"""
+        statuses, said = run_several(
+            shared, tmp_path / "run", processes=2, devices=1, program=program
+        )
+        assert statuses == [2, 2], said
+
+
 def test_an_error_of_one_process_ends_all(shared, tmp_path):
     """JAX alone would wait for five minutes and then abort both, whatever was wrong."""
     workdir = tmp_path / "run"
