@@ -213,19 +213,20 @@ class FileImages:
     """Image files by index; one that cannot be read is black, and why is kept.
 
     Attributes:
+      paths: of the files.
       unreadable: {index: why}, of those asked for so far.
     """
 
     def __init__(self, paths: Sequence[str], image_size: int, *, upright: bool) -> None:
         """`image_size` in pixels; `upright` as in `images.decode_image`."""
-        self._paths, self._image_size, self._upright = paths, image_size, upright
+        self.paths, self._image_size, self._upright = paths, image_size, upright
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-        path = self._paths[index]
+        path = self.paths[index]
         try:
             with open(path, "rb") as file:
                 encoded = file.read()
@@ -323,6 +324,7 @@ def _draw(path: str, classifier: Classifier, images: FileImages, rows: Sequence[
             probabilities=probabilities,
             heat=heat,
             class_names=classifier.class_names,
+            names=[images.paths[row] for row in rows],
             title=f"New images, weights of epoch {classifier.epoch}",
         )
 

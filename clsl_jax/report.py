@@ -11,6 +11,7 @@ from clsl_jax import atomic
 
 ROW_INCHES = 2.5
 RIGHT, WRONG, MISSED = "#1a7f37", "#cf222e", "#9a6700"
+_NAME_LENGTH = 24
 # A class from this probability on counts as predicted; so many heat maps an image.
 THRESHOLD, SHOWN_CLASSES = 0.5, 3
 
@@ -23,9 +24,10 @@ def picture_sheet(
     probabilities: np.ndarray,
     heat: np.ndarray | None,
     class_names: Sequence[str],
+    names: Sequence[str],
     title: str = "",
 ) -> None:
-    """Writes a PNG with a block per image: the image, its labels, and heat maps.
+    """Writes a PNG with a block per image: its name, itself, its labels, and heat maps.
 
     A heat map shows for one class how the positions' scores were weighted (they sum to 1), drawn
     from nothing to its own maximum over a darkened grey image, so that what is bright is what spoke
@@ -38,6 +40,7 @@ def picture_sheet(
       probabilities: float [n, C] in [0, 1].
       heat: float [n, h, w, C], or None if the model has no position weights.
       class_names: C names.
+      names: n, of the images; the end of a long one is shown.
       title: of the sheet.
     """
     shown_classes = min(SHOWN_CLASSES, len(class_names))
@@ -46,7 +49,7 @@ def picture_sheet(
     rows = -(-len(images) // blocks)
     figure = Figure(figsize=(blocks * panels * 1.45 + 0.4, rows * ROW_INCHES + 0.9), dpi=110)
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
     grid = GridSpec(
         rows,
         blocks * panels,
@@ -61,15 +64,15 @@ def picture_sheet(
         row, block = divmod(i, blocks)
         axes = [figure.add_subplot(grid[row, block * panels + k]) for k in range(panels)]
         axes[0].imshow(image)
+        axes[0].set_title(_shortened(names[i]), fontsize=6.5, loc="left", parse_math=False)
         _caption(axes[0], labels[i], probabilities[i], class_names)
         if heat is not None:
             order = np.argsort(-probabilities[i], kind="stable")[:shown_classes]
             for axis, c in zip(axes[1:], order, strict=True):
                 _heat(axis, image, heat[i, :, :, c])
                 color = {1: RIGHT, 0: WRONG}.get(int(labels[i, c]), "black")
-                axis.set_title(
-                    f"{class_names[c]} {probabilities[i, c]:.2f}", fontsize=7, color=color
-                )
+                text = f"{class_names[c]} {probabilities[i, c]:.2f}"
+                axis.set_title(text, fontsize=7, color=color, parse_math=False)
         for axis in axes:
             axis.set_axis_off()
     legend = (
@@ -83,6 +86,10 @@ def picture_sheet(
     figure.text(0.01, 0.012, legend, fontsize=7)
     with atomic.replacing(path) as partial:
         figure.savefig(partial, format="png")
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"…{name[1 - _NAME_LENGTH :]}"
 
 
 def _caption(
@@ -102,7 +109,7 @@ def _caption(
             text = ", ".join(names[start : start + 2])
             axis.text(
                 0, -0.04 - 0.115 * line, text, color=color, fontsize=6.5, va="top",
-                transform=axis.transAxes,
+                transform=axis.transAxes, parse_math=False,
             )  # fmt: skip
             line += 1
 

@@ -291,13 +291,15 @@ def _write_pictures(
     from clsl_jax import report  # matplotlib is slow to import
 
     images, probabilities, heat = explained
+    test = built.dataset.test
     report.picture_sheet(
         path,
         images=images,
-        labels=built.dataset.test.labels[: len(images)],
+        labels=test.labels[: len(images)],
         probabilities=probabilities,
         heat=heat,
         class_names=built.dataset.class_names,
+        names=test.ids[: len(images)],
         title=f"{built.dataset.name}: test images, {note}",
     )
 

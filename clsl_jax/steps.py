@@ -176,7 +176,7 @@ def make_train_step(
         sound = found["sound"]
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(gradient_norm)
         # Where no image stands out, the gradient alone overflowed: every image had a part in it.
         faulty = ~finite & (~sound | sound.all())

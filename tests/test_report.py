@@ -20,7 +20,9 @@ def test_sheet(tmp_path, count, with_heat, classes):
         labels=rng.integers(-1, 2, (count, classes)).astype(np.int8),
         probabilities=rng.random((count, classes)),
         heat=rng.random((count, 4, 4, classes)) if with_heat else None,
-        class_names=[f"class {c}" for c in range(classes)],
+        # Formulae to matplotlib, the second one wrong.
+        class_names=[f"US$ {c} ${{" for c in range(classes)],
+        names=[f"folder/$_{i}$" + "/long" * (i % 2 * 20) for i in range(count)],
         title="title",
     )
     sheet = cv2.imread(str(path))[:, :, ::-1]
