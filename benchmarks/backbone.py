@@ -1,6 +1,6 @@
 """Forward and backward pass of a backbone: seconds, page faults, memory.
 
-    PYTHONPATH=. python benchmarks/backbone.py [--backbone=resnet101] [--size=448] [--batch=4]
+    PYTHONPATH=. python benchmarks/backbone.py [--backbone=resnet101] [--size=448] [--batch=4] [--json=FILE]
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONPATH=. python benchmarks/backbone.py
 
 XLA takes a CPU step's temporaries anew from the system every time; with pages of 4 KiB the system
@@ -10,6 +10,7 @@ process starts, as the second line does; `launch/local.sh` does too.
 
 import argparse
 import os
+import pathlib
 import resource
 
 import jax
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=448)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=pathlib.Path, help="write all numbers here")
     options = parser.parse_args()
     model = build_backbone(options.backbone)
     shape = (options.batch, options.size, options.size, 3)
@@ -50,6 +52,8 @@ def main() -> None:
     title = f"{options.backbone}, {options.size} pixels, batch {options.batch}, float32"
     header = ("memory", "ms, forward and backward", "page faults", "temporaries, MiB")
     print(rounds.markdown(title, header, [row]))
+    numbers = {"milliseconds": found, "page_faults": faults, "temporaries_mib": memory}
+    rounds.write(options.json, {"machine": rounds.machine(), "what": title, **numbers})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     pip install jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION      (as `jax` is)
     JAX_PLATFORMS=cuda,cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=. \\
         XLA_FLAGS="--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0" \\
-        python benchmarks/gpu_traffic.py [--classes=20] [--batch=64] [--dtype=bfloat16] [--top=0]
+        python benchmarks/gpu_traffic.py [--classes=20] [--batch=64] [--dtype=bfloat16] [--top=0] \\
+            [--json=FILE]
 
 Compiles the step of `benchmarks/step.py` ahead of time for an H100 and sums, over the kernels of
 the optimised program, what each reads and writes; a loop's as often as it turns, and of an array
@@ -13,6 +14,7 @@ workspaces are left out. No step of that program is faster than its time at --ba
 """
 
 import argparse
+import pathlib
 import re
 
 import hlo
@@ -146,6 +148,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s")
     parser.add_argument("--top", type=int, default=0, help="also print so many kernels")
+    parser.add_argument("--json", type=pathlib.Path, help="write all numbers here")
     options = parser.parse_args()
     found = kernels(program(options))
     sums = {kind: 0.0 for kind, _ in KINDS}
@@ -161,6 +164,7 @@ def main() -> None:
     print(rounds.markdown(title, ("kernels", "GB", f"ms at {options.bandwidth} TB/s"), rows))
     for moved, _, what in sorted(found, reverse=True)[: options.top]:
         print(f"{moved / 1e9:8.3f} GB  {what}")
+    rounds.write(options.json, {"what": title, "bytes": sums, "kernels": found})
 
 
 if __name__ == "__main__":

@@ -122,10 +122,13 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=448)
     parser.add_argument("--batch", type=int, default=32, help="images a device")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--sets", nargs="+", choices=[name for name, _, _ in SETTINGS])
     parser.add_argument("--quick", action="store_true", help="a small network on 8 devices")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     settings, layouts = QUICK if options.quick else (SETTINGS, LAYOUTS)
+    if options.sets:
+        settings = [setting for setting in settings if setting[0] in options.sets]
     if options.quick:
         options.backbone, options.image_size, options.batch = "resnet18", 64, 4
     # Before JAX starts; what LLVM makes of it does not matter here.

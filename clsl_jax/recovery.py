@@ -53,7 +53,20 @@ def scatter_scores(
     rows = jnp.where(rows < 0, visits.shape[0], rows)  # a negative index would wrap around
     # Which of two equal indices a scatter takes is left open, and differs between devices.
     first = jnp.argmax(rows[:, None] == rows[None, :], axis=1) == jnp.arange(rows.shape[0])
-    rows = jnp.where(first, rows, visits.shape[0])
+    return scatter_distinct(scores, visits, jnp.where(first, rows, visits.shape[0]), new, momentum)
+
+
+def scatter_distinct(
+    scores: jax.Array,
+    visits: jax.Array,
+    rows: jax.Array,
+    new: jax.Array,
+    momentum: jax.Array | float,
+) -> tuple[jax.Array, jax.Array]:
+    """Does what `scatter_scores` does, of rows none of which is negative or occurs twice.
+
+    Only padding, N or more, may occur more often.
+    """
     before = visits.at[rows].get(mode="fill", fill_value=0)
     old = scores.at[rows].get(mode="fill", fill_value=0)
     momentum = jnp.asarray(momentum, scores.dtype)

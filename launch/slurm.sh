@@ -13,6 +13,7 @@
 #   JAX_COMPILATION_CACHE_DIR   compiled steps (default WORKDIR/../compiled), so that a restart takes
 #                               seconds; CLSL_CACHE_DIR: decoded images and features of frozen backbones
 # Checkpoints lie in the workdir; --config.checkpoint.dir=gs://BUCKET/RUN keeps them in a bucket.
+# Tried with Slurm 22.05 on one node without GPUs, two tasks: a run, and one that a time limit stopped.
 #SBATCH --job-name=clsl_jax
 #SBATCH --time=24:00:00
 #SBATCH --requeue

@@ -11,7 +11,7 @@
 #   --project  of the TPU, if not gcloud's own
 # What follows `--` goes to clsl_jax.main; the batch must spread over all chips. If a host is lost or
 # gets SIGTERM, all processes end; this script waits until the TPU is READY again and starts them anew,
-# from the last checkpoint, up to 20 times.
+# from the last checkpoint, up to 20 times. Tried with shellcheck and --dry-run, on no TPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
