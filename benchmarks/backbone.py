@@ -1,6 +1,7 @@
 """Forward and backward pass of a backbone: seconds, page faults, memory.
 
-    PYTHONPATH=. python benchmarks/backbone.py [--backbone=resnet101] [--size=448] [--batch=4] [--json=FILE]
+    PYTHONPATH=. python benchmarks/backbone.py [--backbone=resnet101] [--size=448] [--batch=4] \\
+        [--json=FILE]
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONPATH=. python benchmarks/backbone.py
 
 XLA takes a CPU step's temporaries anew from the system every time; with pages of 4 KiB the system

@@ -19,7 +19,7 @@ from orbax.checkpoint import multihost
 from clsl_jax.errors import InputError
 
 Result = TypeVar("Result")
-LAST_WORDS = 10
+PATIENCE, LAST_WORDS = 3600, 10
 _COUNT, _INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
@@ -58,6 +58,20 @@ def join() -> None:
             "it under Slurm, Open MPI or on a TPU pod, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
             f"{_COUNT} and {_INDEX} for each process."
         ) from None
+
+
+def meet(where: str) -> None:
+    """Waits until every process has come here, for `PATIENCE` seconds at most.
+
+    On a CPU the first collective over some devices waits half a minute for the others, no longer:
+    what takes one process longer than another must be over before.
+
+    Args:
+      where: a name, used once.
+    """
+    if jax.distributed.is_initialized():
+        client = multihost.get_jax_distributed_client()
+        client.wait_at_barrier(f"clsl_jax {where}", 1000 * PATIENCE)
 
 
 def leave(status: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """What the commands share: flags, and one message with exit status 2 for unusable input."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from clsl_jax import config as config_lib
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, Stuck
 
 EXIT_BAD_INPUT = 2
 
@@ -36,7 +37,11 @@ def run(
         try:
             return work(argv[1:])
         except InputError as error:
-            return refuse(str(error))
+            status = refuse(str(error))
+            if isinstance(error, Stuck):
+                sys.stdout.flush()
+                os._exit(status)
+            return status
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

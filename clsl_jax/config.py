@@ -125,7 +125,7 @@ def base_config() -> ml_collections.ConfigDict:
     # labels are parameters of their own | blend: images are blended with others that have a label.
     c.recovery.mode = "epoch"
     c.recovery.weight = 0.8  # lambda: weight of the recovered term
-    c.recovery.ramp_epochs = 0.0  # the weight grows linearly from 0 over so many epochs
+    c.recovery.ramp_epochs = 0.0  # the weight grows linearly from 0 over so many, after any warm-up
     c.recovery.sharpening = "safe"  # online targets: safe | released
     c.recovery.assumed = 0.0  # assume: the target of unknown labels
     c.recovery.assumed_weight = 1.0  # assume: of unknown labels in the loss; 0: 1 / (C - 1)
@@ -157,7 +157,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.min_count = 5  # adaptive: entries a threshold must rest on
     c.recovery.soft = True  # recovered labels are the scores themselves; False: 0 and 1
     c.recovery.confidence_power = 1.0  # weight |2q-1|**power of a soft label q
-    c.recovery.warmup_epochs = 1  # epochs before the first recovery; blend: before prototypes
+    # epoch: epochs before the first recovery, which is at the end of one, so that 0 is as 1; blend:
+    # before prototypes. The other modes have none.
+    c.recovery.warmup_epochs = 1
 
     c.optim = ml_collections.ConfigDict()
     c.optim.learning_rate = 9e-5  # peak of the one-cycle schedule
@@ -264,7 +266,7 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("recovery.correction_threshold", 0, 1),
     ("recovery.correction_rate", 0, 1),
     ("recovery.estimate_rate", 0, None),
-    ("recovery.blend_share", 0, 1),
+    ("recovery.blend_share", 0.001, 0.999),
     ("recovery.components", 1, None),
     ("recovery.weight", 0, None),
     ("recovery.ramp_epochs", 0, None),
@@ -401,6 +403,21 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
     for name, used in (("source", r.source == "prototypes"), ("mode", r.mode == "blend")):
         if used and not config.model.srfl:
             problems.append(f"recovery.{name}={r[name]!r} needs the features of model.srfl=True")
+    if r.mode == "epoch" and r.source == "prototypes":
+        needed = {"thresholds": "adaptive", "calibration": "known", "soft": False}
+        if any(r[name] != value for name, value in needed.items()):
+            problems.append(
+                "recovery.source='prototypes' scores are likenesses, no probabilities: set "
+                + ", ".join(f"recovery.{name}={value}" for name, value in needed.items())
+            )
+    if r.mode == "epoch" and r.thresholds == "none" and not r.soft:
+        problems.append("recovery.thresholds='none' teaches soft labels: set recovery.soft=True")
+    keeps_branch = r.mode == "epoch" and r.source in ("scores", "both")
+    if r.branch != "semantic" and r.mode != "none" and not keeps_branch:
+        problems.append(
+            f"recovery.branch={r.branch!r} goes with recovery.mode=epoch and "
+            "recovery.source=scores or both"
+        )
     if r.branch != "semantic" and (r.teacher != "ema" or not config.model.global_branch):
         problems.append(
             f"recovery.branch={r.branch!r} needs recovery.teacher=ema and model.global_branch=True"

@@ -13,6 +13,13 @@ class InputError(ValueError):
     """
 
 
+class Stuck(InputError):
+    """As `InputError`, and a thread of this process waits for something that may never come.
+
+    The process must not wait for that thread when it ends.
+    """
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """Returns "a, b", or "a, b and 7 more" of more than `most` names."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

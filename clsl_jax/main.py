@@ -65,8 +65,9 @@ def work(arguments: Sequence[str]) -> int | None:
 
 
 def _run(values: flags.FlagValues, config: ml_collections.ConfigDict | None) -> int | None:
-    from clsl_jax import torch_checkpoint, train
+    from clsl_jax import cluster, torch_checkpoint, train
 
+    cluster.meet("has started")
     if values.weights:
         torch_checkpoint.evaluate_checkpoint(config, values.workdir, values.weights)
     elif values.mode == "evaluate":

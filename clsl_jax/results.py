@@ -59,11 +59,12 @@ def write(
       What the JSON file holds.
     """
     drawn = config.labels.protocol not in ("all", "file")
+    by_fraction = config.labels.protocol in partial.BY_FRACTION
     result = {
         "dataset": _dataset_facts(built),
         "labels": {
             "protocol": config.labels.protocol,
-            "known_fraction": config.labels.known_fraction if drawn else None,
+            "known_fraction": config.labels.known_fraction if by_fraction else None,
             "seed": config.labels.seed if drawn else None,
             "known_entries": int((built.annotations >= 0).sum()),
             "entries": int(built.annotations.size),

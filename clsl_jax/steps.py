@@ -266,7 +266,7 @@ def _make_part(
             )
             if options.expected_positives:
                 loss += options.expected_positives * losses.expected_positives_loss(
-                    logits, options.positives_per_image
+                    stated_log_odds(logits, options), options.positives_per_image
                 )
             if blend is not None:
                 terms["recovered"] = sum(
@@ -433,7 +433,11 @@ def informed_logits(
 def _recovered_scale(step: jax.Array, options: StepOptions) -> jax.Array:
     if options.recovery_mode == "none":
         return jnp.zeros(())
-    ramp = jnp.minimum(1.0, (step + 1) / options.ramp_steps) if options.ramp_steps else 1.0
+    ramp: Any = 1.0
+    if options.ramp_steps:
+        waits = options.recovery_mode in ("epoch", "blend")
+        since = step - (options.warmup_steps if waits else 0)
+        ramp = jnp.clip((since + 1) / options.ramp_steps, 0.0, 1.0)
     return jnp.asarray(options.recovery_weight * ramp, jnp.float32)
 
 
@@ -529,7 +533,7 @@ def _teach(
     if options.recovery_mode == "estimate":
         return corrections.estimate_update(
             _estimates(state, batch["row"]),
-            logits,
+            stated_log_odds(logits, options),
             state.annotations[batch["row"]],
             rate=options.estimate_rate,
             positives=options.positives_per_image,

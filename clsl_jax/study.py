@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from rich.console import Console
 
 from clsl_jax import atomic, command_line, methods
 from clsl_jax import config as config_lib
+from clsl_jax.data import partial
 from clsl_jax.errors import InputError, writing_to
 from clsl_jax.workdir import Workdir
 
@@ -64,7 +66,7 @@ class Cell:
     Attributes:
       config: configuration file, with what stands after its colon.
       method: name of the method or variant.
-      protocol, known_fraction: of the known labels.
+      protocol, known_fraction: of the known labels; a protocol that has no fraction ignores it.
       seed: of weights, order and mask.
       settings: ("key=value", ...), all that is set over the configuration.
     """
@@ -112,7 +114,9 @@ def cells(study: ml_collections.ConfigDict) -> list[Cell]:
     for config in study.configs:
         for seed in study.seeds:
             for protocol in study.protocols:
-                for fraction in study.known_fractions:
+                # The others have one cell, whatever the fractions.
+                count = None if protocol in partial.BY_FRACTION else 1
+                for fraction in study.known_fractions[:count]:
                     for name, (method, extra) in named.items():
                         settings = {
                             **_parsed(study.settings),
@@ -205,8 +209,11 @@ class Runner:
             )
             if self._stopping:  # while it was started
                 self._child.terminate()
-            _, status, usage = os.wait4(self._child.pid, 0)
-            self._child.returncode = os.waitstatus_to_exitcode(status)
+            try:
+                _, status, usage = os.wait4(self._child.pid, 0)
+                self._child.returncode = os.waitstatus_to_exitcode(status)
+            except ChildProcessError:  # it had ended already when `_stop` looked at it
+                usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         code, self._child = self._child.returncode, None
         _add_cost(directory, time.perf_counter() - start, usage.ru_maxrss)
         if code == 0 and os.path.exists(os.path.join(directory, RESULTS_NAME)):

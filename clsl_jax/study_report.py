@@ -21,6 +21,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from clsl_jax import atomic, experiment, methods, score, steps
+from clsl_jax.data import partial
 from clsl_jax.study import COST_NAME, FAILURE_NAME, RESULTS_NAME, Cell, is_finished
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import LOG_NAME, read_log
@@ -255,7 +256,8 @@ def _main_tables(
         published = [p for p in study.published if tuple(p[1:3]) == (dataset, protocol)]
         fractions = sorted({r["known_fraction"] for r in mine} | {p[3] for p in published})
         cell_of = {(r["method"], r["known_fraction"]): _shown(r, study.baseline) for r in mine}
-        rows = [["method", *(f"{100 * f:g} % known" for f in fractions)]]
+        shares = [_share(protocol, f) for f in fractions]
+        rows = [["method", *(f"{share} known" if share else "test mAP" for share in shares)]]
         for method in dict.fromkeys(r["method"] for r in mine):
             rows.append([method, *(cell_of.get((method, f), "") for f in fractions)])
         for name, source in dict.fromkeys((p[0], p[5]) for p in published):
@@ -263,6 +265,11 @@ def _main_tables(
             rows.append([f"{name} † ({source})", *(given.get(f, "") for f in fractions)])
         tables.append((f"{dataset}, labels known by protocol {protocol}", rows))
     return tables
+
+
+def _share(protocol: str, fraction: float) -> str:
+    """Returns the known share of labels, nothing where the protocol leaves it open."""
+    return f"{100 * fraction:g} %" if protocol in partial.BY_FRACTION else ""
 
 
 def _shown(row: Mapping[str, Any], baseline: str) -> str:
@@ -299,7 +306,8 @@ def _details(summary: Sequence[Mapping[str, Any]]) -> list[str]:
         costs = [
             f"{r[k]:,.0f}" if np.isfinite(r[k]) else "" for k in ("seconds", "peak_memory_mib")
         ]
-        where = f"{r['dataset']}, {r['protocol']}, {100 * r['known_fraction']:g} %"
+        share = _share(r["protocol"], r["known_fraction"])
+        where = ", ".join(filter(None, (r["dataset"], r["protocol"], share)))
         error = r["calibration_error"]
         error = f"{error:.2f} %" if np.isfinite(error) else ""
         rows.append([where, r["method"], str(r["seeds"]), *shares, error, *costs])
@@ -384,6 +392,8 @@ def _write_csv(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
+        if row["protocol"] not in partial.BY_FRACTION:
+            row = {**row, "known_fraction": ""}
         writer.writerow({key: _plain(value) for key, value in row.items()})
     atomic.write_text(path, text.getvalue())
 
@@ -428,9 +438,7 @@ def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workd
                 label = f"{method}: {'right' if style == '-' else 'found'}"
                 epochs = [row["epoch"] for row in runs[0]][: len(means)]
                 axes.plot(epochs, means, ls=style, markevery=3, label=label, **_style(index))
-        axes.set(
-            xlabel=f"epoch ({100 * smallest:g} % known)", ylabel="positives (%)", ylim=(0, 100)
-        )
+        axes.set(xlabel=_xlabel("epoch", panel, smallest), ylabel="positives (%)", ylim=(0, 100))
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     def calibration(axes: Any, panel: tuple[str, str]) -> None:
@@ -450,7 +458,7 @@ def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workd
             )
             axes.plot(*sums, label=method, **_style(index))
         axes.set(
-            xlabel=f"probability ({100 * smallest:g} % known)",
+            xlabel=_xlabel("probability", panel, smallest),
             ylabel="share of positives",
             xlim=(0, 1),
             ylim=(0, 1),
@@ -458,6 +466,11 @@ def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workd
 
     for name, draw in (("curves", curves), ("recovery", recovery), ("reliability", calibration)):
         _draw(os.path.join(workdir, f"{name}.png"), panels, draw)
+
+
+def _xlabel(what: str, panel: tuple[str, str], fraction: float) -> str:
+    share = _share(panel[1], fraction)
+    return f"{what} ({share} known)" if share else what
 
 
 def _style(index: int) -> dict[str, Any]:

@@ -152,6 +152,7 @@ class _Run:
         self.steps: CompiledSteps = compile_steps(
             built, config, report=log.console.print, training=not read_only
         )
+        cluster.meet("has compiled")
         # The full labels, for the diagnostic of recovery alone: only `steps.count` sees them.
         self.hidden = None
         if built.options.teaches:
@@ -184,10 +185,17 @@ class _Run:
             self._check_origin(meta)
             self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
         self._adopt()
+        recovery = self.config.recovery
+        if recovery.mode in ("epoch", "blend") and recovery.warmup_epochs >= self.config.epochs:
+            self.log.console.print(
+                f"No recovered label will be learned from: recovery.warmup_epochs="
+                f"{recovery.warmup_epochs} and epochs={self.config.epochs}."
+            )
         self.inputs = self._inputs(state)
         self.saved = None if restored is None else (step, epoch_done)
         self.log.start(step if epoch_done else step - 1)
         data = self.data = self._train_batches(step)
+        cluster.meet("is ready")
         while step < built.total_steps or not epoch_done:
             start = time.perf_counter()
             begun = step

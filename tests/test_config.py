@@ -101,6 +101,28 @@ def test_validate_names_every_key_at_fault():
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "prototypes", "thresholds": "fixed"}, "'prototypes' scores are likenesses"),
+        ({"source": "prototypes", "thresholds": "adaptive"}, "recovery.soft=False"),
+        ({"thresholds": "none", "soft": False}, "teaches soft labels: set recovery.soft=True"),
+        ({"mode": "online", "branch": "global"}, "recovery.branch='global' goes with"),
+        ({"source": "statistics", "branch": "mean"}, "recovery.branch='mean' goes with"),
+        ({"mode": "blend", "blend_share": 1.0}, "blend_share=1.0: expected between"),
+    ],
+)
+def test_keys_of_recovery_that_contradict_are_refused(changes, message):
+    config = config_lib.base_config()
+    config.model.global_branch = True
+    config.recovery.mode, config.recovery.teacher = "epoch", "ema"
+    config_lib.validate(config)
+    config.recovery.update(changes)
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.validate(config)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("key", "near"),
     [("batchsize", "batch_size"), ("known_fraction", "labels.known_fraction")]
     + [("model.backbon", "model.backbone"), ("recover.mode", "recovery.mode")],

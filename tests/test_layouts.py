@@ -138,6 +138,22 @@ def test_a_second_run_in_the_workdir_is_refused_by_all_processes(shared, runs, t
     assert os.listdir(workdir) == [".lock"]
 
 
+def test_processes_wait_for_one_that_is_late(shared, tmp_path):
+    """A collective by itself would give up after half a minute."""
+    program = """
+import os, time
+from clsl_jax import cluster
+
+cluster.join()
+time.sleep(35 * int(os.environ["JAX_PROCESS_ID"]))
+cluster.meet("late")
+assert cluster.agree(lambda: 7) == 7
+cluster.leave(0)
+"""
+    statuses, said = run_several(shared, tmp_path / "run", processes=2, devices=1, program=program)
+    assert statuses == [0, 0], said
+
+
 def test_no_process_is_aborted_because_another_left_before_it(shared, tmp_path):
     """Both refuse; the one that the other depends on is done two seconds earlier, or later."""
     for slow in (0, 1):

@@ -1,7 +1,10 @@
 """The command line: every wrong input gives one message and exit status 2."""
 
+import subprocess
+import sys
+
 import pytest
-from commands import CONFIG, run
+from commands import CONFIG, REPOSITORY, run
 
 CASES = [
     (["--config=configs/nope.py"], "nope.py"),
@@ -36,3 +39,21 @@ def test_a_workdir_that_cannot_be_made(shared, tmp_path):
     status, _, err = run(shared, tmp_path / "file" / "run", f"--config={CONFIG}", tiny=False)
     assert status == 2
     assert "cannot be written to" in err
+
+
+def test_a_command_does_not_wait_for_a_thread_that_hangs():
+    """As one that reads from a storage which has stopped to answer does."""
+    program = """
+import concurrent.futures, time
+from clsl_jax import command_line, errors
+
+def work(arguments):
+    concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 1000)
+    raise errors.Stuck("reading hangs")
+
+command_line.run(lambda: None, work)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: reading hangs\n")

@@ -343,6 +343,34 @@ def test_a_validation_split_is_held_out_where_there_is_none(tmp_path):
     assert other.validation.ids != dataset.validation.ids
 
 
+def test_copies_of_an_image_are_held_out_together(tmp_path):
+    """Each image twice, under two names; of the pairs none is on both sides."""
+
+    def twice():
+        for example in _photographs(20, "train"):
+            yield example
+            yield dataclasses.replace(example, id=f"{example.id} again")
+
+    directory = stored.prepare(
+        tmp_path,
+        name="twice",
+        config="main",
+        version="1.0.0",
+        class_names=("a", "b", "c", "d"),
+        splits={"train": twice, "test": lambda: _photographs(5, "test")},
+    )
+    prepared = stored.open_prepared(directory)
+    assert prepared.copies["train"].tolist() == [[k + 1, k] for k in range(0, 40, 2)]
+    assert prepared.copies["test"].shape == (0, 2)
+    dataset = sources.load_prepared(directory, image_size=8, validation_fraction=0.25)
+    held, kept = (
+        {name.removesuffix(" again") for name in split.ids}
+        for split in (dataset.validation, dataset.train)
+    )
+    assert (len(dataset.validation.ids), len(held)) == (10, 5)
+    assert not held & kept
+
+
 def _damaged_set(root, *, damaged, splits=("train", "test"), **options):
     """12 images a split, in `damaged` rows with other bytes; row r has label r % 3, 0: none."""
 

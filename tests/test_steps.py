@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -458,6 +459,38 @@ def test_the_weight_of_the_recovered_term_ramps_up():
     options = make_options(recovery_mode="online", recovery_weight=2.0, ramp_steps=4)
     found = [float(steps._recovered_scale(jnp.int32(k), options)) for k in range(6)]
     np.testing.assert_allclose(found, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+    # From the first recovery on, where there is one.
+    options = make_options(recovery_weight=2.0, ramp_steps=4, warmup_steps=3)
+    assert options.recovery_mode == "epoch"
+    found = [float(steps._recovered_scale(jnp.int32(k), options)) for k in range(8)]
+    np.testing.assert_allclose(found, [0, 0, 0, 0.5, 1.0, 1.5, 2.0, 2.0])
+
+
+@pytest.mark.parametrize("loss_name", ["asl", "bce", "hill", "focal_margin"])
+def test_estimates_that_the_network_states_already_stay(loss_name):
+    """Whatever the loss makes of a sigmoid: it is no probability but for the cross-entropy."""
+    options = make_options(recovery_mode="estimate", loss_name=loss_name)
+    logits = jnp.linspace(-3, 3, 12).reshape(3, 4)
+    stated = jax.nn.sigmoid(steps.stated_log_odds(logits, options))
+    state = types.SimpleNamespace(
+        visits=jnp.ones(3, jnp.int32), scores=stated, annotations=jnp.full((3, 4), -1, jnp.int8)
+    )
+    found = steps._teach(None, state, {"row": jnp.arange(3)}, logits, None, options)
+    np.testing.assert_allclose(found, stated, atol=1e-6)
+
+
+def test_expected_positives_are_counted_in_stated_probabilities():
+    """New weights give logits near 0: a half by the cross-entropy, a fifth by `asl` (4, 1)."""
+    counted = {}
+    for loss_name in ("bce", "asl"):
+        given = {"loss_name": loss_name, "recovery_mode": "none", "positives_per_image": 0.0}
+        without, with_it = (
+            Harness(make_options(**given, expected_positives=weight)).run(1).sums["loss"]
+            for weight in (0.0, 1.0)
+        )
+        counted[loss_name] = float(with_it - without) ** 0.5
+    assert counted["bce"] == pytest.approx(0.5, abs=0.05)
+    assert counted["asl"] == pytest.approx(0.2, abs=0.05)
 
 
 def test_learned_embeddings_move_and_fixed_ones_do_not():

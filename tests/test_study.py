@@ -39,6 +39,20 @@ def test_the_grid_pairs_methods_by_seed():
     assert len({cell.directory for cell in made}) == len(made)
 
 
+def test_a_protocol_without_a_fraction_has_one_cell_and_claims_none(tmp_path):
+    made = study.cells(make_study(protocols=("uniform", "single_positive")))
+    assert [(cell.protocol, cell.known_fraction) for cell in made if cell.seed == 0][::2] == [
+        ("uniform", 0.1), ("uniform", 0.5), ("single_positive", 0.1)
+    ]  # fmt: skip
+    row = {"dataset": "scenes", "protocol": "single_positive", "known_fraction": 0.1}
+    shown = {"method": "clsl", "mAP": 40.0, "mAP_sd": np.nan, "seeds": 1, "difference": np.nan}
+    ((title, rows),) = study_report._main_tables([{**row, **shown}], make_study())
+    assert title == "scenes, labels known by protocol single_positive"
+    assert rows == [["method", "test mAP"], ["clsl", "40.00"]]
+    study_report._write_csv(str(tmp_path / "x.csv"), [row])
+    assert (tmp_path / "x.csv").read_text().splitlines()[1] == "scenes,single_positive,"
+
+
 def test_shards_part_the_grid(tmp_path, monkeypatch):
     """Each of three jobs runs every third cell, so that none has the dear ones alone."""
     grid = study.cells(make_study())
@@ -149,6 +163,22 @@ def test_cost_of_a_cell_that_took_several_processes(tmp_path):
     study._add_cost(str(tmp_path), 5.0, 1024)
     cost = json.loads((tmp_path / "cost.json").read_text())
     assert cost == {"seconds": 15.0, "peak_memory_mib": 2.0}
+
+
+def test_a_cell_that_ended_while_the_study_looked_at_it(tmp_path, monkeypatch):
+    """Whoever asks `Popen` how its process is takes the status that `wait4` waits for."""
+    cell = study.Cell("nowhere.py", "clsl", "uniform", 0.1, 0, ())
+    wait4 = os.wait4
+
+    def looked_at_before(pid, options):
+        runner._child.wait()
+        return wait4(pid, options)
+
+    monkeypatch.setattr(os, "wait4", looked_at_before)
+    with study.Runner(str(tmp_path)) as runner:
+        cause = runner.run(cell)
+    assert cause.startswith("exit status 2: error: ")
+    assert "nowhere.py" in cause
 
 
 def test_the_study_of_photographs_takes_its_data():

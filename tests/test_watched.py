@@ -9,14 +9,14 @@ import pytest
 
 from clsl_jax.data import pipeline
 from clsl_jax.data.watched import MOST_TRIES, Watched
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, Stuck
 
 
 class Images:
     """40 images; reading one goes wrong in a way, once or always."""
 
-    def __init__(self, fault=None, marker=None):
-        self.fault, self.marker = fault, marker
+    def __init__(self, fault=None, marker=None, seconds=1000):
+        self.fault, self.marker, self.seconds = fault, marker, seconds
 
     def __len__(self):
         return 40
@@ -29,7 +29,7 @@ class Images:
             if self.fault == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif self.fault == "hang":
-                time.sleep(1000)
+                time.sleep(self.seconds)
             raise InputError("image 17 is no image")
         return {"image": np.full((2, 2, 3), index, np.uint8), "row": np.int32(index)}
 
@@ -63,7 +63,7 @@ def test_nothing_changes_where_nothing_goes_wrong(expected, start):
 
 
 @pytest.mark.parametrize(
-    ("fault", "timeout", "workers"), [("die", 60.0, 1), ("die", 60.0, 2), ("hang", 12.0, 1)]
+    ("fault", "timeout", "workers"), [("die", 60.0, 1), ("die", 60.0, 2), ("hang", 30.0, 1)]
 )
 def test_a_lost_worker_is_replaced_and_no_batch_differs(
     expected, tmp_path, fault, timeout, workers
@@ -79,6 +79,21 @@ def test_a_lost_worker_is_replaced_and_no_batch_differs(
     assert all(what in line for line in said)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_died_while_nobody_asked_is_replaced(expected, tmp_path, workers):
+    """As it may while an epoch is evaluated, or before the first batch of a run that goes on."""
+    said = []
+    images = Images("die", str(tmp_path / "happened"))
+    data = watched(images, workers=workers, report=said.append)
+    end = time.monotonic() + 60
+    while not (tmp_path / "happened").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(1.5)
+    assert rows(data, 10) == expected
+    assert len(said) == 1
+    assert "a data worker died" in said[0]
+
+
 def test_a_worker_that_dies_again_and_again_ends_the_run(tmp_path):
     said = []
     data = watched(Images("die"), workers=1, report=said.append)
@@ -88,8 +103,8 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(tmp_path):
 
 
 def test_a_thread_that_hangs_ends_the_run():
-    data = watched(Images("hang"), timeout=1.0)
-    with pytest.raises(InputError, match=r"reading hangs, nothing for 1 s.*data\.timeout"):
+    data = watched(Images("hang", seconds=5), timeout=1.0)
+    with pytest.raises(Stuck, match=r"reading hangs, nothing for 1 s.*data\.timeout"):
         rows(data, 10)
 
 

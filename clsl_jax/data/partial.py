@@ -76,6 +76,7 @@ _PROTOCOLS: dict[str, Callable[[np.ndarray, float, int], np.ndarray]] = {
     "single_positive": _single_positive,
 }
 PROTOCOLS = tuple(_PROTOCOLS)
+BY_FRACTION = ("released", "sst", "uniform")  # what `fraction` means something to
 
 
 def known_mask(protocol: str, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -210,7 +210,7 @@ def load_prepared(
     splits = {split: _split(prepared, split, images[split], kept[split]) for split in images}
     if "validation" not in splits:
         splits["train"], splits["validation"] = _hold_out(
-            splits["train"], prepared.labels["train"][kept["train"]], validation_fraction, seed
+            splits["train"], prepared, kept["train"], validation_fraction, seed
         )
     train = splits["train"]
     return Dataset(
@@ -310,12 +310,18 @@ def _split(
 
 
 def _hold_out(
-    train: Split, raw_labels: np.ndarray, fraction: float, seed: int
+    train: Split, prepared: stored.Prepared, rows: np.ndarray, fraction: float, seed: int
 ) -> tuple[Split, Split]:
-    """Splits off round(fraction * N) images, stratified by label; both keep the order of rows."""
+    """Splits off round(fraction * N) images, stratified by label; both keep the order of rows.
+
+    Copies of an image stay together, for which there may be fewer.
+    """
     if fraction == 0:
         return train, dataclasses.replace(train, name="validation")
-    kept, held = stratified_split(raw_labels, fraction, seed)
+    raw_labels, copies = prepared.labels["train"], prepared.copies["train"]
+    groups = np.arange(len(raw_labels))
+    groups[copies[:, 0]] = copies[:, 1]
+    kept, held = stratified_split(raw_labels[rows], fraction, seed, groups[rows])
     return _rows(train, "train", kept), _rows(train, "validation", held)
 
 

@@ -2,8 +2,9 @@
 
 A prepared directory holds ArrayRecord files, `dataset_info.json`, `features.json` and
 `metadata.json` as TFDS writes them, so that TFDS can read it too, and `index.npz`: all labels and
-ids (nobody has to read gigabytes of images to know the labels) and the size of every file (a set
-that was cut off is noticed when it is opened; ArrayRecord's own checksums notice changed bytes).
+ids (nobody has to read gigabytes of images to know the labels), which rows hold an image that an
+earlier one holds, and the size of every file (a set that was cut off is noticed when it is opened;
+ArrayRecord's own checksums notice changed bytes).
 
 Record: `image` the encoded file, `labels` int8 [C] (1 positive, 0 negative, -1 unknown, 2
 difficult), `id`. The fingerprint is a SHA-256 of the class names and, split by split, of every
@@ -178,7 +179,16 @@ def _write_metadata(
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     arrays = {f"labels_{split}": done.labels for split, done in written.items()}
     arrays |= {f"ids_{split}": done.ids for split, done in written.items()}
+    arrays |= {f"copies_{split}": _copies(done.digests) for split, done in written.items()}
     np.savez_compressed(directory / INDEX_NAME, sizes=json.dumps(sizes), **arrays)
+
+
+def _copies(digests: np.ndarray) -> np.ndarray:
+    """Returns int64 [K, 2]: each row with the content of an earlier one, and the first of these."""
+    _, first, of = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+    first = first[of.reshape(-1)]
+    rows = np.flatnonzero(first != np.arange(len(digests)))
+    return np.stack([rows, first[rows]], axis=1)
 
 
 @contextlib.contextmanager
@@ -220,6 +230,8 @@ class Prepared:
       facts: what its maker measured of it.
       labels: for each split int8 [N, C]: 1, 0, -1 unknown, 2 difficult.
       ids: for each split N names.
+      copies: for each split int64 [K, 2]: a row, and the first one that holds the same image. Sets
+        that were prepared before this was kept have none.
     """
 
     directory: pathlib.Path
@@ -228,6 +240,7 @@ class Prepared:
     facts: dict[str, Any]
     labels: dict[str, np.ndarray]
     ids: dict[str, list[str]]
+    copies: dict[str, np.ndarray]
 
 
 def _broken(directory: pathlib.Path, what: str, kind: type[InputError] = InputError) -> InputError:
@@ -260,6 +273,8 @@ def open_prepared(directory: str | os.PathLike) -> Prepared:
         metadata = json.loads((directory / "metadata.json").read_text())
         labels = {k[len("labels_") :]: v for k, v in index.items() if k.startswith("labels_")}
         ids = {split: index[f"ids_{split}"].tolist() for split in labels}
+        none = np.zeros((0, 2), np.int64)
+        copies = {split: index.get(f"copies_{split}", none) for split in labels}
         return Prepared(
             directory,
             tuple(metadata["class_names"]),
@@ -267,6 +282,7 @@ def open_prepared(directory: str | os.PathLike) -> Prepared:
             metadata["facts"],
             labels,
             ids,
+            copies,
         )
     except (KeyError, ValueError) as error:
         raise _broken(directory, f"metadata.json cannot be used ({error!r})") from error

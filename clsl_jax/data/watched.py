@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, Stuck
 
 Batch = Mapping[str, np.ndarray]
 # Tries to get one batch; a worker that dies of its image, not by chance, dies again.
@@ -51,7 +51,7 @@ class Watched:
         """Returns the next batch.
 
         Raises:
-          InputError: no batch came, three times over.
+          InputError: no batch came, three times over, or once without workers (`Stuck`).
           Exception: what reading raised.
         """
         for attempt in range(1, MOST_TRIES + 1):
@@ -61,7 +61,8 @@ class Watched:
                 self._reader.close()
                 message = f"The images of step {self._position + 1} do not come: {lost}"
                 if attempt == MOST_TRIES or not lost.replaceable:
-                    raise InputError(
+                    # Without workers, what hangs is a thread of this process.
+                    raise (InputError if lost.replaceable else Stuck)(
                         f"{message} Look at the storage and the memory of this machine, set "
                         "data.workers=0, or raise data.timeout; the same command goes on from the "
                         "last checkpoint."
@@ -109,6 +110,7 @@ class _Reader:
 
     def _put(self, found: Any) -> None:
         while not self._closed.is_set():
+            self._remember_workers()
             try:
                 self._batches.put(found, timeout=_GLANCE)
                 return
@@ -125,14 +127,18 @@ class _Reader:
                 continue
             if isinstance(found, RuntimeError) and "terminated unexpectedly" in str(found):
                 # Grain notices by itself where it has one worker; where it has more, it waits.
-                self._look(True, timeout)
+                self._look(False, timeout)
+                raise _Lost("a data worker died.", True)
             if isinstance(found, Exception):
                 raise found
             return found
 
-    def _look(self, late: bool, timeout: float) -> None:
-        # A worker that has died is no active child any more: remember those that were seen.
+    def _remember_workers(self) -> None:
+        """A worker that has died is no active child any more."""
         self._workers |= set(multiprocessing.active_children()) - self._before
+
+    def _look(self, late: bool, timeout: float) -> None:
+        self._remember_workers()
         dead = [worker for worker in self._workers if not worker.is_alive()]
         if dead:
             raise _Lost(f"a data worker died (exit status {dead[0].exitcode}).", True)
@@ -142,7 +148,7 @@ class _Reader:
 
     def close(self) -> None:
         self._closed.set()
-        self._workers |= set(multiprocessing.active_children()) - self._before
+        self._remember_workers()
         for worker in self._workers:
             worker.kill()
         if not self._workers:
