@@ -139,18 +139,25 @@ def test_a_second_run_in_the_workdir_is_refused_by_all_processes(shared, runs, t
 
 
 def test_processes_wait_for_one_that_is_late(shared, tmp_path):
-    """A collective by itself would give up after half a minute."""
+    """The first collective over all devices, by itself, gives up after half a minute."""
     program = """
-import os, time
+import time
 from clsl_jax import cluster
 
 cluster.join()
-time.sleep(35 * int(os.environ["JAX_PROCESS_ID"]))
+import jax
+from clsl_jax import sharding
+
+cluster.agree(lambda: None)
+mesh = sharding.make_mesh()
+ones = jax.jit(lambda: jax.numpy.ones(4), out_shardings=sharding.by_row(mesh))()
+total = jax.jit(jax.numpy.sum, out_shardings=sharding.replicated(mesh)).lower(ones).compile()
+time.sleep(35 * jax.process_index())
 cluster.meet("late")
-assert cluster.agree(lambda: 7) == 7
+assert total(ones) == 4
 cluster.leave(0)
 """
-    statuses, said = run_several(shared, tmp_path / "run", processes=2, devices=1, program=program)
+    statuses, said = run_several(shared, tmp_path / "run", processes=2, devices=2, program=program)
     assert statuses == [0, 0], said
 
 
