@@ -100,13 +100,10 @@ class Workdir:
         """Writes the known-label mask bool [N, C] and returns its SHA-256."""
         if jax.process_index() != 0:
             return partial.matrix_sha256(mask)
-        return partial.save_mask(
-            self.path(MASK_NAME),
-            mask,
-            protocol=config.labels.protocol,
-            known_fraction=config.labels.known_fraction,
-            seed=config.labels.seed,
-        )
+        facts = {"protocol": config.labels.protocol, "seed": config.labels.seed}
+        if config.labels.protocol in partial.BY_FRACTION:
+            facts["known_fraction"] = config.labels.known_fraction
+        return partial.save_mask(self.path(MASK_NAME), mask, **facts)
 
     def save_embeddings(self, embeddings: np.ndarray, class_names: Sequence[str]) -> None:
         """Keeps the label embeddings float32 [C, E] that the run starts with."""

@@ -359,22 +359,37 @@ def test_sigterm_in_evaluation(shared, finished, tmp_path):
     assert_same_run(finished[0], workdir)
 
 
-def test_a_truncated_checkpoint_is_named_and_the_run_still_ends_the_same(
-    shared, finished, tmp_path
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_run_still_ends_the_same(
+    shared, finished, tmp_path, damage
 ):
     workdir = tmp_path / "run"
-    assert run(shared, workdir)[0] == 0
-    files = [
-        os.path.join(where, name)
-        for where, _, names in os.walk(workdir / "checkpoints" / "24")
-        for name in names
-    ]
+    shutil.copytree(finished[0], workdir)
+    files = [path for path in (workdir / "checkpoints" / "24").rglob("*") if path.is_file()]
     victim = max(files, key=os.path.getsize)
-    os.truncate(victim, os.path.getsize(victim) // 2)
-    status, _, err = run(shared, workdir)
+    if damage == "truncated":
+        os.truncate(victim, victim.stat().st_size // 2)
+    else:
+        victim.unlink()
+    status, out, err = run(shared, workdir)
     assert status == 0, err
     assert "checkpoints/24 cannot be used" in err
+    assert "Going on from step 20 of 24" in out
     assert_same_run(finished[0], workdir)
+
+
+def test_a_run_whose_checkpoints_are_of_an_older_format_is_refused(shared, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    for path in (workdir / "checkpoints").glob("*/meta/metadata"):
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps({**meta, "format": meta["format"] - 1}))
+    before = sorted(os.listdir(workdir / "checkpoints"))
+    status, _, err = run(shared, workdir)
+    assert status == 2
+    assert "cannot be used: format 5, this program reads 6" in err
+    assert "Traceback" not in err
+    assert sorted(os.listdir(workdir / "checkpoints")) == before
 
 
 def test_a_damaged_best_checkpoint_leaves_the_next_best(shared, finished, tmp_path):
