@@ -103,7 +103,7 @@ def measured(n: int, c: int, devices: int, count: int) -> dict[str, Any]:
         jax.random.uniform(jax.random.key(1), (rows, c)) < 0.7, -1, scores > 0.8
     ).astype(jnp.int8)
     visits = jnp.ones(rows, jnp.int32)
-    batch = BATCH_A_DEVICE * devices
+    batch = min(BATCH_A_DEVICE, rows) * devices
     # The rows of this device are 0 ... rows - 1; the others' are dropped.
     picked = jax.random.permutation(key, rows * devices)[:batch].astype(jnp.int32)
     new = jax.random.uniform(key, (batch, c))
@@ -141,7 +141,7 @@ def compiled(n: int, c: int, devices: int) -> dict[str, dict[str, Any]]:
         return jax.ShapeDtypeStruct(size, dtype, sharding=by_row if sharded else alike)
 
     found = {}
-    batch = BATCH_A_DEVICE * devices
+    batch = min(BATCH_A_DEVICE, rows) * devices
     parts = programs(sharding.padded_rows(n), c, batch, shape, mesh)
     for name, (function, arguments, donated) in parts.items():
         out = alike if name == "thresholds" else by_row
