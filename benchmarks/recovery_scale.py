@@ -141,7 +141,7 @@ def compiled(n: int, c: int, devices: int) -> dict[str, dict[str, Any]]:
         return jax.ShapeDtypeStruct(size, dtype, sharding=by_row if sharded else alike)
 
     found = {}
-    batch = min(BATCH_A_DEVICE, rows) * devices
+    batch = BATCH_A_DEVICE * devices
     parts = programs(sharding.padded_rows(n), c, batch, shape, mesh)
     for name, (function, arguments, donated) in parts.items():
         out = alike if name == "thresholds" else by_row
