@@ -29,7 +29,7 @@ def read(path: pathlib.Path) -> Runs:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             name = f"{row['dataset']}, {row['protocol']}"
-            key = (name, float(row["known_fraction"]), row["method"])
+            key = (name, float(row["known_fraction"] or 0), row["method"])
             runs[key][int(row["seed"])] = float(row["mAP"])
     return runs
 
@@ -41,7 +41,7 @@ def table(runs: Runs, baseline: str) -> str:
         if len(found) < 2:
             continue
         values = list(found.values())
-        line = [f"{name}, {fraction:.0%}", method, str(len(values))]
+        line = [f"{name}, {fraction:.0%}" if fraction else name, method, str(len(values))]
         line.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
         against = runs.get((name, fraction, baseline), {})
         seeds = sorted(found.keys() & against.keys())

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from clsl_jax import recovery, sharding, steps
+from clsl_jax import cluster, recovery, sharding, steps
 from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment, needs_clean_view
 from clsl_jax.train_state import evaluation_weights
@@ -91,6 +91,7 @@ def compile_steps(
         count = jax.jit(_count, out_shardings=alike).lower(*matrices).compile()
     explain_step = steps.make_predict_step(built.model, built.options, explain=True)
     explain = jax.jit(explain_step, out_shardings=alike)
+    cluster.meet("has compiled")
     return CompiledSteps(train, recover, predict, count, explain)
 
 

@@ -125,7 +125,8 @@ def base_config() -> ml_collections.ConfigDict:
     # labels are parameters of their own | blend: images are blended with others that have a label.
     c.recovery.mode = "epoch"
     c.recovery.weight = 0.8  # lambda: weight of the recovered term
-    c.recovery.ramp_epochs = 0.0  # the weight grows linearly from 0 over so many, after any warm-up
+    # The weight grows linearly from 0 over so many epochs; epoch: after the warm-up.
+    c.recovery.ramp_epochs = 0.0
     c.recovery.sharpening = "safe"  # online targets: safe | released
     c.recovery.assumed = 0.0  # assume: the target of unknown labels
     c.recovery.assumed_weight = 1.0  # assume: of unknown labels in the loss; 0: 1 / (C - 1)

@@ -534,7 +534,8 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         min_count=r.min_count,
         soft=r.soft,
         confidence_power=r.confidence_power,
-        warmup_steps=r.warmup_epochs * steps_per_epoch,
+        # The first recovery is at the end of an epoch.
+        warmup_steps=max(r.warmup_epochs, int(r.mode == "epoch")) * steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
         graph_layers=g.layers,
         graph_threshold=g.threshold,

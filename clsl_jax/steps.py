@@ -435,8 +435,7 @@ def _recovered_scale(step: jax.Array, options: StepOptions) -> jax.Array:
         return jnp.zeros(())
     ramp: Any = 1.0
     if options.ramp_steps:
-        waits = options.recovery_mode in ("epoch", "blend")
-        since = step - (options.warmup_steps if waits else 0)
+        since = step - (options.warmup_steps if options.recovery_mode == "epoch" else 0)
         ramp = jnp.clip((since + 1) / options.ramp_steps, 0.0, 1.0)
     return jnp.asarray(options.recovery_weight * ramp, jnp.float32)
 

@@ -12,11 +12,11 @@ job i runs every n-th cell from the i-th on.
 Exit status: 0 done, or stopped by SIGTERM; 2 input that cannot be used, or a cell failed.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -183,7 +183,9 @@ class Runner:
     def _stop(self, *unused: object) -> None:
         self._stopping = True
         if self._child is not None:
-            self._child.terminate()
+            # Not `terminate`: it would take the status of a child that has ended from `run`.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child.pid, signal.SIGTERM)
 
     def run(self, cell: Cell) -> str:
         """Runs or continues a cell; returns why it failed, or nothing.
@@ -208,12 +210,9 @@ class Runner:
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
             if self._stopping:  # while it was started
-                self._child.terminate()
-            try:
-                _, status, usage = os.wait4(self._child.pid, 0)
-                self._child.returncode = os.waitstatus_to_exitcode(status)
-            except ChildProcessError:  # it had ended already when `_stop` looked at it
-                usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+                self._stop()
+            _, status, usage = os.wait4(self._child.pid, 0)
+            self._child.returncode = os.waitstatus_to_exitcode(status)
         code, self._child = self._child.returncode, None
         _add_cost(directory, time.perf_counter() - start, usage.ru_maxrss)
         if code == 0 and os.path.exists(os.path.join(directory, RESULTS_NAME)):

@@ -254,6 +254,8 @@ def _main_tables(
     for dataset, protocol in dict.fromkeys((r["dataset"], r["protocol"]) for r in summary):
         mine = [r for r in summary if (r["dataset"], r["protocol"]) == (dataset, protocol)]
         published = [p for p in study.published if tuple(p[1:3]) == (dataset, protocol)]
+        if protocol not in partial.BY_FRACTION:  # one column, whatever was written there
+            published = [(*p[:3], mine[0]["known_fraction"], *p[4:]) for p in published]
         fractions = sorted({r["known_fraction"] for r in mine} | {p[3] for p in published})
         cell_of = {(r["method"], r["known_fraction"]): _shown(r, study.baseline) for r in mine}
         shares = [_share(protocol, f) for f in fractions]
@@ -421,6 +423,8 @@ def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workd
                 **_style(index),
             )
         axes.set(xlabel="known labels (%)", ylabel="test mAP (%)")
+        if panel[1] not in partial.BY_FRACTION:
+            axes.set(xlabel="", xticks=[])
 
     def recovery(axes: Any, panel: tuple[str, str]) -> None:
         mine = [f for f in found if (f.cell.dataset, f.cell.protocol) == panel and f.recovery]

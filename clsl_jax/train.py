@@ -152,7 +152,6 @@ class _Run:
         self.steps: CompiledSteps = compile_steps(
             built, config, report=log.console.print, training=not read_only
         )
-        cluster.meet("has compiled")
         # The full labels, for the diagnostic of recovery alone: only `steps.count` sees them.
         self.hidden = None
         if built.options.teaches:
@@ -185,11 +184,13 @@ class _Run:
             self._check_origin(meta)
             self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
         self._adopt()
-        recovery = self.config.recovery
-        if recovery.mode in ("epoch", "blend") and recovery.warmup_epochs >= self.config.epochs:
+        if (
+            built.options.recovery_mode == "epoch"
+            and built.total_steps <= built.options.warmup_steps
+        ):
             self.log.console.print(
-                f"No recovered label will be learned from: recovery.warmup_epochs="
-                f"{recovery.warmup_epochs} and epochs={self.config.epochs}."
+                "No recovered label will be learned from: recovery.warmup_epochs="
+                f"{self.config.recovery.warmup_epochs} and epochs={self.config.epochs}."
             )
         self.inputs = self._inputs(state)
         self.saved = None if restored is None else (step, epoch_done)

@@ -3,18 +3,26 @@
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
-from clsl_jax.report import picture_sheet
+from clsl_jax import report
 
 
 @pytest.mark.parametrize(
     ("count", "with_heat", "classes"), [(1, True, 6), (5, True, 6), (4, False, 6), (2, True, 1)]
 )
-def test_sheet(tmp_path, count, with_heat, classes):
+def test_sheet(tmp_path, monkeypatch, count, with_heat, classes):
     rng = np.random.default_rng(0)
     images = np.full((count, 32, 32, 3), (250, 10, 200), np.uint8)
     path = tmp_path / "sheet.png"
-    picture_sheet(
+    written, set_title = [], Axes.set_title
+    monkeypatch.setattr(
+        Axes,
+        "set_title",
+        lambda self, text, **how: written.append(text) or set_title(self, text, **how),
+    )
+    names = [f"folder/$_{i}$" + "/long" * (i % 2 * 20) for i in range(count)]
+    report.picture_sheet(
         str(path),
         images=images,
         labels=rng.integers(-1, 2, (count, classes)).astype(np.int8),
@@ -22,9 +30,11 @@ def test_sheet(tmp_path, count, with_heat, classes):
         heat=rng.random((count, 4, 4, classes)) if with_heat else None,
         # Formulae to matplotlib, the second one wrong.
         class_names=[f"US$ {c} ${{" for c in range(classes)],
-        names=[f"folder/$_{i}$" + "/long" * (i % 2 * 20) for i in range(count)],
+        names=names,
         title="title",
     )
+    shortened = [name if len(name) <= 24 else f"…{name[-23:]}" for name in names]
+    assert [text for text in written if text in shortened] == shortened
     sheet = cv2.imread(str(path))[:, :, ::-1]
     assert sheet.shape[1] > sheet.shape[0] * 0.3
     # Each image appears in its colour, at least 80 x 80 pixels of it.

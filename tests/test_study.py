@@ -165,20 +165,20 @@ def test_cost_of_a_cell_that_took_several_processes(tmp_path):
     assert cost == {"seconds": 15.0, "peak_memory_mib": 2.0}
 
 
-def test_a_cell_that_ended_while_the_study_looked_at_it(tmp_path, monkeypatch):
-    """Whoever asks `Popen` how its process is takes the status that `wait4` waits for."""
+def test_a_stop_that_comes_when_the_cell_has_ended_already(tmp_path, monkeypatch):
+    """As where SIGTERM reaches both: nobody may take the status that `wait4` waits for."""
     cell = study.Cell("nowhere.py", "clsl", "uniform", 0.1, 0, ())
     wait4 = os.wait4
 
-    def looked_at_before(pid, options):
-        runner._child.wait()
+    def stopped_before(pid, options):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        os.kill(os.getpid(), signal.SIGTERM)
         return wait4(pid, options)
 
-    monkeypatch.setattr(os, "wait4", looked_at_before)
-    with study.Runner(str(tmp_path)) as runner:
-        cause = runner.run(cell)
-    assert cause.startswith("exit status 2: error: ")
-    assert "nowhere.py" in cause
+    monkeypatch.setattr(os, "wait4", stopped_before)
+    with study.Runner(str(tmp_path)) as runner, pytest.raises(study.Stopped):
+        runner.run(cell)
+    assert "nowhere.py" in (tmp_path / cell.directory / "output.txt").read_text()
 
 
 def test_the_study_of_photographs_takes_its_data():

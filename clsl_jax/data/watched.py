@@ -139,7 +139,7 @@ class _Reader:
 
     def _look(self, late: bool, timeout: float) -> None:
         self._remember_workers()
-        dead = [worker for worker in self._workers if not worker.is_alive()]
+        dead = [worker for worker in tuple(self._workers) if not worker.is_alive()]
         if dead:
             raise _Lost(f"a data worker died (exit status {dead[0].exitcode}).", True)
         if late:
@@ -149,7 +149,7 @@ class _Reader:
     def close(self) -> None:
         self._closed.set()
         self._remember_workers()
-        for worker in self._workers:
+        for worker in tuple(self._workers):
             worker.kill()
         if not self._workers:
             self._thread.join(timeout=_GLANCE)
