@@ -556,6 +556,7 @@ from clsl_jax import config, main
 for name in ("cluster", "torch_checkpoint", "train"):
     sys.modules["clsl_jax." + name] = types.ModuleType(name)
     setattr(clsl_jax, name, sys.modules["clsl_jax." + name])
+clsl_jax.cluster.meet = lambda where: None
 clsl_jax.train.train_and_evaluate = lambda found, _: print(config.validate(found) or "valid")
 print("ready", flush=True)
 for line in sys.stdin:
