@@ -39,11 +39,7 @@ QUICK_IMAGES, QUICK_CLASSES, QUICK_DEVICES = (5_011, 82_081), (20, 80), (1, 8)
 BATCH_A_DEVICE = 32
 
 
-def scatter(scores: Any, visits: Any, rows: Any, new: Any) -> Any:
-    """A step's scores into their rows."""
-    return recovery.scatter_scores(scores, visits, rows, new, 0.8)
-
-
+scatter = functools.partial(recovery.scatter_scores, momentum=0.8)
 thresholds = functools.partial(
     recovery.adaptive_thresholds, positive_precision=0.9, negative_precision=0.985, min_count=5
 )
@@ -71,11 +67,10 @@ def programs(n: int, c: int, batch: int, shape: Callable[..., Any], mesh: Mesh) 
       shape: makes an argument of (shape, type, whether it is sharded by row).
       mesh: over whose devices histograms of known labels are summed, as in a run.
     """
-    matrix, row = sharding.by_row(mesh).spec, PartitionSpec("data")
     together = jax.shard_map(
         functools.partial(thresholds, axis_name="data"),
         mesh=mesh,
-        in_specs=(matrix, matrix, row),
+        in_specs=sharding.by_row(mesh).spec,
         out_specs=PartitionSpec(),
     )
     scores, annotations = shape((n, c), jnp.float32, True), shape((n, c), jnp.int8, True)
@@ -107,9 +102,7 @@ def measured(n: int, c: int, devices: int, count: int) -> dict[str, Any]:
     # The rows of this device are 0 ... rows - 1; the others' are dropped.
     picked = jax.random.permutation(key, rows * devices)[:batch].astype(jnp.int32)
     new = jax.random.uniform(key, (batch, c))
-    scattering = jax.jit(
-        functools.partial(recovery.scatter_distinct, momentum=0.8), donate_argnums=(0, 1)
-    )
+    scattering = jax.jit(functools.partial(scatter, distinct=True), donate_argnums=(0, 1))
     state = [jnp.copy(scores), jnp.copy(visits)]
 
     def scatter_once() -> None:

@@ -32,6 +32,8 @@ def scatter_scores(
     rows: jax.Array,
     new: jax.Array,
     momentum: jax.Array | float,
+    *,
+    distinct: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Averages a batch of scores into its rows, exponentially over the visits of each row.
 
@@ -46,27 +48,16 @@ def scatter_scores(
         rows: [B] integer, row of each example.
         new: [B, C], probabilities of this batch.
         momentum: in [0, 1); 0 keeps the last value only.
+        distinct: that no row but padding occurs twice, which is then not looked for.
 
     Returns:
         The new scores [N, C] and visits [N].
     """
     rows = jnp.where(rows < 0, visits.shape[0], rows)  # a negative index would wrap around
-    # Which of two equal indices a scatter takes is left open, and differs between devices.
-    first = jnp.argmax(rows[:, None] == rows[None, :], axis=1) == jnp.arange(rows.shape[0])
-    return scatter_distinct(scores, visits, jnp.where(first, rows, visits.shape[0]), new, momentum)
-
-
-def scatter_distinct(
-    scores: jax.Array,
-    visits: jax.Array,
-    rows: jax.Array,
-    new: jax.Array,
-    momentum: jax.Array | float,
-) -> tuple[jax.Array, jax.Array]:
-    """Does what `scatter_scores` does, of rows none of which is negative or occurs twice.
-
-    Only padding, N or more, may occur more often.
-    """
+    if not distinct:
+        # Which of two equal indices a scatter takes is left open, and differs between devices.
+        first = jnp.argmax(rows[:, None] == rows[None, :], axis=1) == jnp.arange(rows.shape[0])
+        rows = jnp.where(first, rows, visits.shape[0])
     before = visits.at[rows].get(mode="fill", fill_value=0)
     old = scores.at[rows].get(mode="fill", fill_value=0)
     momentum = jnp.asarray(momentum, scores.dtype)

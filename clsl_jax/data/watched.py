@@ -102,6 +102,8 @@ class _Reader:
     def _draw(self) -> None:
         try:
             for batch in self._iterator:
+                if not self._workers:  # all of them are there when the first batch is
+                    self._remember_workers()
                 self._put(batch)
                 if self._closed.is_set():
                     return
@@ -110,7 +112,6 @@ class _Reader:
 
     def _put(self, found: Any) -> None:
         while not self._closed.is_set():
-            self._remember_workers()
             try:
                 self._batches.put(found, timeout=_GLANCE)
                 return
