@@ -51,6 +51,7 @@ class OurStep:
             num_classes=len(drawn["embeddings"]),
             backbone=options.backbone,
             rank=options.rank,
+            attention_kernel=options.attention_kernel,
             dtype=jnp.dtype(dtype),
         )
         optimizer = optim.adamw_cycled(1e-5)
@@ -321,6 +322,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of a round: 10, and 1 on a CPU")
+    parser.add_argument(
+        "--attention_kernel", action="store_true", help="ours with model.attention_kernel"
+    )
     parser.add_argument("--ema_teacher", action="store_true", help="scores by the moving average")
     parser.add_argument(
         "--torch", nargs="*", choices=modes, help="all, and those that do not compile on a CPU"

@@ -90,6 +90,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.model.position_residual = False  # with sgfe: a 1x1 convolution beside it, not in the paper
     c.model.global_branch = True  # 1x1 convolution and maximum over positions, training only
     c.model.rank = 1024  # of the low-rank bilinear attention
+    c.model.attention_kernel = False  # on CUDA GPUs: by models/attention_kernel.py, in bfloat16
     c.model.head_dropout = 0.5
     c.model.embeddings = "random"  # random | scenes | an .npz made by `clsl_jax.embed`
     c.model.embedding_dim = 300  # width of random label embeddings
@@ -295,7 +296,7 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("checkpoint.keep", 2, None),
 )
 
-# Keys that change neither the weights nor what a checkpoint holds. Of the saved epochs the best is
+# Keys that change neither the weights, but for rounding, nor what a checkpoint holds. Of the saved epochs the best is
 # chosen: checkpoint.every_epochs says which these are.
 SAFE_TO_CHANGE = (
     "data.dir",
@@ -307,6 +308,7 @@ SAFE_TO_CHANGE = (
     "memory_gb",
     "mesh.model",
     "model.remat",
+    "model.attention_kernel",
     "optim.skip_nonfinite",
     "evaluation.pictures",
     "checkpoint.every_epochs",

@@ -449,6 +449,11 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
     m = config.model
     if m.backbone not in BACKBONES:
         raise InputError(f"model.backbone={m.backbone!r}: expected one of {', '.join(BACKBONES)}.")
+    if m.attention_kernel:
+        from clsl_jax.models import attention_kernel  # Pallas takes its time to import
+
+        if why := attention_kernel.problem(m.rank, m.dtype):
+            raise InputError(f"model.attention_kernel=True cannot be used: {why}. Set it to False.")
     return CLSL(
         num_classes=num_classes,
         backbone=m.backbone,
@@ -465,6 +470,7 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
         global_branch=m.global_branch,
         graph_layers=config.graph.layers,
         rank=m.rank,
+        attention_kernel=m.attention_kernel,
         head_dropout=m.head_dropout,
         freeze_backbone=m.freeze == "backbone",
         remat=m.remat == "blocks",

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clsl_jax.models import alignment
+from clsl_jax import config as config_lib
+from clsl_jax import experiment, sharding
+from clsl_jax.errors import InputError
+from clsl_jax.models import alignment, attention_kernel
 from clsl_jax.models.alignment import FeatureEnhancement, SemanticAttention, bilinear_attention
 from clsl_jax.models.semantic import SemanticFeatures
 
@@ -105,6 +108,76 @@ def test_a_gpu_takes_the_classes_in_blocks(classes, block):
     text = step.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     at_once = [int(n) for n in re.findall(rf"tensor<{b}x(\d+)x{p}x{r}xf32>", text)]
     assert max(at_once) == block
+
+
+@pytest.mark.parametrize(("positions", "classes"), [(8, 12), (5, 7), (49, 20), (1, 1)])
+def test_our_kernels_equal_one_class_at_a_time(monkeypatch, positions, classes):
+    # What a GPU does, on the CPU and with an exact tanh.
+    monkeypatch.setattr(attention_kernel, "_INTERPRETED", True)
+    b, r = 2, 16
+    inputs = arrays(classes, (b, positions, r), (b, classes, r), (r,))
+    (pull,) = arrays(1, (b, positions, classes))
+    one, other = alignment.class_by_class_logits(*inputs), attention_kernel.logits(*inputs)
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
+    for one, other in zip(
+        alignment.class_by_class_gradients(*inputs, pull),
+        attention_kernel.gradients(*inputs, pull),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+
+
+def collectives(program):
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    return set(re.findall(rf"= \S+ ({kinds})\w*\(", program.as_text()))
+
+
+def test_our_kernels_leave_examples_where_they_are(monkeypatch):
+    monkeypatch.setattr(attention_kernel, "_INTERPRETED", True)
+    mesh = sharding.make_mesh(jax.devices()[:4], model=2)
+    here, alike = sharding.by_example(mesh), sharding.replicated(mesh)
+    b, p, c, r = 8, 5, 7, 16
+    inputs = arrays(4, (b, p, r), (b, c, r), (r,))
+    (pull,) = arrays(1, (b, p, c))
+    placed = [jax.device_put(x, here if x.ndim > 1 else alike) for x in inputs]
+    found = jax.jit(attention_kernel.logits).lower(*placed).compile()
+    np.testing.assert_allclose(
+        found(*placed), attention_kernel.logits(*inputs), rtol=1e-6, atol=1e-6
+    )
+    assert found.output_shardings.is_equivalent_to(here, 3)
+    assert not collectives(found)
+    placed.append(jax.device_put(pull, here))
+    found = jax.jit(attention_kernel.gradients).lower(*placed).compile()
+    for one, other in zip(found(*placed), attention_kernel.gradients(*inputs, pull), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    # The gradient of the direction is a sum over examples; nothing else is exchanged.
+    assert collectives(found) == {"all-reduce"}
+
+
+def test_a_gpu_takes_our_kernels_where_the_configuration_says_so():
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 8, 128), (2, 12, 128), (128,))]
+
+    def kernels(kernel):
+        step = jax.value_and_grad(lambda *a: jnp.sum(bilinear_attention(*a, kernel)), (0, 1, 2))
+        # Of all platforms.
+        return re.findall(r"name=_(\w+)_kernel", str(jax.make_jaxpr(step)(*shapes)))
+
+    assert sorted(set(kernels(True))) == ["logits", "semantic", "visual"]
+    assert not kernels(False)
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "message"),
+    [(256, "float32", "'float32'"), (96, "bfloat16", "power of two.*96"), (256, "bfloat16", "")],
+)
+def test_what_our_kernels_cannot_do_is_refused(rank, dtype, message):
+    config = config_lib.base_config()
+    config.model.attention_kernel, config.model.rank, config.model.dtype = True, rank, dtype
+    if message:
+        with pytest.raises(InputError, match=f"model.attention_kernel=True.*({message})"):
+            experiment.build_model(config, 20)
+    else:
+        assert experiment.build_model(config, 20).attention_kernel
 
 
 def test_blocks_of_classes_saturate_and_pass_nan_on():

@@ -3,7 +3,9 @@
 Source: CLSL, arXiv 2510.10055; attention after SSGRL, arXiv 1908.07325.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +19,10 @@ from clsl_jax.models.encoder import TORCH_LINEAR_INIT
 AT_ONCE = 20
 
 
-@jax.custom_vjp
-def bilinear_attention(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def bilinear_attention(
+    visual: jax.Array, semantic: jax.Array, direction: jax.Array, kernel: bool = False
+) -> jax.Array:
     """logits[b, p, c] = sum_r direction[r] * tanh(visual[b, p, r] * semantic[b, c, r]).
 
     The tanh of one class at a time is computed, used and thrown away, in the backward pass again,
@@ -30,13 +34,24 @@ def bilinear_attention(visual: jax.Array, semantic: jax.Array, direction: jax.Ar
       visual: U x, [B, P, R].
       semantic: V v, [B, C, R].
       direction: W_h^T w_t, [R].
+      kernel: on a CUDA GPU, by `attention_kernel` in place of XLA's kernels.
 
     Returns:
       [B, P, C] float32.
     """
+    on_cuda, _ = _on_cuda(kernel)
     return jax.lax.platform_dependent(
-        visual, semantic, direction, default=class_by_class_logits, cuda=in_blocks_logits
+        visual, semantic, direction, default=class_by_class_logits, cuda=on_cuda
     )
+
+
+def _on_cuda(kernel: bool) -> tuple[Callable, Callable]:
+    """What computes logits and gradients on a CUDA GPU."""
+    if not kernel:
+        return in_blocks_logits, in_blocks_gradients
+    from clsl_jax.models import attention_kernel  # Pallas takes its time to import
+
+    return attention_kernel.logits, attention_kernel.gradients
 
 
 def class_by_class_logits(
@@ -52,13 +67,16 @@ def class_by_class_logits(
     return jnp.moveaxis(logits, 0, -1)
 
 
-def _attention_forward(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> Any:
-    return bilinear_attention(visual, semantic, direction), (visual, semantic, direction)
+def _attention_forward(
+    visual: jax.Array, semantic: jax.Array, direction: jax.Array, kernel: bool
+) -> Any:
+    return bilinear_attention(visual, semantic, direction, kernel), (visual, semantic, direction)
 
 
-def _attention_backward(saved: Any, grad: jax.Array) -> Any:
+def _attention_backward(kernel: bool, saved: Any, grad: jax.Array) -> Any:
+    _, on_cuda = _on_cuda(kernel)
     gradients = jax.lax.platform_dependent(
-        *saved, grad, default=class_by_class_gradients, cuda=in_blocks_gradients
+        *saved, grad, default=class_by_class_gradients, cuda=on_cuda
     )
     return tuple(
         gradient.astype(array.dtype) for gradient, array in zip(gradients, saved, strict=True)
@@ -169,10 +187,12 @@ class SemanticAttention(nn.Module):
     Attributes:
       rank: width of the product; U and V have no bias.
       dtype: compute type; the result is float32.
+      kernel: see `bilinear_attention`.
     """
 
     rank: int = 1024
     dtype: Any = jnp.float32
+    kernel: bool = False
 
     @nn.compact
     def __call__(self, features: jax.Array, semantic: jax.Array) -> jax.Array:
@@ -194,7 +214,8 @@ class SemanticAttention(nn.Module):
         semantic = project("semantic")(semantic)
         if semantic.ndim == 2:
             semantic = jnp.broadcast_to(semantic, (features.shape[0], *semantic.shape))
-        return bilinear_attention(visual, semantic, direction.astype(self.dtype)) + constant
+        direction = direction.astype(self.dtype)
+        return bilinear_attention(visual, semantic, direction, self.kernel) + constant
 
 
 class Affine(nn.Module):
@@ -223,12 +244,14 @@ class FeatureEnhancement(nn.Module):
       dropout: rate before the last layer.
       dtype: compute type; softmax and logits are float32.
       starts_at_zero: the last layer's first weights are 0, and with them its logits.
+      kernel: see `bilinear_attention`.
     """
 
     rank: int = 1024
     dropout: float = 0.5
     dtype: Any = jnp.float32
     starts_at_zero: bool = False
+    kernel: bool = False
 
     @nn.compact
     def __call__(
@@ -248,9 +271,8 @@ class FeatureEnhancement(nn.Module):
         c, s = semantic.shape[-2:]
         few = semantic.ndim == 2 or c < features.shape[-2]
         width = s + features.shape[-1]
-        attention_logits = SemanticAttention(self.rank, self.dtype, name="attention")(
-            features, semantic
-        )
+        attend = SemanticAttention(self.rank, self.dtype, self.kernel, name="attention")
+        attention_logits = attend(features, semantic)
         attention = jax.nn.softmax(attention_logits, -1)
 
         def mixed(values: jax.Array) -> jax.Array:

@@ -68,6 +68,7 @@ class CLSLHead(nn.Module):
       graph_layers: graph convolutions on the label embeddings; 0 is as if there were none. Nothing
         is built where no part uses label embeddings.
       rank: of SGFE's attention.
+      attention_kernel: on a CUDA GPU, SGFE's attention by `models/attention_kernel.py`.
       head_dropout: rate in SGFE's MLP.
       dtype: compute type; parameters, softmaxes, norms and logits are float32.
       remat: the backward pass computes the inside of each residual and encoder block again instead
@@ -89,6 +90,7 @@ class CLSLHead(nn.Module):
     position_residual: bool = False
     graph_layers: int = 0
     rank: int = 1024
+    attention_kernel: bool = False
     head_dropout: float = 0.5
     dtype: Any = jnp.float32
     remat: bool = False
@@ -189,6 +191,7 @@ class CLSLHead(nn.Module):
                 self.head_dropout,
                 self.dtype,
                 starts_at_zero=self.position_residual,
+                kernel=self.attention_kernel,
                 name="enhancement",
             )
         elif self.srfl:

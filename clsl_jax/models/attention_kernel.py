@@ -1,0 +1,200 @@
+"""SGFE's bilinear attention in kernels of our own, for NVIDIA GPUs and bfloat16.
+
+XLA computes a tanh by an exponential, some thirty instructions with what stands around it. These
+kernels take the hardware's own (`tanh.approx.f32`, to a relative error of 2^-11, about an eighth
+of what bfloat16 rounds) and keep all sums in registers; what they gain is in docs/performance.md.
+They are written for Pallas's Triton backend, which jax 0.11 deprecates: a run uses them only where
+`model.attention_kernel` says so.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+try:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+except ImportError:  # a jax without that backend
+    pl = triton = None
+
+# Rows of [., R] that a program keeps in registers: positions, and classes for their gradient.
+ROWS = 4
+_INTERPRETED = False
+
+
+def problem(rank: int, dtype: str) -> str:
+    """Returns why a model of this rank and type cannot use the kernels; "" if it can."""
+    if triton is None:
+        return f"jax {jax.__version__} has no jax.experimental.pallas.triton"
+    if dtype != "bfloat16":
+        return f"its tanh is precise enough for model.dtype='bfloat16' alone, not for {dtype!r}"
+    if rank < 128 or rank & (rank - 1):
+        return f"it needs a model.rank that is a power of two from 128 on, and that is {rank}"
+    return ""
+
+
+def logits(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
+    """`alignment.bilinear_attention` without a gradient, [B, P, C] float32."""
+    p, c = visual.shape[1], semantic.shape[1]
+    found = _logits(_padded(visual), _padded(semantic), direction)
+    return jnp.swapaxes(found[:, :c, :p], 1, 2)
+
+
+def gradients(
+    visual: jax.Array, semantic: jax.Array, direction: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `logits`, float32; `grad` is that of the logits, [B, P, C]."""
+    p, c = visual.shape[1], semantic.shape[1]
+    grad = _padded(_padded(jnp.swapaxes(grad, 1, 2)), axis=2)
+    of_visual, of_semantic, of_direction = _gradients(_padded(visual), _padded(semantic), grad)
+    scale = direction.astype(jnp.float32)
+    return of_visual[:, :p] * scale, of_semantic[:, :c] * scale, jnp.sum(of_direction, 0)
+
+
+def _padded(x: jax.Array, axis: int = 1) -> jax.Array:
+    """Zeros behind an axis up to a multiple of `ROWS`."""
+    wanted = [(0, -x.shape[axis] % ROWS if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, wanted)
+
+
+def _by_example(rule: str) -> Callable[[Callable], Callable]:
+    """Each device computes the examples it has: arrays are sharded by B alone.
+
+    XLA cannot look into a kernel, and without this would gather the whole batch on every device.
+
+    Args:
+      rule: of the arguments and results, as Shardy writes it, with b for examples.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        def partition(mesh: Mesh, arguments: Any, results: Any) -> tuple:
+            spec = arguments[0].sharding.spec
+            batch = spec[0] if spec else None
+
+            def where(x: Any) -> NamedSharding:
+                # Only the direction, [R], has no examples.
+                axes = (batch, *[None] * (x.ndim - 1)) if x.ndim > 1 else (None,)
+                return NamedSharding(mesh, PartitionSpec(*axes))
+
+            return mesh, function, jax.tree.map(where, results), jax.tree.map(where, arguments)
+
+        partitioned = custom_partitioning(function)
+        partitioned.def_partition(
+            partition, sharding_rule=rule, need_replication_factors=("p", "r", "c")
+        )
+        return functools.wraps(function)(partitioned)
+
+    return decorate
+
+
+@_by_example("b p r, b c r, r -> b c p")
+def _logits(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
+    """Logits [B, C, P] float32; P and C are multiples of `ROWS`."""
+    b, p, r = visual.shape
+    c = semantic.shape[1]
+    return _call(
+        _logits_kernel,
+        grid=(b, p // ROWS),
+        in_specs=[
+            pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
+            pl.BlockSpec((None, c, r), lambda i, j: (i, 0, 0)),
+            pl.BlockSpec((r,), lambda i, j: (0,)),
+        ],
+        out_specs=pl.BlockSpec((None, c, ROWS), lambda i, j: (i, 0, j)),
+        out_shape=jax.ShapeDtypeStruct((b, c, p), jnp.float32),
+    )(visual, semantic, direction)
+
+
+@_by_example("b p r, b c r, b c p -> b p r, b c r, b r")
+def _gradients(
+    visual: jax.Array, semantic: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Float32: [B, P, R] and [B, C, R], to be multiplied by the direction, and its own, [B, R]."""
+    b, p, r = visual.shape
+    c = semantic.shape[1]
+    of_visual, of_direction = _call(
+        _visual_kernel,
+        grid=(b, p // ROWS),
+        in_specs=[
+            pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
+            pl.BlockSpec((None, c, r), lambda i, j: (i, 0, 0)),
+            pl.BlockSpec((None, c, ROWS), lambda i, j: (i, 0, j)),
+        ],
+        out_specs=[
+            pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
+            pl.BlockSpec((None, None, r), lambda i, j: (i, j, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((b, p, r), jnp.float32),
+            jax.ShapeDtypeStruct((b, p // ROWS, r), jnp.float32),
+        ],
+    )(visual, semantic, grad)
+    of_semantic = _call(
+        _semantic_kernel,
+        grid=(b, c // ROWS),
+        in_specs=[
+            pl.BlockSpec((None, p, r), lambda i, j: (i, 0, 0)),
+            pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
+            pl.BlockSpec((None, ROWS, p), lambda i, j: (i, j, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
+        out_shape=jax.ShapeDtypeStruct((b, c, r), jnp.float32),
+    )(visual, semantic, grad)
+    return of_visual, of_semantic, jnp.sum(of_direction, 1)
+
+
+def _call(kernel: Callable, **options: Any) -> Callable:
+    parameters = triton.CompilerParams(num_warps=4, num_stages=2)
+    return pl.pallas_call(
+        kernel, compiler_params=parameters, interpret=_INTERPRETED, name=kernel.__name__, **options
+    )
+
+
+def _tanh(x: jax.Array) -> jax.Array:
+    return jnp.tanh(x) if _INTERPRETED else triton.approx_tanh(x)
+
+
+def _logits_kernel(visual: Any, semantic: Any, direction: Any, out: Any) -> None:
+    """Logits [C, ROWS] of so many positions: a class at a time, its row of [C, R]."""
+    x, w = visual[...].astype(jnp.float32), direction[...].astype(jnp.float32)
+
+    def one_class(c: jax.Array, carry: None) -> None:
+        v = semantic[c, :].astype(jnp.float32)
+        out[c, :] = jnp.sum(_tanh(x * v[None]) * w[None], 1)
+
+    jax.lax.fori_loop(0, semantic.shape[0], one_class, None)
+
+
+def _visual_kernel(
+    visual: Any, semantic: Any, grad: Any, of_visual: Any, of_direction: Any
+) -> None:
+    """Gradients of so many positions' rows, a class at a time."""
+    x = visual[...].astype(jnp.float32)
+
+    def one_class(c: jax.Array, carry: tuple) -> tuple:
+        v, pull = semantic[c, :].astype(jnp.float32), grad[c, :]
+        t = _tanh(x * v[None])
+        rows = carry[0] + (1 - t * t) * pull[:, None] * v[None]
+        return rows, carry[1] + t * pull[:, None]
+
+    start = jnp.zeros_like(x), jnp.zeros_like(x)
+    rows, products = jax.lax.fori_loop(0, semantic.shape[0], one_class, start)
+    of_visual[...] = rows
+    of_direction[...] = jnp.sum(products, 0)
+
+
+def _semantic_kernel(visual: Any, semantic: Any, grad: Any, of_semantic: Any) -> None:
+    """Gradients of so many classes' rows, a position at a time."""
+    v = semantic[...].astype(jnp.float32)
+
+    def one_position(p: jax.Array, rows: jax.Array) -> jax.Array:
+        x, pull = visual[p, :].astype(jnp.float32), grad[:, p]
+        t = _tanh(v * x[None])
+        return rows + (1 - t * t) * pull[:, None] * x[None]
+
+    of_semantic[...] = jax.lax.fori_loop(0, visual.shape[0], one_position, jnp.zeros_like(v))
