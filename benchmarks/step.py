@@ -35,7 +35,7 @@ import torch
 import torch_step
 import traces
 
-from clsl_jax import optim, steps
+from clsl_jax import config, optim, steps
 from clsl_jax.models.clsl import CLSL
 
 MIB = 2**20
@@ -348,6 +348,10 @@ def main() -> None:
     options.classes = options.classes or ([20, 80] if on_cpu else [20, 80, 500])
     options.dtype = options.dtype or (["float32"] if on_cpu else ["float32", "bfloat16"])
     options.steps = options.steps or (1 if on_cpu else 10)
+    if options.attention_kernel:
+        for dtype in options.dtype:
+            if misfits := config.attention_kernel_misfits(dtype, options.rank):
+                parser.error("; ".join(misfits))
     if options.torch is None:
         options.torch = modes[:2] if torch_device() == "cpu" else modes
     if options.batch == "sweep" and on_cpu:

@@ -90,7 +90,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.model.position_residual = False  # with sgfe: a 1x1 convolution beside it, not in the paper
     c.model.global_branch = True  # 1x1 convolution and maximum over positions, training only
     c.model.rank = 1024  # of the low-rank bilinear attention
-    c.model.attention_kernel = False  # on CUDA GPUs: by models/attention_kernel.py, in bfloat16
+    c.model.attention_kernel = False  # in bfloat16 on CUDA GPUs: by models/attention_kernel.py
     c.model.head_dropout = 0.5
     c.model.embeddings = "random"  # random | scenes | an .npz made by `clsl_jax.embed`
     c.model.embedding_dim = 300  # width of random label embeddings
@@ -296,8 +296,8 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("checkpoint.keep", 2, None),
 )
 
-# Keys that change neither the weights, but for rounding, nor what a checkpoint holds. Of the saved epochs the best is
-# chosen: checkpoint.every_epochs says which these are.
+# Keys that change neither what a checkpoint holds nor, beyond rounding in the compute type, the
+# weights. Of the saved epochs the best is chosen: checkpoint.every_epochs says which these are.
 SAFE_TO_CHANGE = (
     "data.dir",
     "data.workers",
@@ -380,6 +380,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         problems.append(
             "model.freeze='backbone' would keep random weights: name a file in model.pretrained"
         )
+    if config.model.attention_kernel:
+        problems += attention_kernel_misfits(config.model.dtype, config.model.rank)
     problems += _recovery_misfits(config)
     if config.recovery.mode == "epoch" and config.recovery.thresholds == "fixed":
         low, high = config.recovery.negative_threshold, config.recovery.positive_threshold
@@ -389,6 +391,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
             )
     if problems:
         _refuse(problems)
+
+
+def attention_kernel_misfits(dtype: str, rank: int) -> list[str]:
+    """Returns why `model.attention_kernel` cannot be used with these, if so.
+
+    Its tanh is as precise as bfloat16 needs; it keeps rows of `rank` numbers in registers.
+    """
+    advice, problems = "expected with model.attention_kernel=True", []
+    if dtype != "bfloat16":
+        problems.append(f"model.dtype={dtype!r}: {advice} 'bfloat16'")
+    if not 128 <= rank <= 2048 or rank & (rank - 1):
+        problems.append(f"model.rank={rank}: {advice} a power of two from 128 to 2048")
+    return problems
 
 
 def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:

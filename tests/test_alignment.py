@@ -12,6 +12,7 @@ from clsl_jax import experiment, sharding
 from clsl_jax.errors import InputError
 from clsl_jax.models import alignment, attention_kernel
 from clsl_jax.models.alignment import FeatureEnhancement, SemanticAttention, bilinear_attention
+from clsl_jax.models.clsl import CLSLHead
 from clsl_jax.models.semantic import SemanticFeatures
 
 
@@ -125,11 +126,19 @@ def test_our_kernels_equal_one_class_at_a_time(monkeypatch, positions, classes):
         strict=True,
     ):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+    # The products of bfloat16 are summed in float32.
+    low = [x.astype(jnp.bfloat16) for x in inputs]
+    found = [attention_kernel.logits(*low), *attention_kernel.gradients(*low, pull)]
+    exact = [x.astype(jnp.float32) for x in low]
+    wanted = [attention_kernel.logits(*exact), *attention_kernel.gradients(*exact, pull)]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 def collectives(program):
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    return set(re.findall(rf"= \S+ ({kinds})\w*\(", program.as_text()))
+    return set(re.findall(rf"\b({kinds})(?:-start)?\(", program.as_text()))
 
 
 def test_our_kernels_leave_examples_where_they_are(monkeypatch):
@@ -154,30 +163,51 @@ def test_our_kernels_leave_examples_where_they_are(monkeypatch):
     assert collectives(found) == {"all-reduce"}
 
 
-def test_a_gpu_takes_our_kernels_where_the_configuration_says_so():
-    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 8, 128), (2, 12, 128), (128,))]
+def head_step(attention_kernel):
+    """Value and gradient of a head's logits, and the shapes of its variables."""
+    model = CLSLHead(21, rank=128, dtype=jnp.bfloat16, attention_kernel=attention_kernel)
+    inputs = jnp.zeros((2, 7, 7, 8), jnp.bfloat16), jnp.zeros((21, 5))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, train=False))
+    step = jax.value_and_grad(lambda v: jnp.sum(model.apply(v, *inputs, train=False)[0]))
+    return step, shapes
 
-    def kernels(kernel):
-        step = jax.value_and_grad(lambda *a: jnp.sum(bilinear_attention(*a, kernel)), (0, 1, 2))
-        # Of all platforms.
-        return re.findall(r"name=_(\w+)_kernel", str(jax.make_jaxpr(step)(*shapes)))
 
-    assert sorted(set(kernels(True))) == ["logits", "semantic", "visual"]
+def test_a_head_has_our_kernels_where_the_configuration_says_so():
+    def kernels(attention_kernel):
+        step, shapes = head_step(attention_kernel)
+        return set(re.findall(r"name=_(\w+)_kernel", str(jax.make_jaxpr(step)(shapes))))
+
+    assert kernels(True) == {"logits", "semantic", "visual"}
     assert not kernels(False)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="lowers only beside a GPU")
+@pytest.mark.parametrize(("platform", "kernels"), [("cuda", 3), ("cpu", 0), ("tpu", 0)])
+def test_our_kernels_are_compiled_for_a_cuda_gpu_alone(platform, kernels):
+    step, shapes = head_step(attention_kernel=True)
+    text = jax.jit(step).trace(shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("xla.gpu.triton") == kernels
 
 
 @pytest.mark.parametrize(
     ("rank", "dtype", "message"),
-    [(256, "float32", "'float32'"), (96, "bfloat16", "power of two.*96"), (256, "bfloat16", "")],
+    [(256, "float32", "model.dtype='float32'"), (96, "bfloat16", "model.rank=96")],
 )
 def test_what_our_kernels_cannot_do_is_refused(rank, dtype, message):
     config = config_lib.base_config()
     config.model.attention_kernel, config.model.rank, config.model.dtype = True, rank, dtype
-    if message:
-        with pytest.raises(InputError, match=f"model.attention_kernel=True.*({message})"):
-            experiment.build_model(config, 20)
-    else:
-        assert experiment.build_model(config, 20).attention_kernel
+    with pytest.raises(InputError, match=f"{message}: expected with model.attention_kernel=True"):
+        config_lib.validate(config)
+
+
+def test_a_jax_without_triton_is_told_of(monkeypatch):
+    config = config_lib.base_config()
+    config.model.attention_kernel, config.model.dtype = True, "bfloat16"
+    config_lib.validate(config)
+    assert experiment.build_model(config, 20).attention_kernel
+    monkeypatch.setattr(attention_kernel, "triton", None)
+    with pytest.raises(InputError, match=r"no jax\.experimental\.pallas\.triton\. Set it"):
+        experiment.build_model(config, 20)
 
 
 def test_blocks_of_classes_saturate_and_pass_nan_on():

@@ -21,7 +21,7 @@ AT_ONCE = 20
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def bilinear_attention(
-    visual: jax.Array, semantic: jax.Array, direction: jax.Array, kernel: bool = False
+    visual: jax.Array, semantic: jax.Array, direction: jax.Array, attention_kernel: bool = False
 ) -> jax.Array:
     """logits[b, p, c] = sum_r direction[r] * tanh(visual[b, p, r] * semantic[b, c, r]).
 
@@ -34,24 +34,25 @@ def bilinear_attention(
       visual: U x, [B, P, R].
       semantic: V v, [B, C, R].
       direction: W_h^T w_t, [R].
-      kernel: on a CUDA GPU, by `attention_kernel` in place of XLA's kernels.
+      attention_kernel: on a CUDA GPU, by the kernels of `models/attention_kernel.py`, for which
+        the arrays are bfloat16 (`config.attention_kernel_misfits`); not under `jax.vmap`.
 
     Returns:
       [B, P, C] float32.
     """
-    on_cuda, _ = _on_cuda(kernel)
+    on_cuda, _ = _on_cuda(attention_kernel)
     return jax.lax.platform_dependent(
         visual, semantic, direction, default=class_by_class_logits, cuda=on_cuda
     )
 
 
-def _on_cuda(kernel: bool) -> tuple[Callable, Callable]:
+def _on_cuda(attention_kernel: bool) -> tuple[Callable, Callable]:
     """What computes logits and gradients on a CUDA GPU."""
-    if not kernel:
+    if not attention_kernel:
         return in_blocks_logits, in_blocks_gradients
-    from clsl_jax.models import attention_kernel  # Pallas takes its time to import
+    from clsl_jax.models import attention_kernel as kernels  # Pallas takes its time to import
 
-    return attention_kernel.logits, attention_kernel.gradients
+    return kernels.logits, kernels.gradients
 
 
 def class_by_class_logits(
@@ -68,13 +69,14 @@ def class_by_class_logits(
 
 
 def _attention_forward(
-    visual: jax.Array, semantic: jax.Array, direction: jax.Array, kernel: bool
+    visual: jax.Array, semantic: jax.Array, direction: jax.Array, attention_kernel: bool
 ) -> Any:
-    return bilinear_attention(visual, semantic, direction, kernel), (visual, semantic, direction)
+    saved = visual, semantic, direction
+    return bilinear_attention(*saved, attention_kernel), saved
 
 
-def _attention_backward(kernel: bool, saved: Any, grad: jax.Array) -> Any:
-    _, on_cuda = _on_cuda(kernel)
+def _attention_backward(attention_kernel: bool, saved: Any, grad: jax.Array) -> Any:
+    _, on_cuda = _on_cuda(attention_kernel)
     gradients = jax.lax.platform_dependent(
         *saved, grad, default=class_by_class_gradients, cuda=on_cuda
     )
@@ -187,12 +189,12 @@ class SemanticAttention(nn.Module):
     Attributes:
       rank: width of the product; U and V have no bias.
       dtype: compute type; the result is float32.
-      kernel: see `bilinear_attention`.
+      attention_kernel: see `bilinear_attention`.
     """
 
     rank: int = 1024
     dtype: Any = jnp.float32
-    kernel: bool = False
+    attention_kernel: bool = False
 
     @nn.compact
     def __call__(self, features: jax.Array, semantic: jax.Array) -> jax.Array:
@@ -215,7 +217,7 @@ class SemanticAttention(nn.Module):
         if semantic.ndim == 2:
             semantic = jnp.broadcast_to(semantic, (features.shape[0], *semantic.shape))
         direction = direction.astype(self.dtype)
-        return bilinear_attention(visual, semantic, direction, self.kernel) + constant
+        return bilinear_attention(visual, semantic, direction, self.attention_kernel) + constant
 
 
 class Affine(nn.Module):
@@ -244,14 +246,14 @@ class FeatureEnhancement(nn.Module):
       dropout: rate before the last layer.
       dtype: compute type; softmax and logits are float32.
       starts_at_zero: the last layer's first weights are 0, and with them its logits.
-      kernel: see `bilinear_attention`.
+      attention_kernel: see `bilinear_attention`.
     """
 
     rank: int = 1024
     dropout: float = 0.5
     dtype: Any = jnp.float32
     starts_at_zero: bool = False
-    kernel: bool = False
+    attention_kernel: bool = False
 
     @nn.compact
     def __call__(
@@ -271,8 +273,9 @@ class FeatureEnhancement(nn.Module):
         c, s = semantic.shape[-2:]
         few = semantic.ndim == 2 or c < features.shape[-2]
         width = s + features.shape[-1]
-        attend = SemanticAttention(self.rank, self.dtype, self.kernel, name="attention")
-        attention_logits = attend(features, semantic)
+        attention_logits = SemanticAttention(
+            self.rank, self.dtype, self.attention_kernel, name="attention"
+        )(features, semantic)
         attention = jax.nn.softmax(attention_logits, -1)
 
         def mixed(values: jax.Array) -> jax.Array:

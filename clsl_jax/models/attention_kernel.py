@@ -1,13 +1,13 @@
 """SGFE's bilinear attention in kernels of our own, for NVIDIA GPUs and bfloat16.
 
-XLA computes a tanh by an exponential, some thirty instructions with what stands around it. These
-kernels take the hardware's own (`tanh.approx.f32`, to a relative error of 2^-11, about an eighth
-of what bfloat16 rounds) and keep all sums in registers; what they gain is in docs/performance.md.
-They are written for Pallas's Triton backend, which jax 0.11 deprecates: a run uses them only where
-`model.attention_kernel` says so.
+`alignment.in_blocks_logits` computes a tanh by an exponential, some thirty instructions with what
+stands around it. These kernels take the hardware's own (`tanh.approx.f32`, to a relative error of
+2^-11, a quarter of what bfloat16 rounds; 1 - tanh^2 to an absolute error of about 2^-10) and keep
+all sums in registers; what they gain is in docs/performance.md. They are written for Pallas's
+Triton backend, which jax 0.11 deprecates: a run uses them only where `model.attention_kernel`
+says so.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,29 +19,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 try:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
-except ImportError:  # a jax without that backend
+except ImportError:  # a jax that has them no more
     pl = triton = None
 
 # Rows of [., R] that a program keeps in registers: positions, and classes for their gradient.
 ROWS = 4
-_INTERPRETED = False
-
-
-def problem(rank: int, dtype: str) -> str:
-    """Returns why a model of this rank and type cannot use the kernels; "" if it can."""
-    if triton is None:
-        return f"jax {jax.__version__} has no jax.experimental.pallas.triton"
-    if dtype != "bfloat16":
-        return f"its tanh is precise enough for model.dtype='bfloat16' alone, not for {dtype!r}"
-    if rank < 128 or rank & (rank - 1):
-        return f"it needs a model.rank that is a power of two from 128 on, and that is {rank}"
-    return ""
+_INTERPRETED = False  # set by tests: on any device, and with an exact tanh
 
 
 def logits(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
-    """`alignment.bilinear_attention` without a gradient, [B, P, C] float32."""
+    """`alignment.bilinear_attention` without a gradient, [B, P, C] float32.
+
+    Arguments are as there, in bfloat16; R is a power of two.
+    """
     p, c = visual.shape[1], semantic.shape[1]
-    found = _logits(_padded(visual), _padded(semantic), direction)
+    found = _logits(_padded(visual, 1), _padded(semantic, 1), direction)
     return jnp.swapaxes(found[:, :c, :p], 1, 2)
 
 
@@ -50,16 +42,16 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `logits`, float32; `grad` is that of the logits, [B, P, C]."""
     p, c = visual.shape[1], semantic.shape[1]
-    grad = _padded(_padded(jnp.swapaxes(grad, 1, 2)), axis=2)
-    of_visual, of_semantic, of_direction = _gradients(_padded(visual), _padded(semantic), grad)
+    grad = _padded(jnp.swapaxes(grad, 1, 2), 1, 2)
+    padded = _padded(visual, 1), _padded(semantic, 1)
+    of_visual, of_semantic, of_direction = _gradients(*padded, grad)
     scale = direction.astype(jnp.float32)
     return of_visual[:, :p] * scale, of_semantic[:, :c] * scale, jnp.sum(of_direction, 0)
 
 
-def _padded(x: jax.Array, axis: int = 1) -> jax.Array:
-    """Zeros behind an axis up to a multiple of `ROWS`."""
-    wanted = [(0, -x.shape[axis] % ROWS if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, wanted)
+def _padded(x: jax.Array, *axes: int) -> jax.Array:
+    """Zeros behind axes up to a multiple of `ROWS`."""
+    return jnp.pad(x, [(0, -size % ROWS if i in axes else 0) for i, size in enumerate(x.shape)])
 
 
 def _by_example(rule: str) -> Callable[[Callable], Callable]:
@@ -87,7 +79,7 @@ def _by_example(rule: str) -> Callable[[Callable], Callable]:
         partitioned.def_partition(
             partition, sharding_rule=rule, need_replication_factors=("p", "r", "c")
         )
-        return functools.wraps(function)(partitioned)
+        return partitioned
 
     return decorate
 
@@ -149,6 +141,7 @@ def _gradients(
 
 
 def _call(kernel: Callable, **options: Any) -> Callable:
+    """A kernel as a function of arrays, a program of 128 threads for each part of the grid."""
     parameters = triton.CompilerParams(num_warps=4, num_stages=2)
     return pl.pallas_call(
         kernel, compiler_params=parameters, interpret=_INTERPRETED, name=kernel.__name__, **options

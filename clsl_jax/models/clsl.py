@@ -191,7 +191,7 @@ class CLSLHead(nn.Module):
                 self.head_dropout,
                 self.dtype,
                 starts_at_zero=self.position_residual,
-                kernel=self.attention_kernel,
+                attention_kernel=self.attention_kernel,
                 name="enhancement",
             )
         elif self.srfl:
