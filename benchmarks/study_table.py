@@ -60,13 +60,18 @@ def table(runs: Runs, baseline: str) -> str:
 
 
 def ranking(runs: Runs) -> str:
-    """Spearman's correlation of the two data sets' mean test mAP over the methods run on both."""
+    """Spearman's correlation of the two data sets' mean test mAP over the methods run on both.
+
+    Empty where those are fewer than three.
+    """
     both = [
         [runs.get((name, FRACTION, method)) for name in (SCENES, PHOTOGRAPHS)]
         for method in methods.METHODS
         if method != CEILING
     ]
     pairs = [[statistics.mean(v.values()) for v in pair] for pair in both if all(pair)]
+    if len(pairs) < 3:
+        return ""
     found = stats.spearmanr(*zip(*pairs, strict=True))
     return (
         f"{SCENES} and {PHOTOGRAPHS}, {FRACTION:.0%}: rank correlation of {len(pairs)} methods "

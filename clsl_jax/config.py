@@ -90,7 +90,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.model.position_residual = False  # with sgfe: a 1x1 convolution beside it, not in the paper
     c.model.global_branch = True  # 1x1 convolution and maximum over positions, training only
     c.model.rank = 1024  # of the low-rank bilinear attention
-    c.model.attention_kernel = False  # in bfloat16 on CUDA GPUs: by models/attention_kernel.py
+    # With sgfe, bfloat16 and a CUDA GPU: its attention by models/attention_kernel.py. Else nothing.
+    c.model.attention_kernel = False
     c.model.head_dropout = 0.5
     c.model.embeddings = "random"  # random | scenes | an .npz made by `clsl_jax.embed`
     c.model.embedding_dim = 300  # width of random label embeddings
@@ -296,7 +297,7 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("checkpoint.keep", 2, None),
 )
 
-# Keys that change neither what a checkpoint holds nor, beyond rounding in the compute type, the
+# Keys that change neither what a checkpoint holds nor, beyond the compute type's precision, the
 # weights. Of the saved epochs the best is chosen: checkpoint.every_epochs says which these are.
 SAFE_TO_CHANGE = (
     "data.dir",
@@ -401,8 +402,8 @@ def attention_kernel_misfits(dtype: str, rank: int) -> list[str]:
     advice, problems = "expected with model.attention_kernel=True", []
     if dtype != "bfloat16":
         problems.append(f"model.dtype={dtype!r}: {advice} 'bfloat16'")
-    if not 128 <= rank <= 2048 or rank & (rank - 1):
-        problems.append(f"model.rank={rank}: {advice} a power of two from 128 to 2048")
+    if not 128 <= rank <= 1024 or rank & (rank - 1):
+        problems.append(f"model.rank={rank}: {advice} a power of two from 128 to 1024")
     return problems
 
 

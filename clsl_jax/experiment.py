@@ -457,6 +457,8 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
                 f"model.attention_kernel=True: jax {jax.__version__} has no "
                 "jax.experimental.pallas.triton. Set it to False, with which a run may go on too."
             )
+        # Or a program for several devices is never found in the compilation cache.
+        jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     return CLSL(
         num_classes=num_classes,
         backbone=m.backbone,

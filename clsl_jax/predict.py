@@ -120,7 +120,7 @@ def load_classifier(
       InputError: there is no such run, it has saved nothing yet, or a file of it is damaged.
     """
     config = Workdir.stored_config(workdir)
-    config.model.attention_kernel = False  # it is for training; any jax can predict
+    config.model.attention_kernel = False  # not every jax has it
     where = Workdir(workdir)
     class_names, count = _classes_and_images(where)
     sharding.divide_cpu(config.cpu_devices)

@@ -163,9 +163,9 @@ def test_our_kernels_leave_examples_where_they_are(monkeypatch):
     assert collectives(found) == {"all-reduce"}
 
 
-def head_step(attention_kernel):
+def head_step(on):
     """Value and gradient of a head's logits, and the shapes of its variables."""
-    model = CLSLHead(21, rank=128, dtype=jnp.bfloat16, attention_kernel=attention_kernel)
+    model = CLSLHead(21, rank=128, dtype=jnp.bfloat16, attention_kernel=on)
     inputs = jnp.zeros((2, 7, 7, 8), jnp.bfloat16), jnp.zeros((21, 5))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, train=False))
     step = jax.value_and_grad(lambda v: jnp.sum(model.apply(v, *inputs, train=False)[0]))
@@ -173,8 +173,8 @@ def head_step(attention_kernel):
 
 
 def test_a_head_has_our_kernels_where_the_configuration_says_so():
-    def kernels(attention_kernel):
-        step, shapes = head_step(attention_kernel)
+    def kernels(on):
+        step, shapes = head_step(on)
         return set(re.findall(r"name=_(\w+)_kernel", str(jax.make_jaxpr(step)(shapes))))
 
     assert kernels(True) == {"logits", "semantic", "visual"}
@@ -184,7 +184,7 @@ def test_a_head_has_our_kernels_where_the_configuration_says_so():
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="lowers only beside a GPU")
 @pytest.mark.parametrize(("platform", "kernels"), [("cuda", 3), ("cpu", 0), ("tpu", 0)])
 def test_our_kernels_are_compiled_for_a_cuda_gpu_alone(platform, kernels):
-    step, shapes = head_step(attention_kernel=True)
+    step, shapes = head_step(on=True)
     text = jax.jit(step).trace(shapes).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("xla.gpu.triton") == kernels
 

@@ -2,10 +2,10 @@
 
 `alignment.in_blocks_logits` computes a tanh by an exponential, some thirty instructions with what
 stands around it. These kernels take the hardware's own (`tanh.approx.f32`, to a relative error of
-2^-11, a quarter of what bfloat16 rounds; 1 - tanh^2 to an absolute error of about 2^-10) and keep
-all sums in registers; what they gain is in docs/performance.md. They are written for Pallas's
-Triton backend, which jax 0.11 deprecates: a run uses them only where `model.attention_kernel`
-says so.
+2^-11, at most a quarter of what bfloat16 rounds; 1 - tanh^2 to an absolute error of about 2^-10)
+and keep all sums in registers; what they gain is in docs/performance.md. They are written for
+Pallas's Triton backend, which jax 0.11 deprecates: a run uses them only where
+`model.attention_kernel` says so.
 """
 
 from collections.abc import Callable
