@@ -85,20 +85,23 @@ def test_position_logits_are_those_of_the_layer_on_what_is_joined(classes, share
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def assert_equals_one_class_at_a_time(logits, gradients, inputs, pull):
+    one, other = alignment.class_by_class_logits(*inputs), logits(*inputs)
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
+    for one, other in zip(
+        alignment.class_by_class_gradients(*inputs, pull), gradients(*inputs, pull), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("classes", [1, 20, 21, 80, 101])
 def test_blocks_of_classes_equal_one_at_a_time(classes):
     # What a GPU does, on the CPU.
     b, p, r = 2, 5, 6
     inputs = arrays(classes, (b, p, r), (b, classes, r), (r,))
     (pull,) = arrays(1, (b, p, classes))
-    one, other = alignment.class_by_class_logits(*inputs), alignment.in_blocks_logits(*inputs)
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
-    for one, other in zip(
-        alignment.class_by_class_gradients(*inputs, pull),
-        alignment.in_blocks_gradients(*inputs, pull),
-        strict=True,
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+    forms = alignment.in_blocks_logits, alignment.in_blocks_gradients
+    assert_equals_one_class_at_a_time(*forms, inputs, pull)
 
 
 @pytest.mark.parametrize(("classes", "block"), [(20, 20), (45, 15), (80, 20)])
@@ -118,14 +121,8 @@ def test_our_kernels_equal_one_class_at_a_time(monkeypatch, positions, classes):
     b, r = 2, 16
     inputs = arrays(classes, (b, positions, r), (b, classes, r), (r,))
     (pull,) = arrays(1, (b, positions, classes))
-    one, other = alignment.class_by_class_logits(*inputs), attention_kernel.logits(*inputs)
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
-    for one, other in zip(
-        alignment.class_by_class_gradients(*inputs, pull),
-        attention_kernel.gradients(*inputs, pull),
-        strict=True,
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+    forms = attention_kernel.logits, attention_kernel.gradients
+    assert_equals_one_class_at_a_time(*forms, inputs, pull)
     # The products of bfloat16 are summed in float32.
     low = [x.astype(jnp.bfloat16) for x in inputs]
     found = [attention_kernel.logits(*low), *attention_kernel.gradients(*low, pull)]

@@ -93,11 +93,11 @@ def _logits(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax
         _logits_kernel,
         grid=(b, p // ROWS),
         in_specs=[
-            pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
-            pl.BlockSpec((None, c, r), lambda i, j: (i, 0, 0)),
+            _own_rows(r),
+            _all_rows(c, r),
             pl.BlockSpec((r,), lambda i, j: (0,)),
         ],
-        out_specs=pl.BlockSpec((None, c, ROWS), lambda i, j: (i, 0, j)),
+        out_specs=_own_columns(c),
         out_shape=jax.ShapeDtypeStruct((b, c, p), jnp.float32),
     )(visual, semantic, direction)
 
@@ -113,12 +113,12 @@ def _gradients(
         _visual_kernel,
         grid=(b, p // ROWS),
         in_specs=[
-            pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
-            pl.BlockSpec((None, c, r), lambda i, j: (i, 0, 0)),
-            pl.BlockSpec((None, c, ROWS), lambda i, j: (i, 0, j)),
+            _own_rows(r),
+            _all_rows(c, r),
+            _own_columns(c),
         ],
         out_specs=[
-            pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
+            _own_rows(r),
             pl.BlockSpec((None, None, r), lambda i, j: (i, j, 0)),
         ],
         out_shape=[
@@ -130,14 +130,29 @@ def _gradients(
         _semantic_kernel,
         grid=(b, c // ROWS),
         in_specs=[
-            pl.BlockSpec((None, p, r), lambda i, j: (i, 0, 0)),
-            pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
-            pl.BlockSpec((None, ROWS, p), lambda i, j: (i, j, 0)),
+            _all_rows(p, r),
+            _own_rows(r),
+            _own_rows(p),
         ],
-        out_specs=pl.BlockSpec((None, ROWS, r), lambda i, j: (i, j, 0)),
+        out_specs=_own_rows(r),
         out_shape=jax.ShapeDtypeStruct((b, c, r), jnp.float32),
     )(visual, semantic, grad)
     return of_visual, of_semantic, jnp.sum(of_direction, 1)
+
+
+def _own_rows(width: int) -> Any:
+    """The `ROWS` rows of an example that are a program's own, [ROWS, width]."""
+    return pl.BlockSpec((None, ROWS, width), lambda i, j: (i, j, 0))
+
+
+def _own_columns(height: int) -> Any:
+    """The `ROWS` columns of an example that are a program's own, [height, ROWS]."""
+    return pl.BlockSpec((None, height, ROWS), lambda i, j: (i, 0, j))
+
+
+def _all_rows(height: int, width: int) -> Any:
+    """An example's whole matrix, [height, width]."""
+    return pl.BlockSpec((None, height, width), lambda i, j: (i, 0, 0))
 
 
 def _call(kernel: Callable, **options: Any) -> Callable:
