@@ -199,11 +199,14 @@ def truncate(path):
 
 
 def flip(path):
+    """Two bytes far apart: TensorStore leaves a node that was replaced (a kilobyte) anywhere."""
+    size = os.path.getsize(path)
     with open(path, "r+b") as file:
-        file.seek(os.path.getsize(path) // 2)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 0xFF]))
+        for place in (size // 4, 3 * size // 4):
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ 0xFF]))
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, os.remove])
