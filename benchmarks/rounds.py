@@ -35,13 +35,13 @@ def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, d
     result = {}
     for name, pairs in found.items():
         clock, cpu = zip(*pairs, strict=True)
-        result[name] = {
-            "median": statistics.median(clock),
-            "fastest": min(clock),
-            "slowest": max(clock),
-            "cpu": statistics.median(cpu),
-        }
+        result[name] = {**spread(clock), "cpu": statistics.median(cpu)}
     return result
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Returns `median`, `fastest` and `slowest`."""
+    return {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
 
 
 def milliseconds(row: Mapping[str, float], digits: int = 1) -> str:

@@ -8,6 +8,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from clsl_jax import checkpoint, sharding
@@ -52,6 +53,25 @@ def test_restores_bit_equal_on_other_numbers_of_devices(tmp_path, devices):
     assert_same(found, state)
     assert len(found["matrix"].sharding.device_set) == devices
     checkpointer.close()
+
+
+def test_devices_share_the_writing_of_large_arrays_alone(tmp_path):
+    mesh = sharding.make_mesh(jax.devices()[:8])
+    shapes = {"bias": (48,), "largest_whole": (2**18 - 1, 8), "large": (2**18, 8)}
+    state = {
+        name: sharding.put_replicated(mesh, np.arange(np.prod(shape), dtype=np.float32))
+        for name, shape in shapes.items()
+    }
+    state = {name: x.reshape(shapes[name]) for name, x in state.items()}
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 1, state)
+    found, _, _ = checkpointer.restore_latest(abstract(state))
+    checkpointer.close()
+    assert_same(found, state)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        written = reader.metadata(tmp_path / "1" / "state").item_metadata
+    parts = {name: written[name].storage.chunk_shape for name in shapes}
+    assert parts == {**shapes, "large": (2**15, 8)}
 
 
 def test_checksums_do_not_depend_on_devices_and_see_any_change():
