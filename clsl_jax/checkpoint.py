@@ -28,9 +28,10 @@ from clsl_jax.errors import InputError
 FORMAT_VERSION = 6
 # A checkpoint whose step is being saved again, until that is whole.
 _REPLACED = "replaced-"
-# Several devices write parts of one replicated array from so many bytes a part on. By Orbax's
-# default all do of every array, which for a bias costs a slice a device and a file entry each.
-LEAST_PART = 2**20
+# Devices share the writing of a replicated array of which each host then writes so many bytes or
+# more. By Orbax's default they share every array that they can divide, even a bias: a slice and an
+# entry for each device.
+LEAST_SHARE = 2**20
 
 
 class _OneMessage(stdlib_logging.Filter):
@@ -57,6 +58,7 @@ def checksums(state: Any) -> jax.Array:
     return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(state)])
 
 
+@jax.jit  # the many arrays of a state are of few shapes: each is traced once
 def _checksum(x: jax.Array) -> jax.Array:
     width = x.dtype.itemsize
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
@@ -72,13 +74,21 @@ def _checksum(x: jax.Array) -> jax.Array:
 class Checkpointer:
     """Saves and restores train states under `directory`.
 
-    Keeps the `keep` latest and the one with the highest `selection` metric.
+    Keeps the `keep` latest and the one with the highest `selection` metric. Devices share the
+    writing of replicated arrays of which each host then writes `least_share` bytes or more.
 
     Raises:
       CheckpointError: nothing can be kept there.
     """
 
-    def __init__(self, directory: str, *, keep: int = 2, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        keep: int = 2,
+        read_only: bool = False,
+        least_share: int = LEAST_SHARE,
+    ) -> None:
         # A bucket (gs://...) is no path of this machine.
         bucket = "://" in directory
         directory = directory if bucket else os.path.abspath(directory)
@@ -98,10 +108,12 @@ class Checkpointer:
             read_only=read_only,
             create=not read_only,
         )
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_PART)
-        state = ocp.PyTreeCheckpointHandler(
+        array_handler = ocp.type_handlers.ArrayHandler(
+            min_slice_bytes_for_replica_parallel=least_share // jax.local_device_count()
+        )
+        state_handler = ocp.PyTreeCheckpointHandler(
             type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-                (jax.Array, arrays)
+                (jax.Array, array_handler)
             )
         )
         try:
@@ -111,7 +123,7 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=options,
-                item_handlers={"state": state, "meta": ocp.JsonCheckpointHandler()},
+                handler_registry=ocp.handlers.create_default_handler_registry(state=state_handler),
             )
         except InputError:
             raise
@@ -201,11 +213,11 @@ class Checkpointer:
                     raise CheckpointError(
                         f"format {meta.get('format')!r}, this program reads {FORMAT_VERSION}"
                     )
-                arrays = ocp.args.PyTreeRestore(
+                how = ocp.args.PyTreeRestore(
                     abstract_state,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
                 )
-                state = self._manager.restore(step, args=ocp.args.Composite(state=arrays)).state
+                state = self._manager.restore(step, args=ocp.args.Composite(state=how)).state
             except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
                 raise CheckpointError(f"{unusable}: {_reason(error)}") from error
             return state, meta

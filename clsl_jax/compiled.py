@@ -137,7 +137,8 @@ def largest_that_fits(
 ) -> int:
     """Returns the largest batch size whose peak is within `room`, 0 if there is none.
 
-    What a step needs grows about linearly with the batch, so few sizes have to be compiled.
+    What a step needs grows about linearly with the batch, so few sizes have to be compiled: after
+    the smallest, those on the line between the largest that fits and the smallest that does not.
 
     Args:
       peak: bytes needed for a batch size, not falling with it.
@@ -148,10 +149,11 @@ def largest_that_fits(
     low, low_peak = 0, 0  # fits; its peak, once known
     high, high_peak = failed
     while high - low > multiple:
-        # Along the line between the two, or half way while only one of them is known.
-        share = (room - low_peak) / (high_peak - low_peak) if low else 0.5
-        guess = low + int(share * (high - low))
-        guess = min(max(guess // multiple * multiple, low + multiple), high - multiple)
+        guess = multiple  # the smallest first: if it does not fit, none does
+        if low:  # along the line between the two
+            share = (room - low_peak) / (high_peak - low_peak)
+            guess = low + int(share * (high - low))
+            guess = min(max(guess // multiple * multiple, low + multiple), high - multiple)
         found = peak(guess)
         if found <= room:
             low, low_peak = guess, found

@@ -244,10 +244,16 @@ def build_network(
             backbone=backbone,
         )
 
+    # Placed as `Experiment.new_state` places them, so that one trace of `init` serves both.
+    everywhere = sharding.replicated(mesh)
+    divided = sharding.by_row_and_class(mesh, len(class_names))
+    matrix_shape = sharding.padded_rows(images), len(class_names)
     shapes = (
-        jax.ShapeDtypeStruct(embeddings.shape, jnp.float32),
-        jax.ShapeDtypeStruct((sharding.padded_rows(images), len(class_names)), jnp.int8),
-        backbone_shapes,
+        jax.ShapeDtypeStruct(embeddings.shape, jnp.float32, sharding=everywhere),
+        jax.ShapeDtypeStruct(matrix_shape, jnp.int8, sharding=divided),
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), backbone_shapes
+        ),
     )
     with _building():
         abstract = jax.eval_shape(init, *shapes)

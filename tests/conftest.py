@@ -2,9 +2,11 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
+import commands
 import hypothesis
 import pytest
 
@@ -28,6 +30,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist
 def shared(tmp_path_factory):
     """Directory of what commands compile and compose, for all of them."""
     return str(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(shared):
+    """A run that nobody interrupted: (workdir, what it printed). To be copied, not changed."""
+    workdir = pathlib.Path(shared) / "finished"
+    status, out, err = commands.run(shared, workdir, "--config.evaluation.pictures=2")
+    assert status == 0, err
+    return workdir, out
 
 
 def pytest_collection_modifyitems(items):

@@ -3,7 +3,7 @@
 import pytest
 import test_config
 
-from clsl_jax import compiled, experiment
+from clsl_jax import compiled, experiment, train_state
 from clsl_jax.compiled import compile_steps, largest_that_fits
 from clsl_jax.errors import InputError
 
@@ -22,11 +22,38 @@ def test_the_largest_batch_is_found_in_few_compilations(fixed, room, multiple):
     best = max((n for n in range(0, 65, multiple) if fixed + 50 * n <= room), default=0)
     assert found == best
     assert len(asked) <= 8
+    if not best:
+        assert asked == [64, multiple]
 
 
 def test_a_peak_that_is_no_straight_line_costs_compilations_but_not_rightness():
     found = largest_that_fits(lambda n: n * n, 1000, failed=(64, 64 * 64), multiple=1)
     assert found == 31
+
+
+@pytest.mark.parametrize("along_model", [1, 2])
+def test_building_and_starting_trace_the_initialization_once(tmp_path, monkeypatch, along_model):
+    monkeypatch.setenv("CLSL_CACHE_DIR", str(tmp_path))
+    traced, init_state = [], train_state.init_state
+
+    def counted(*given, **named):
+        traced.append(1)
+        return init_state(*given, **named)
+
+    monkeypatch.setattr(train_state, "init_state", counted)
+    config = test_config.load("scenes")
+    config.update_from_flattened_dict(
+        {
+            "data.sizes": (64, 8, 8),
+            "batch_size": 64,
+            "mesh.model": along_model,
+            "model.widths": (4, 8),
+            "model.encoder_layers": 0,
+            "model.rank": 4,
+        }
+    )
+    experiment.build(config).new_state(lambda line: None)
+    assert len(traced) == 1
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_path, monkeypatch):

@@ -40,9 +40,12 @@ def runs(shared, tmp_path_factory):
     for name, (processes, devices) in LAYOUTS.items():
         workdir = tmp_path_factory.mktemp("run") / name
         more = ("--config.mesh.model=2",) if name == "1x8" else ()
+        if name != "1x1":
+            more += ("--config.evaluation.pictures=2",)
         statuses, said = run_several(
-            shared, workdir, *STEPS, *more, processes=processes, devices=devices
-        )
+            shared, workdir, *STEPS, *more, "--config.checkpoint.every_steps=0",
+            processes=processes, devices=devices,
+        )  # fmt: skip
         assert statuses == [0] * processes, said[0]
         assert not any("epoch" in text for text in said[1:])
         found[name] = workdir
@@ -190,7 +193,9 @@ def test_an_error_of_one_process_ends_all(shared, tmp_path):
     workdir = tmp_path / "run"
     (workdir / "log.jsonl").mkdir(parents=True)  # process 0 alone opens it
     start = time.monotonic()
-    statuses, said = run_several(shared, workdir, *STEPS, processes=2, devices=1)
+    statuses, said = run_several(
+        shared, workdir, *STEPS, "--config.epochs=1", processes=2, devices=2
+    )
     assert statuses[0] == 1, said[0]
     assert "Is a directory" in said[0]
     assert statuses[1] != 0

@@ -17,7 +17,10 @@ CASES = [
     ([f"--config={CONFIG}:weak"], "expected nothing, moderate or strong"),
     ([f"--config={CONFIG}", "--mode=evaluate"], "There is no run in"),
     ([], "--config=FILE is missing"),
-    ([f"--config={CONFIG}", "--config.batch_size=100000"], "larger than the training split"),
+    (
+        [f"--config={CONFIG}", "--config.data.sizes=(96,48,48)", "--config.batch_size=100000"],
+        "larger than the training split",
+    ),
     ([f"--config={CONFIG}", "--config.model.backbone=resnet19"], "resnet19"),
     (["--config=configs/voc.py"], "data.dir"),
 ]

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from commands import REPOSITORY, TINY, environment, run
+from commands import REPOSITORY, TINY, environment
 from PIL import Image
 
 from clsl_jax import predict
@@ -21,12 +21,11 @@ SIZES = {"train": 96, "validation": 48, "test": 48}  # of TINY
 
 
 @pytest.fixture(scope="module")
-def finished(shared, tmp_path_factory):
+def finished(shared, tiny_run, tmp_path_factory):
     """A run, and a folder with its test images as files."""
     assert "--config.data.sizes=(96,48,48)" in TINY
     home = tmp_path_factory.mktemp("predict")
-    status, _, err = run(shared, home / "run", "--config.epochs=2")
-    assert status == 0, err
+    shutil.copytree(tiny_run[0], home / "run")
     scenes = sources.load_dataset(
         "scenes", directory=os.path.join(shared, "data"), image_size=64, sizes=SIZES
     )
@@ -71,7 +70,7 @@ def test_what_a_run_said_of_its_test_images_it_says_of_their_files(shared, finis
     shown = ("--weights=last", f"--pictures={sheet}", "--pictured=2")
     status, printed, err = command(shared, f"--workdir={workdir}", f"--out={out}", *shown, new)
     assert (status, err) == (0, "")
-    assert "48 images, 20 classes, weights of epoch 2" in printed
+    assert "48 images, 20 classes, weights of epoch 4" in printed
     assert files_of(workdir) == before
     header, *rows = table(out)
     said = table(workdir / "probabilities.csv")

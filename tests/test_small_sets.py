@@ -19,10 +19,10 @@ def prepare(root, **given):
     drawn_set(root, ("a", "b"), change)
 
 
-def test_two_classes_and_a_test_split_to_be_filled_in(tmp_path):
+def test_two_classes_and_a_test_split_to_be_filled_in(shared, tmp_path):
     prepare(tmp_path / "data", test=-1)
     arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'data'}")
-    status, out, err = run(str(tmp_path), tmp_path / "run", *arguments)
+    status, out, err = run(shared, tmp_path / "run", *arguments, "--config.evaluation.pictures=2")
     assert status == 0, err
     row = next(line for line in out.splitlines() if "test, best" in line)
     assert row.count("–") == 5, row
@@ -32,16 +32,16 @@ def test_two_classes_and_a_test_split_to_be_filled_in(tmp_path):
     assert (tmp_path / "run" / "pictures.png").stat().st_size > 0
 
 
-def test_a_split_that_cannot_pick_an_epoch_is_refused_and_the_workdir_stays_free(tmp_path):
+def test_a_split_that_cannot_pick_an_epoch_is_refused_and_the_workdir_stays_free(shared, tmp_path):
     prepare(tmp_path / "data", validation=0)
     arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'data'}")
-    status, _, err = run(str(tmp_path), tmp_path / "run", *arguments)
+    status, _, err = run(shared, tmp_path / "run", *arguments)
     assert status == 2
     assert err.startswith("error: No image of the validation split is labelled as positive")
     assert not (tmp_path / "run" / "config.json").exists()
     statistics = ("--config.loss.statistics=True", "--config.evaluation.statistics=True")
     prepare(tmp_path / "other", train=1)
     arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'other'}")
-    status, _, err = run(str(tmp_path), tmp_path / "run", *arguments, *statistics)
+    status, _, err = run(shared, tmp_path / "run", *arguments, *statistics)
     assert status == 2
     assert "none of a, b: label some images as negative" in err

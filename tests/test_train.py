@@ -29,12 +29,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def finished(shared, tmp_path_factory):
+def finished(tiny_run, tmp_path_factory):
     """A run that nobody interrupted: (workdir, what it printed)."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    status, out, err = run(shared, workdir)
-    assert status == 0, err
-    return workdir, out
+    shutil.copytree(tiny_run[0], workdir)
+    return workdir, tiny_run[1]
 
 
 def saved_arrays(workdir):
@@ -346,15 +345,19 @@ main.cli()
 """
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [((), 0), (("--stopped_status=75",), 75)])
-def test_sigterm_in_evaluation(shared, finished, tmp_path, arguments, expected):
-    """The command itself, but that the signal is sent just where epoch 2 is evaluated."""
+def test_sigterm_in_evaluation(shared, finished, tmp_path):
+    """The command itself, but that the signal is sent just where epoch 2 is evaluated.
+
+    Started again, it goes on with that evaluation, so that the second signal comes where epoch 3 is
+    evaluated.
+    """
     workdir = tmp_path / "run"
-    status, out, err = run(shared, workdir, *arguments, program=SIGNALLED)
-    assert status == expected, err
-    assert "Stopped by SIGTERM after step 12" in out
-    assert newest_step(workdir) == 12
-    assert len(read_log(workdir / "log.jsonl")) == 1
+    for arguments, expected, step in (((), 0, 12), (("--stopped_status=75",), 75, 18)):
+        status, out, err = run(shared, workdir, *arguments, program=SIGNALLED)
+        assert status == expected, err
+        assert f"Stopped by SIGTERM after step {step}" in out
+        assert newest_step(workdir) == step
+        assert len(read_log(workdir / "log.jsonl")) == step // 6 - 1
     status, _, err = run(shared, workdir)
     assert status == 0, err
     assert_same_run(finished[0], workdir)
@@ -415,7 +418,7 @@ def test_what_is_refused_before_the_first_step_binds_no_workdir(shared, tmp_path
     assert "batch_size=16 needs 0.01 GiB" in err
     assert "No batch fits." in err
     assert not (tmp_path / "run" / "config.json").exists()
-    status, _, err = run(shared, tmp_path / "run", "--config.epochs=1")
+    status, _, err = run(shared, tmp_path / "run")
     assert status == 0, err
 
 

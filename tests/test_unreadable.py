@@ -12,8 +12,7 @@ def damaged(split, row, encoded, labels):
 
 
 @pytest.mark.slow
-def test_it_is_replaced_and_named_or_ends_the_run(tmp_path):
-    shared = str(tmp_path)
+def test_it_is_replaced_and_named_or_ends_the_run(shared, tmp_path):
     drawn_set(tmp_path / "data", ("red", "green", "blue"), damaged)
     arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'data'}")
     most = "--config.data.max_unreadable"
