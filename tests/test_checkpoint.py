@@ -220,18 +220,22 @@ def truncate(path):
         file.truncate(os.path.getsize(path) // 2)
 
 
-def flip(path):
-    """Two bytes, far apart: a kilobyte anywhere may be a node that TensorStore reads no more."""
-    size = os.path.getsize(path)
+def flip(path, share=0.5):
+    place = int(share * os.path.getsize(path))
     with open(path, "r+b") as file:
-        for place in {size // 4, 3 * size // 4}:
-            file.seek(place)
-            byte = file.read(1)
-            file.seek(place)
-            file.write(bytes([byte[0] ^ 0xFF]))
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 0xFF]))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, os.remove])
+def flip_two(path):
+    """Far apart: a kilobyte anywhere in a file may be a node that TensorStore reads no more."""
+    flip(path, 0.25)
+    flip(path, 0.75)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_two, os.remove])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage, caplog):
     checkpointer = Checkpointer(str(tmp_path))
     save(checkpointer, 1)

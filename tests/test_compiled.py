@@ -7,6 +7,14 @@ from clsl_jax import compiled, experiment, train_state
 from clsl_jax.compiled import compile_steps, largest_that_fits
 from clsl_jax.errors import InputError
 
+SMALL = {
+    "data.sizes": (64, 8, 8),
+    "batch_size": 64,
+    "model.widths": (4, 8),
+    "model.encoder_layers": 0,
+    "model.rank": 4,
+}
+
 
 @pytest.mark.parametrize("fixed", [0, 500])
 @pytest.mark.parametrize("room", [600, 777, 1200, 3199])
@@ -42,16 +50,7 @@ def test_building_and_starting_trace_the_initialization_once(tmp_path, monkeypat
 
     monkeypatch.setattr(train_state, "init_state", counted)
     config = test_config.load("scenes")
-    config.update_from_flattened_dict(
-        {
-            "data.sizes": (64, 8, 8),
-            "batch_size": 64,
-            "mesh.model": along_model,
-            "model.widths": (4, 8),
-            "model.encoder_layers": 0,
-            "model.rank": 4,
-        }
-    )
+    config.update_from_flattened_dict({**SMALL, "mesh.model": along_model})
     experiment.build(config).new_state(lambda line: None)
     assert len(traced) == 1
 
@@ -59,17 +58,7 @@ def test_building_and_starting_trace_the_initialization_once(tmp_path, monkeypat
 def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_path, monkeypatch):
     monkeypatch.setenv("CLSL_CACHE_DIR", str(tmp_path))
     config = test_config.load("scenes")
-    config.update_from_flattened_dict(
-        {
-            "data.sizes": (64, 8, 8),
-            "batch_size": 64,
-            "model.widths": (4, 8),
-            "model.encoder_layers": 0,
-            "model.rank": 4,
-            "model.srfl": False,
-            "model.sgfe": False,
-        }
-    )
+    config.update_from_flattened_dict({**SMALL, "model.srfl": False, "model.sgfe": False})
     built = experiment.build(config)
     needed = compiled._peak(compile_steps(built, config).train)
     config.memory_gb = 0.85 * needed / 2**30

@@ -351,9 +351,8 @@ def call(shared, folder, *arguments):
 
 @pytest.mark.slow
 def test_a_study_from_grid_to_tables(shared, tmp_path):
-    settings = tuple(x.removeprefix("--config.") for x in commands.TINY) + (
-        "recovery.warmup_epochs=0",
-    )
+    tiny = (x.removeprefix("--config.") for x in commands.TINY)
+    settings = (*tiny, "recovery.warmup_epochs=0")
     text = CONFIG.format(config=commands.CONFIG, settings=settings)
     (tmp_path / "study.py").write_text(text)
     work = tmp_path / "study"
