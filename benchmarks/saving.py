@@ -47,7 +47,6 @@ def measure(options: argparse.Namespace) -> None:
     state = jax.device_put(state, train_state.state_shardings(state, mesh))
     leaves = jax.tree.leaves(state)
     size = sum(leaf.nbytes for leaf in leaves) / 2**20
-    checksums = jax.jit(checkpoint.checksums)
     shares = {
         "all that can be divided (Orbax's default)": 0,
         f"of {checkpoint.LEAST_SHARE:,} bytes or more": checkpoint.LEAST_SHARE,
@@ -69,9 +68,9 @@ def measure(options: argparse.Namespace) -> None:
                     found[name]["whole"].append(1e3 * (time.perf_counter() - start))
         for saver in savers.values():
             saver.close()
-    sums = rounds.alternate(
-        {"checksums": lambda: jax.block_until_ready(checksums(state))}, options.rounds
-    )["checksums"]
+    sums = rounds.alternate({"checksums": lambda: checkpoint.checksums(state)}, options.rounds)[
+        "checksums"
+    ]
     rows = {
         name: {kind: rounds.spread(times) for kind, times in kinds.items()}
         for name, kinds in found.items()

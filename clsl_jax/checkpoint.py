@@ -6,6 +6,7 @@ the seed and the step, so `state.step` is its state, on any number of processes.
 
 import contextlib
 import functools
+import itertools
 import json
 import logging as stdlib_logging
 import math
@@ -32,6 +33,8 @@ _REPLACED = "replaced-"
 # more. By Orbax's default they share every array that they can divide, even a bias: a slice and an
 # entry for each device.
 LEAST_SHARE = 2**20
+# In an abstract state: in place of an array that is not to be read.
+LEFT_OUT = ocp.PLACEHOLDER
 
 
 class _OneMessage(stdlib_logging.Filter):
@@ -49,16 +52,25 @@ class CheckpointError(InputError):
     """No usable checkpoint; the message says where and what to do."""
 
 
-def checksums(state: Any) -> jax.Array:
-    """Returns a checksum of each array of a tree, uint32 [leaves], whatever its sharding.
+def checksums(state: Any) -> list[int]:
+    """Returns a checksum of each array of a tree, whatever its sharding.
 
-    The bytes are summed modulo 2**32, each weighted by its odd place number, so that a changed,
-    missing or moved value changes the sum. Integer sums do not depend on the order of devices.
+    The words of its bytes are summed modulo 2**32, each weighted by its odd place number, so that a
+    changed, missing or moved value changes the sum. Integer sums do not depend on the order of
+    devices.
     """
-    return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(state)])
+    leaves = jax.tree.leaves(state)
+    checksum = _compiled_checksum(leaves[0].sharding.mesh)
+    return [int(x) for x in jax.device_get([checksum(leaf) for leaf in leaves])]
 
 
-@jax.jit  # the many arrays of a state are of few shapes: each is traced once
+@functools.cache
+def _compiled_checksum(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    # The many arrays of a state are of few shapes, of which each is compiled once, whatever else is
+    # saved or restored with it.
+    return jax.jit(_checksum, out_shardings=sharding.replicated(mesh))
+
+
 def _checksum(x: jax.Array) -> jax.Array:
     width = x.dtype.itemsize
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
@@ -175,8 +187,7 @@ class Checkpointer:
         if step in self._manager.all_steps():
             old = self._directory / str(step)
             self._alone(lambda: old.rename(self._directory / f"{_REPLACED}{step}"))
-        sums = _checksums(state)
-        meta = {**meta, "format": FORMAT_VERSION, "checksums": sums}
+        meta = {**meta, "format": FORMAT_VERSION, "checksums": checksums(state)}
         self._pending = step
         with _quiet(), self._failing():
             self._save(step, state, meta, selection)
@@ -196,7 +207,8 @@ class Checkpointer:
         """Returns (state, meta) of one step.
 
         Args:
-          abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
+          abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, or `LEFT_OUT` in place of
+            arrays that are not read: they stay that, and nothing is said of them.
           step: one of `steps()`.
 
         Raises:
@@ -228,9 +240,12 @@ class Checkpointer:
             raise
         except InputError as error:  # of another process
             raise CheckpointError(f"{unusable}: {error}") from error
-        found = _checksums(state)
-        if found != meta["checksums"]:
-            wrong = sum(a != b for a, b in zip(found, meta["checksums"], strict=False))
+        leaves = jax.tree.leaves(state)
+        is_read = [leaf is not LEFT_OUT for leaf in leaves]
+        found = checksums(list(itertools.compress(leaves, is_read)))
+        saved = list(itertools.compress(meta["checksums"], is_read))
+        if found != saved:
+            wrong = sum(a != b for a, b in zip(found, saved, strict=False))
             raise CheckpointError(f"{unusable}: {wrong} arrays are not what was saved (checksum)")
         return state, meta
 
@@ -413,16 +428,6 @@ def _reason(error: BaseException) -> str:
         found = found.__cause__ or found.__context__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
-
-
-@functools.cache
-def _compiled_checksums(mesh: Mesh) -> Callable[[Any], jax.Array]:
-    return jax.jit(checksums, out_shardings=sharding.replicated(mesh))
-
-
-def _checksums(state: Any) -> list[int]:
-    mesh = jax.tree.leaves(state)[0].sharding.mesh
-    return [int(x) for x in jax.device_get(_compiled_checksums(mesh)(state))]
 
 
 @contextlib.contextmanager

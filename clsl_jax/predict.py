@@ -11,7 +11,6 @@ named, its row in the table is empty, and all others are there.
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,7 +28,7 @@ from clsl_jax.data import images as images_lib
 from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.errors import InputError, writing
 from clsl_jax.models.clsl import CLSL
-from clsl_jax.train_state import evaluation_weights
+from clsl_jax.train_state import evaluation_weights, weights_alone
 from clsl_jax.workdir import EMBEDDINGS_NAME, MASK_NAME, Workdir
 
 WEIGHTS = ("best", "last")
@@ -124,9 +123,7 @@ def load_classifier(
     where = Workdir(workdir)
     class_names, count = _classes_and_images(where)
     sharding.divide_cpu(config.cpu_devices)
-    # As many devices as the rows of the run's matrices spread over.
-    devices = jax.devices()
-    mesh = sharding.make_mesh(devices[: math.gcd(len(devices), sharding.padded_rows(count))])
+    mesh = sharding.make_mesh()
     steps_per_epoch = pipeline.steps_per_epoch(count, batch_size=config.batch_size)
     options = experiment.step_options(config, steps_per_epoch)
     network = experiment.build_network(
@@ -140,14 +137,13 @@ def load_classifier(
     checkpoints = config.checkpoint.dir or where.path("checkpoints")
     checkpointer = Checkpointer(checkpoints, keep=config.checkpoint.keep, read_only=True)
     try:
-        restored = checkpointer.restore_latest(network.abstract_state)
+        wanted = weights_alone(network.abstract_state, ema=options.evaluate_ema)
+        restored = checkpointer.restore_latest(wanted)
         if restored is None:
             raise CheckpointError(f"{checkpoints} holds no checkpoint: train first.")
         state, _, step = restored
         if weights == "best":
-            state, step = checkpointer.restore_best(
-                network.abstract_state, at_hand={step: state}, report=report
-            )
+            state, step = checkpointer.restore_best(wanted, at_hand={step: state}, report=report)
     finally:
         checkpointer.close()
     return Classifier(
@@ -262,7 +258,7 @@ def _work(arguments: Sequence[str]) -> None:
     paths = find_images(arguments)
     for path in filter(None, (values.out, values.pictures)):
         _check_place(path)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     classifier = load_classifier(values.workdir, weights=values.weights, report=console.print)
     images = FileImages(paths, classifier.image_size, upright=classifier.upright)
     probabilities = classifier.probabilities(images, batch_size=values.batch_size)
@@ -275,13 +271,13 @@ def _work(arguments: Sequence[str]) -> None:
         f"{len(paths):,} images, {len(names)} classes, weights of epoch {classifier.epoch}"
     )
     for path, row in zip(paths[:_SHOWN], probabilities, strict=False):
-        console.print(f"  {path}: {_described(row, names)}", markup=False)
+        console.print(f"  {path}: {_described(row, names)}")
     written = [values.out]
     readable = [i for i in range(len(paths)) if i not in images.unreadable]
     if values.pictures and readable:
         _draw(values.pictures, classifier, images, readable[: values.pictured])
         written.append(values.pictures)
-    console.print(f"Written: {', '.join(written)}", markup=False)
+    console.print(f"Written: {', '.join(written)}")
     if images.unreadable:
         reasons = [images.unreadable[index] for index in sorted(images.unreadable)]
         more = len(reasons) - _SHOWN

@@ -21,7 +21,7 @@ from clsl_jax.experiment import Experiment
 from clsl_jax.preemption import Preempted, PreemptionGuard
 from clsl_jax.recovery import recovery_summary
 from clsl_jax.score import percent, score_convention
-from clsl_jax.train_state import TrainState, evaluation_weights
+from clsl_jax.train_state import TrainState, evaluation_weights, weights_alone
 from clsl_jax.workdir import EMBEDDINGS_NAME, Workdir
 from clsl_jax.writer import RunLog
 
@@ -538,7 +538,9 @@ class _Run:
         """Evaluates the last and the best weights on the test split and writes everything."""
         built = self.experiment
         best_state, best_step = self.checkpointer.restore_best(
-            built.abstract_state, at_hand={step: state}, report=self.log.console.print
+            weights_alone(built.abstract_state, ema=built.options.evaluate_ema),
+            at_hand={step: state},
+            report=self.log.console.print,
         )
         scores = {}
         for split in self.scored_splits:

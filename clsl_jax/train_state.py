@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clsl_jax import label_statistics, sharding
+from clsl_jax.checkpoint import LEFT_OUT
 from clsl_jax.models.clsl import CLSL, backbone_of, head_of
 from clsl_jax.models.graph import label_adjacency
 
@@ -234,6 +235,17 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     shardings = jax.tree_util.tree_map_with_path(of_weight, state)
     rows = sharding.by_row(mesh)
     return shardings.replace(**dict.fromkeys(MATRICES, matrix), visits=rows, faults=rows)
+
+
+def weights_alone(abstract_state: TrainState, *, ema: bool) -> TrainState:
+    """Returns what is to be restored of a state for `evaluation_weights`: without anything else.
+
+    Neither the matrices of the training images, which a cluster may hold and one device may not,
+    nor the optimiser's state, which is as large as the weights or twice that.
+    """
+    # Each leaf is an object of its own; one that were shared would be read needlessly.
+    needed = {id(leaf) for leaf in jax.tree.leaves(evaluation_weights(abstract_state, ema=ema))}
+    return jax.tree.map(lambda leaf: leaf if id(leaf) in needed else LEFT_OUT, abstract_state)
 
 
 def evaluation_weights(state: TrainState, *, ema: bool) -> dict[str, Any]:

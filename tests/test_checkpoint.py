@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from clsl_jax import checkpoint, sharding
-from clsl_jax.checkpoint import Checkpointer, CheckpointError, checksums
+from clsl_jax.checkpoint import LEFT_OUT, Checkpointer, CheckpointError, checksums
 
 
 def make_state(seed=0, devices=8):
@@ -77,17 +77,19 @@ def test_devices_share_the_writing_of_large_arrays_only(tmp_path):
 
 
 def test_checksums_do_not_depend_on_devices_and_see_any_change():
-    one, eight = (jax.jit(checksums)(make_state(1, devices=n)) for n in (1, 8))
-    np.testing.assert_array_equal(np.asarray(one), np.asarray(eight))
+    one, eight = (checksums(make_state(1, devices=n)) for n in (1, 8))
+    assert one == eight
     state = make_state(1, devices=1)
     swapped = {**state, "matrix": state["matrix"].at[jnp.array([0, 1])].set(state["matrix"][1::-1])}
-    changed = np.asarray(checksums(swapped)) != np.asarray(one)
+    changed = np.array(checksums(swapped)) != np.array(one)
     # Leaves come in the order of their names: half, labels, matrix, step, weights.
     assert changed.tolist() == [False, False, True, False, False]
     square = np.random.default_rng(0).random((4, 4), np.float32)
     moved = square.copy()
     moved[0, 3], moved[1, 1] = square[1, 1], square[0, 3]
-    found = {tuple(np.asarray(checksums([x])).tolist()) for x in (square, square.T, moved)}
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    squares = [sharding.put_replicated(mesh, x) for x in (square, square.T, moved)]
+    found = {tuple(checksums([x])) for x in squares}
     assert len(found) == 3
 
 
@@ -330,12 +332,40 @@ def test_another_models_checkpoint_is_refused(tmp_path, change):
     checkpointer.close()
 
 
+def test_what_is_left_out_is_not_read(tmp_path):
+    state = make_state(4)
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 4, state)
+    three = sharding.replicated(sharding.make_mesh(jax.devices()[:3]))
+    read = ("half", "step", "weights")  # the others' rows do not spread over three
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=three) if name in read else LEFT_OUT
+        for name, x in state.items()
+    }
+    found, _ = checkpointer.restore(wanted, 4)
+    assert found["labels"] is found["matrix"] is LEFT_OUT
+    assert_same({name: found[name] for name in read}, {name: state[name] for name in read})
+    # Of what is read each has the checksum that was saved of it, and of the rest nothing is said.
+    path = tmp_path / "4" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    for place, name in enumerate(sorted(state)):
+        sums = list(meta["checksums"])
+        sums[place] += 1
+        path.write_text(json.dumps({**meta, "checksums": sums}))
+        if name in read:
+            with pytest.raises(CheckpointError, match=r"1 arrays are not what was saved"):
+                checkpointer.restore(wanted, 4)
+        else:
+            assert checkpointer.restore(wanted, 4)[0]["step"] == 4
+    checkpointer.close()
+
+
 def test_a_checkpoint_by_orbaxs_own_defaults_is_read(tmp_path):
     """As versions wrote it that left Orbax the division of arrays."""
     state = make_state(7)
     meta = {
         "format": checkpoint.FORMAT_VERSION,
-        "checksums": np.asarray(jax.jit(checksums)(state)).tolist(),
+        "checksums": checksums(state),
     }
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(

@@ -99,7 +99,7 @@ def test_the_best_weights_of_another_place_without_the_data(finished, tmp_path, 
     rows = [ids.index(os.path.basename(path).removesuffix(".png")) for path in paths]
     images = predict.FileImages(paths, classifier.image_size, upright=classifier.upright)
     found = classifier.probabilities(images, batch_size=16)
-    assert classifier.mesh.size == 2  # the run's 256 rows do not spread over six
+    assert classifier.mesh.size == 6  # over which the run's 256 rows would not spread
     np.testing.assert_allclose(found, scores[rows], atol=1e-5)
     assert not images.unreadable
     # Called again, it is not compiled again.

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from clsl_jax import label_statistics, losses, optim, recovery, sharding, steps, train_state
+from clsl_jax.checkpoint import LEFT_OUT
 from clsl_jax.data import transforms
 from clsl_jax.models.clsl import CLSL, head_of
 
@@ -129,6 +130,46 @@ class Harness:
 
 def assert_same_trees(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_weights_alone_are_what_prediction_takes_and_no_more(learn, ema):
+    model = make_model(freeze_backbone=True)
+
+    def init(embeddings, annotations, backbone):
+        return train_state.init_state(
+            model,
+            optax.adamw(1e-3),
+            seed=0,
+            image_size=SIZE,
+            label_embeddings=embeddings,
+            annotations=annotations,
+            learn_embeddings=learn,
+            graph_threshold=0.4,
+            graph_smoothing=0.25,
+            prototypes=True,
+            components=2,
+            backbone=backbone,
+        )
+
+    state = jax.eval_shape(
+        init,
+        jax.ShapeDtypeStruct((C, 6), jnp.float32),
+        jax.ShapeDtypeStruct((256, C), jnp.int8),
+        train_state.backbone_shapes(model, SIZE)[1],
+    )
+    wanted = train_state.weights_alone(state, ema=ema)
+    taken = jax.tree.leaves(train_state.evaluation_weights(wanted, ema=ema))
+    assert LEFT_OUT not in taken
+    assert taken == jax.tree.leaves(train_state.evaluation_weights(state, ema=ema))
+    # The backbone is among them, and nothing else is read.
+    fixed = jax.tree.leaves((wanted.frozen, wanted.adjacency))
+    assert set(map(id, fixed)) <= set(map(id, taken))
+    read = [leaf for leaf in jax.tree.leaves(wanted) if leaf is not LEFT_OUT]
+    assert sorted(map(id, read)) == sorted(map(id, taken))
+    for left in (wanted.opt_state, wanted.scores, wanted.memory["prototypes"]):
+        assert set(jax.tree.leaves(left)) == {LEFT_OUT}
 
 
 RECOVERIES = [
