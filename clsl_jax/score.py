@@ -238,7 +238,7 @@ def _work(arguments: Sequence[str]) -> None:
         )
     scored = score_file(arguments[0])
     # A pipe has no width of its own, and at 80 columns rich would cut the numbers.
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 110
     console.print(f"{arguments[0]}: {_summary(scored)}", soft_wrap=True)

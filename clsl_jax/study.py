@@ -371,7 +371,7 @@ def work(arguments: Sequence[str]) -> None:
     check(study)
     grid = cells(study)
     shard = parse_shard(values.shard)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     failed: dict[Cell, str] = {}
     if values.mode == "run":
         with writing_to(values.workdir):

@@ -30,7 +30,14 @@ class RunLog:
         self._workdir = workdir
         self._active = jax.process_index() == 0
         self._tensorboard: Any = None
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not self._active)
+        # Names of classes and files are printed as they are, whatever brackets they have.
+        self.console = Console(
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
+            quiet=not self._active,
+        )
 
     def start(self, step: int) -> None:
         """Drops the rows after `step`, left by an interrupted run, and opens the logs."""
