@@ -157,7 +157,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.negative_threshold = 0.5  # fixed: a score below is a recovered negative
     c.recovery.positive_precision = 0.9  # adaptive, none: what the threshold has to reach
     c.recovery.negative_precision = 0.985
-    c.recovery.min_count = 5  # adaptive: entries a threshold must rest on
+    c.recovery.min_count = 5  # adaptive, none: entries a threshold must rest on
+    c.recovery.min_known = 1  # adaptive, none: known positives, and negatives, that a class needs
     c.recovery.soft = True  # recovered labels are the scores themselves; False: 0 and 1
     c.recovery.confidence_power = 1.0  # weight |2q-1|**power of a soft label q
     # epoch: epochs before the first recovery, which is at the end of one, so that 0 is as 1; blend:
@@ -278,7 +279,8 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("recovery.negative_threshold", 0, 1),
     ("recovery.positive_precision", 0, 1),
     ("recovery.negative_precision", 0, 1),
-    ("recovery.min_count", 1, None),
+    ("recovery.min_count", 1, 2**31 - 1),
+    ("recovery.min_known", 1, 2**31 - 1),
     ("recovery.confidence_power", 0, None),
     ("recovery.warmup_epochs", 0, None),
     ("optim.learning_rate", 0, None),

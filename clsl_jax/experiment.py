@@ -549,6 +549,7 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         positive_precision=r.positive_precision,
         negative_precision=r.negative_precision,
         min_count=r.min_count,
+        min_known=r.min_known,
         soft=r.soft,
         confidence_power=r.confidence_power,
         # The first recovery is at the end of an epoch.

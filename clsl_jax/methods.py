@@ -40,6 +40,15 @@ _BCE = {"loss.name": "bce"}
 _ASL = {"loss.name": "asl"}
 _KNOWN = _ALONE | {"recovery.mode": "none", "loss.scale": "balanced"}
 _EPOCH = _ALONE | {"recovery.mode": "epoch", "loss.scale": "balanced"}
+# Hard labels, by thresholds that are calibrated on the known cells of every class, however few:
+# that a class needs some of them is none of these papers'.
+_TRANSFERRED = {
+    "recovery.thresholds": "adaptive",
+    "recovery.calibration": "known",
+    "recovery.min_known": 1,
+    "recovery.soft": False,
+    "recovery.weight": 1.0,
+}
 _SPLC_PAPER = "Zhang et al., arXiv 2112.07368"
 _LARGE_LOSS = "Kim et al., Large Loss Matters, arXiv 2206.03740"
 _COLE = "Cole et al., Single Positive Labels, arXiv 2106.09708"
@@ -157,30 +166,14 @@ METHODS: Mapping[str, Method] = {
     "co_occurrence": Method(
         "co-occurrence transfer (SST, within images)",
         "Chen et al., arXiv 2112.10941",
-        _EPOCH
-        | _BCE
-        | {
-            "recovery.source": "co_occurrence",
-            "recovery.thresholds": "adaptive",
-            "recovery.calibration": "known",
-            "recovery.soft": False,
-            "recovery.weight": 1.0,
-        },
+        _EPOCH | _BCE | _TRANSFERRED | {"recovery.source": "co_occurrence"},
         note="frequencies of known labels in the place of a learned co-occurrence; thresholds "
         "calibrated on known cells, for negatives as well",
     ),
     "prototypes": Method(
         "prototype transfer (HST, across images)",
         "Chen et al., arXiv 2205.11131",
-        _EPOCH
-        | _BCE
-        | {
-            "recovery.source": "prototypes",
-            "recovery.thresholds": "adaptive",
-            "recovery.calibration": "known",
-            "recovery.soft": False,
-            "recovery.weight": 1.0,
-        },
+        _EPOCH | _BCE | _TRANSFERRED | {"recovery.source": "prototypes"},
         note="one moving prototype a class, no contrastive loss; thresholds calibrated on known "
         "cells, for negatives as well",
     ),

@@ -50,7 +50,8 @@ def adaptive_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) 
     """Sets the recovery that did best on photographs (docs/results.md).
 
     Hard labels, by thresholds of each class that are 95 % (positives) and 99 % (negatives) right on
-    the known cells.
+    the known cells. Of a class with fewer than six known positives or negatives none are
+    recovered: thresholds that rest on so few are not as right (docs/study.md).
 
     Args:
       config: is changed.
@@ -60,6 +61,7 @@ def adaptive_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) 
     config.recovery.soft = False
     config.recovery.positive_precision = 0.95
     config.recovery.negative_precision = 0.99
+    config.recovery.min_known = 6
     config.recovery.weight = 1.0
     config.recovery.warmup_epochs = warmup_epochs
     config.recovery.momentum = 0.5

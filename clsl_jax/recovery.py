@@ -112,6 +112,7 @@ def adaptive_thresholds(
     positive_precision: jax.Array | float,
     negative_precision: jax.Array | float,
     min_count: jax.Array | int = 1,
+    min_known: jax.Array | int = 1,
     bins: int = 1024,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -121,9 +122,9 @@ def adaptive_thresholds(
     t for which, among the known entries with ``score >= t``, the share of positives is at least
     `positive_precision`; the negative one is the highest edge t for which, among those with
     ``score < t``, the share of negatives is at least `negative_precision`. A side counts at least
-    `min_count` known entries, or recovers nothing. Neither does a side without a counterexample:
-    where a class has no known negative, every precision of positives would be 1, and likewise the
-    other way round.
+    `min_count` known entries, or recovers nothing. Neither does a class with fewer than `min_known`
+    known positives or known negatives: these are the counterexamples of the other side, without
+    which every precision would be 1, and a few say little, as the network was trained on them.
 
     Scores are counted into a histogram, class by class: no sort, and nothing larger than a column
     is kept.
@@ -135,6 +136,7 @@ def adaptive_thresholds(
         positive_precision: target, scalar or [C], may be traced.
         negative_precision: target, scalar or [C], may be traced.
         min_count: known entries that a threshold must rest on, >= 1, may be traced.
+        min_known: known positives, and known negatives, that a class needs, >= 1, may be traced.
         bins: resolution, a power of two, so that the edges are exact in float32.
         axis_name: inside `jax.shard_map`: the mesh axis over which the rows are spread.
 
@@ -155,6 +157,7 @@ def adaptive_thresholds(
         positive_precision=positive_precision,
         negative_precision=negative_precision,
         min_count=min_count,
+        min_known=min_known,
     )
 
 
@@ -166,6 +169,7 @@ def expected_thresholds(
     positive_precision: jax.Array | float,
     negative_precision: jax.Array | float,
     min_count: jax.Array | int = 1,
+    min_known: jax.Array | int = 1,
     bins: int = 1024,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -175,8 +179,8 @@ def expected_thresholds(
     of their scores where ``score >= t``, and of 1 minus their scores where ``score < t``. The known
     entries flatter a network that was trained on them; its probabilities for the unknown ones,
     where these are calibrated, do not. A score counts as the middle of its bin, 1 as 1. A class
-    without a known positive or without a known negative recovers nothing: what its scores mean, no
-    entry has said.
+    with fewer than `min_known` known positives or negatives recovers nothing: what its scores mean,
+    too few entries have said.
 
     Args:
         scores: [N, C] float32, calibrated probabilities, clipped to [0, 1] for counting.
@@ -185,6 +189,7 @@ def expected_thresholds(
         positive_precision: target, scalar or [C], may be traced.
         negative_precision: target, scalar or [C], may be traced.
         min_count: unknown entries that a threshold must rest on, >= 1, may be traced.
+        min_known: as in `adaptive_thresholds`.
         bins: resolution, a power of two, so that the edges are exact in float32.
         axis_name: inside `jax.shard_map`: the mesh axis over which the rows are spread.
 
@@ -197,16 +202,15 @@ def expected_thresholds(
     counts = _histogram(scores, annotations, visits, bins, unknown=True)
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)
-    # Either side needs known entries of both kinds: as many as there are of the rarer.
-    rarer = jnp.min(counts[:, :2].sum(2), axis=1, keepdims=True)
     middle = jnp.minimum((jnp.arange(bins + 1, dtype=jnp.float32) + 0.5) / bins, 1.0)
     return _thresholds(
         counts[:, 2] * middle,
         counts[:, 2],
-        jnp.repeat(rarer, 2, axis=1),
+        counts[:, :2].sum(2),
         positive_precision=positive_precision,
         negative_precision=negative_precision,
         min_count=min_count,
+        min_known=min_known,
     )
 
 
@@ -218,6 +222,7 @@ def _thresholds(
     positive_precision: jax.Array | float,
     negative_precision: jax.Array | float,
     min_count: jax.Array | int,
+    min_known: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
     """The lowest and the highest edge beyond which a precision is reached, class by class.
 
@@ -225,19 +230,15 @@ def _thresholds(
         positives: [C, bins + 1] of each bin, or how many are expected there.
         entries: [C, bins + 1] integer, positive or not.
         known: [C, 2] known negatives and known positives.
-        positive_precision, negative_precision, min_count: as in `adaptive_thresholds`.
+        positive_precision, negative_precision, min_count, min_known: as in `adaptive_thresholds`.
     """
     positives_above, entries_above = (_sums_from(x) for x in (positives, entries))
     entries_below = entries_above[:, :1] - entries_above
     negatives_below = entries_below - (positives_above[:, :1] - positives_above)
-    has_negative, has_positive = known[:, :1] > 0, known[:, 1:] > 0
+    enough = jnp.min(known, axis=1, keepdims=True) >= jnp.maximum(min_known, 1)
 
-    meets_positive = has_negative & _meets(
-        positives_above, entries_above, positive_precision, min_count
-    )
-    meets_negative = has_positive & _meets(
-        negatives_below, entries_below, negative_precision, min_count
-    )
+    meets_positive = enough & _meets(positives_above, entries_above, positive_precision, min_count)
+    meets_negative = enough & _meets(negatives_below, entries_below, negative_precision, min_count)
     bins = positives.shape[1] - 1
     edges = jnp.arange(bins + 1, dtype=jnp.float32) / bins
     positive = jnp.min(jnp.where(meets_positive, edges, ABOVE_EVERY_SCORE), axis=1)

@@ -78,6 +78,7 @@ class StepOptions:
     positive_precision: float = 0.9
     negative_precision: float = 0.985
     min_count: int = 5
+    min_known: int = 1
     soft: bool = True
     confidence_power: float = 1.0
     warmup_steps: int = 0
@@ -649,6 +650,7 @@ def recovery_thresholds(
             positive_precision=options.positive_precision,
             negative_precision=options.negative_precision,
             min_count=options.min_count,
+            min_known=options.min_known,
         )
         if mesh is not None:
             # Each device counts its own cells; one sum of the counts is all that is exchanged.

@@ -184,14 +184,8 @@ class _Run:
             self._check_origin(meta)
             self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
         self._adopt()
-        if (
-            built.options.recovery_mode == "epoch"
-            and built.total_steps <= built.options.warmup_steps
-        ):
-            self.log.console.print(
-                "No recovered label will be learned from: recovery.warmup_epochs="
-                f"{self.config.recovery.warmup_epochs} and epochs={self.config.epochs}."
-            )
+        if built.options.recovery_mode == "epoch":
+            self._foretell_recovery()
         self.inputs = self._inputs(state)
         self.saved = None if restored is None else (step, epoch_done)
         self.log.start(step if epoch_done else step - 1)
@@ -217,6 +211,32 @@ class _Run:
             "config": config_lib.to_json(config),
             **self.data_facts,
         }
+
+    def _foretell_recovery(self) -> None:
+        """Says what recovery will not do, which the end of the run would tell too late."""
+        built, options = self.experiment, self.experiment.options
+        if built.total_steps <= options.warmup_steps:
+            self.log.console.print(
+                "No recovered label will be learned from: recovery.warmup_epochs="
+                f"{self.config.recovery.warmup_epochs} and epochs={self.config.epochs}."
+            )
+        if options.thresholds == "fixed":
+            return
+        unknown, negatives, positives = (
+            (built.annotations == kind).sum(axis=0) for kind in (-1, 0, 1)
+        )
+        few = (unknown > 0) & (np.minimum(negatives, positives) < options.min_known)
+        named = [
+            f"{built.dataset.class_names[c]} {positives[c]:,} / {negatives[c]:,}"
+            for c in np.flatnonzero(few)
+        ]
+        if named:
+            deed = "handed out" if options.thresholds == "none" else "recovered"
+            self.log.console.print(
+                f"No label is {deed} for {len(named)} of {len(few)} classes, as fewer positives or "
+                f"negatives are known than recovery.min_known={options.min_known}: "
+                f"{listed(named, 5)}."
+            )
 
     def _inputs(self, state: TrainState) -> sources.Dataset:
         """Returns what the steps read: images, or the features of a frozen backbone."""

@@ -26,6 +26,15 @@ def options_of(name):
     return experiment.step_options(config, STEPS)
 
 
+def test_a_rival_has_no_part_of_this_recovery_that_its_paper_has_not():
+    config = runpy.run_path(f"{commands.REPOSITORY}/configs/table.py")["get_config"]()
+    assert config.recovery.min_known > 1
+    for name in ("co_occurrence", "prototypes"):
+        with config.unlocked():
+            config.update_from_flattened_dict(dict(methods.METHODS[name].settings))
+        assert experiment.step_options(config, STEPS).min_known == 1
+
+
 def state_in(epoch):
     """What `_targets` reads of a train state; no row was seen, nothing was recovered."""
     nothing = jnp.zeros(LOGITS.shape, jnp.float32)

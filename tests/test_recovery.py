@@ -189,21 +189,22 @@ def test_online_targets_reject_another_name():
 # adaptive_thresholds
 
 
-def brute_force_thresholds(scores, annotations, visits, target, min_count, bins):
+def brute_force_thresholds(scores, annotations, visits, target, min_count, min_known, bins):
     """Tries every edge on every class; target is (positive precision, negative precision)."""
     edges = np.arange(bins + 1, dtype=np.float32) / np.float32(bins)
     positive, negative = [], []
     for c in range(scores.shape[1]):
         counted = (annotations[:, c] >= 0) & (visits > 0) & np.isfinite(scores[:, c])
         score, label = np.clip(scores[counted, c], 0, 1), annotations[counted, c]
+        enough = all((label == kind).sum() >= max(min_known, 1) for kind in (0, 1))
         low, high = 2.0, -1.0
         for edge in edges:
             above, below = label[score >= edge], label[score < edge]
-            if len(above) >= max(min_count, 1) and (label == 0).any():
+            if len(above) >= max(min_count, 1) and enough:
                 share = np.float32((above == 1).sum()) / np.float32(len(above))
                 if share >= np.float32(target[0]):
                     low = min(low, edge)
-            if len(below) >= max(min_count, 1) and (label == 1).any():
+            if len(below) >= max(min_count, 1) and enough:
                 share = np.float32((below == 0).sum()) / np.float32(len(below))
                 if share >= np.float32(target[1]):
                     high = max(high, edge)
@@ -234,9 +235,10 @@ wild_matrix = hnp.arrays(np.float32, (N, C), elements=st.floats(width=32))
     st.floats(0, 1, width=32, allow_subnormal=False),
     st.floats(0, 1, width=32, allow_subnormal=False),
     st.integers(0, 6),
+    st.integers(0, 3),
 )
 def test_adaptive_thresholds_equal_brute_force(
-    scores, annotations, visits, positive_precision, negative_precision, min_count
+    scores, annotations, visits, positive_precision, negative_precision, min_count, min_known
 ):
     positive, negative = jit_thresholds(
         scores,
@@ -245,10 +247,17 @@ def test_adaptive_thresholds_equal_brute_force(
         positive_precision=positive_precision,
         negative_precision=negative_precision,
         min_count=min_count,
+        min_known=min_known,
         bins=16,
     )
     expected = brute_force_thresholds(
-        scores, annotations, visits, (positive_precision, negative_precision), min_count, 16
+        scores,
+        annotations,
+        visits,
+        (positive_precision, negative_precision),
+        min_count,
+        min_known,
+        16,
     )
     np.testing.assert_array_equal(positive, expected[0])
     np.testing.assert_array_equal(negative, expected[1])
@@ -277,6 +286,25 @@ def test_adaptive_thresholds_by_hand():
     assert float(negative[0]) < 0
 
 
+def test_a_class_with_too_few_known_of_either_kind_recovers_nothing():
+    scores = np.array([[0.9, 0.9], [0.8, 0.8], [0.3, 0.3], [0.1, 0.1], [0.2, 0.1]], np.float32)
+    annotations = np.array([[1, 1], [1, -1], [0, 0], [0, 0], [0, 0]], np.int8)
+    visits = np.array([1, 1, 1, 1, 0], np.int32)  # the third negative has no score yet
+    for min_known, calibrated in ((1, [True, True]), (2, [True, False]), (3, [False, False])):
+        positive, negative = jit_thresholds(
+            scores,
+            annotations,
+            visits,
+            positive_precision=1.0,
+            negative_precision=1.0,
+            min_known=min_known,
+            bins=16,
+        )
+        # The edge above 0.3 and the edge below the lowest known positive.
+        np.testing.assert_array_equal(positive, np.where(calibrated, 5 / 16, 2.0))
+        np.testing.assert_array_equal(negative, np.where(calibrated, [12 / 16, 14 / 16], -1.0))
+
+
 def test_targets_may_differ_by_class():
     scores = np.tile(np.array([[0.9], [0.7], [0.5]], np.float32), (1, 2))
     annotations = np.tile(np.array([[1], [0], [1]], np.int8), (1, 2))
@@ -302,10 +330,8 @@ def test_a_class_known_on_one_side_only_cannot_be_calibrated(label):
         positive_precision=0.9,
         negative_precision=0.9,
     )
-    if label == 1:
-        assert bool((positive > 1).all())
-    else:
-        assert bool((negative < 0).all())
+    assert bool((positive > 1).all())
+    assert bool((negative < 0).all())
     recovered, weight = jit_recover(
         scores,
         np.ones(N, np.int32),
@@ -387,7 +413,7 @@ def test_histogram_memory_is_a_column_not_the_matrix():
 # expected_thresholds
 
 
-def brute_force_expected(scores, annotations, visits, target, min_count, bins):
+def brute_force_expected(scores, annotations, visits, target, min_count, min_known, bins):
     """As `brute_force_thresholds`, of unknown entries, in float64; also by how much each is met."""
     edges = np.arange(bins + 1) / bins
     positive, negative, margins = [], [], []
@@ -399,7 +425,7 @@ def brute_force_expected(scores, annotations, visits, target, min_count, bins):
         low, high = 2.0, -1.0
         for edge in edges:
             above, below = middle[score >= edge], 1 - middle[score < edge]
-            if not ((known == 0).any() and (known == 1).any()):
+            if not all((known == kind).sum() >= max(min_known, 1) for kind in (0, 1)):
                 continue
             if len(above) >= max(min_count, 1):
                 margins.append(above.mean() - target[0])
@@ -422,12 +448,13 @@ def brute_force_expected(scores, annotations, visits, target, min_count, bins):
     st.floats(0, 1, width=32, allow_subnormal=False),
     st.floats(0, 1, width=32, allow_subnormal=False),
     st.integers(0, 6),
+    st.integers(0, 3),
 )
 def test_expected_thresholds_equal_brute_force(
-    scores, annotations, visits, positive_precision, negative_precision, min_count
+    scores, annotations, visits, positive_precision, negative_precision, min_count, min_known
 ):
     target = (positive_precision, negative_precision)
-    expected = brute_force_expected(scores, annotations, visits, target, min_count, 16)
+    expected = brute_force_expected(scores, annotations, visits, target, min_count, min_known, 16)
     # Where a mean is the target but for rounding, either edge is right.
     hypothesis.assume(not (np.abs(expected[2]) < 1e-6).any())
     positive, negative = jit_expected(
@@ -437,6 +464,7 @@ def test_expected_thresholds_equal_brute_force(
         positive_precision=positive_precision,
         negative_precision=negative_precision,
         min_count=min_count,
+        min_known=min_known,
         bins=16,
     )
     np.testing.assert_array_equal(positive, expected[0])

@@ -1,6 +1,7 @@
 """Sets at the edge of what can be trained: two classes, splits without labels."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -20,10 +21,22 @@ def prepare(root, **given):
 
 
 def test_two_classes_and_a_test_split_to_be_filled_in(shared, tmp_path):
-    prepare(tmp_path / "data", test=-1)
-    arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'data'}")
+    def change(split, row, encoded, labels):
+        unknown = [split == "test", split == "test" or (split == "train" and row % 4 == 0)]
+        return encoded, np.where(unknown, -1, labels).astype(labels.dtype)
+
+    drawn_set(tmp_path / "data", ("a", "[b]"), change)
+    recovery = ("--config.recovery.thresholds=adaptive", "--config.recovery.min_known=17")
+    arguments = (*DRAWN, f"--config.data.dir={tmp_path / 'data'}", *recovery)
     status, out, err = run(shared, tmp_path / "run", *arguments, "--config.evaluation.pictures=2")
     assert status == 0, err
+    # Of 24 known labels one kind has twelve at most; of the other class none is unknown.
+    told = re.search(
+        r"No label is recovered for 1 of 2 classes, as fewer positives or negatives are known than "
+        r"recovery\.min_known=17: \[b\] (\d+) / (\d+)\.\n",
+        out,
+    )
+    assert sum(map(int, told.groups())) == 24
     row = next(line for line in out.splitlines() if "test, best" in line)
     assert row.count("–") == 5, row
     found = json.loads((tmp_path / "run" / "results.json").read_text())["results"]

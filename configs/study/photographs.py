@@ -21,6 +21,7 @@ _PRODUCT = "loss.statistics=True evaluation.statistics=True recovery.source=both
 # The recipe with one part changed.
 CHANGED = {
     **ablation.CHANGED,
+    "every_class": "recovery.min_known=1",
     "no_global_branch": "model.global_branch=False",
     "position_residual": "model.position_residual=True",
     "encoder": "model.encoder_layers=1",
