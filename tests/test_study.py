@@ -188,7 +188,7 @@ def test_the_study_of_photographs_takes_its_data():
     assert len(grid) == (len(methods.METHODS) + 5) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in grid)
     parts = study.cells(get_config("ablation:somewhere/DATA"))
-    assert len(parts) == (1 + 15 + 11) * 2
+    assert len(parts) == (1 + 16 + 11) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in parts)
     with pytest.raises(InputError, match="directory of the prepared data after the colon"):
         get_config()
