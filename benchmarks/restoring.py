@@ -62,7 +62,7 @@ def main() -> None:
     sizes = {name: _mebibytes(tree) for name, tree in wanted.items()}
     title = (
         f"{options.backbone}, {options.images:,} images, {options.classes} classes, "
-        f"{jax.device_count()} device"
+        f"{jax.device_count()} device{'s' * (jax.device_count() > 1)}"
     )
     table = [(name, f"{sizes[name]:,.0f}", rounds.milliseconds(times[name], 0)) for name in wanted]
     print(rounds.markdown(title, ("read", "MiB", "ms"), table))

@@ -41,7 +41,7 @@ _ASL = {"loss.name": "asl"}
 _KNOWN = _ALONE | {"recovery.mode": "none", "loss.scale": "balanced"}
 _EPOCH = _ALONE | {"recovery.mode": "epoch", "loss.scale": "balanced"}
 # Hard labels, by thresholds that are calibrated on the known cells of every class, however few:
-# that a class needs some of them is none of these papers'.
+# that a class needs some of them is in none of these papers.
 _TRANSFERRED = {
     "recovery.thresholds": "adaptive",
     "recovery.calibration": "known",

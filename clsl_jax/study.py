@@ -9,7 +9,8 @@ cells are never run again, stopped ones go on where they were, failed ones are l
 cause and tried again by the next call. Afterwards, and with --mode=report, the tables and figures
 are made of the cells that are finished (`study_report.py`). --shard=i/n is for n jobs side by side:
 job i runs every n-th cell from the i-th on.
-Jobs on machines of one kind compile a program once if JAX_COMPILATION_CACHE_DIR names a directory.
+JAX_COMPILATION_CACHE_DIR=DIR lets jobs on machines of one kind share what they compile, on
+accelerators and on some CPUs.
 Exit status: 0 done, or stopped by SIGTERM; 2 input that cannot be used, or a cell failed.
 """
 

@@ -243,7 +243,7 @@ def weights_alone(abstract_state: TrainState, *, ema: bool) -> TrainState:
     Neither the matrices of the training images, which a cluster may hold and one device may not,
     nor the optimiser's state, which is as large as the weights or twice that.
     """
-    # Each leaf is an object of its own; one that were shared would be read needlessly.
+    # Each leaf is an object of its own; one that was shared would be read needlessly.
     needed = {id(leaf) for leaf in jax.tree.leaves(evaluation_weights(abstract_state, ema=ema))}
     return jax.tree.map(lambda leaf: leaf if id(leaf) in needed else LEFT_OUT, abstract_state)
 
