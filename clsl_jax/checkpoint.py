@@ -241,9 +241,9 @@ class Checkpointer:
         except InputError as error:  # of another process
             raise CheckpointError(f"{unusable}: {error}") from error
         leaves = jax.tree.leaves(state)
-        is_read = [leaf is not LEFT_OUT for leaf in leaves]
-        found = checksums(list(itertools.compress(leaves, is_read)))
-        saved = list(itertools.compress(meta["checksums"], is_read))
+        found = checksums([leaf for leaf in leaves if leaf is not LEFT_OUT])
+        pairs = itertools.zip_longest(meta["checksums"], leaves)
+        saved = [stated for stated, leaf in pairs if leaf is not LEFT_OUT]
         if found != saved:
             wrong = sum(a != b for a, b in zip(found, saved, strict=False))
             raise CheckpointError(f"{unusable}: {wrong} arrays are not what was saved (checksum)")

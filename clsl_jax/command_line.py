@@ -3,10 +3,12 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
+from rich.console import Console
 
 from clsl_jax import config as config_lib
 from clsl_jax.errors import InputError, Stuck
@@ -14,6 +16,11 @@ from clsl_jax.errors import InputError, Stuck
 EXIT_BAD_INPUT = 2
 
 Explain = Callable[[Exception, Sequence[str]], str | None]
+
+
+def console(**options: Any) -> Console:
+    """Returns what prints text as it is: names of classes and files may look like markup."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
 
 
 def run(

@@ -20,7 +20,6 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from PIL import Image
-from rich.console import Console
 
 from clsl_jax import command_line, evaluate, experiment, label_tables, npz, sharding, steps
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
@@ -258,7 +257,7 @@ def _work(arguments: Sequence[str]) -> None:
     paths = find_images(arguments)
     for path in filter(None, (values.out, values.pictures)):
         _check_place(path)
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = command_line.console(soft_wrap=True)
     classifier = load_classifier(values.workdir, weights=values.weights, report=console.print)
     images = FileImages(paths, classifier.image_size, upright=classifier.upright)
     probabilities = classifier.probabilities(images, batch_size=values.batch_size)

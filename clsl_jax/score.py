@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from clsl_jax import atomic, command_line, metrics, npz
@@ -238,7 +237,7 @@ def _work(arguments: Sequence[str]) -> None:
         )
     scored = score_file(arguments[0])
     # A pipe has no width of its own, and at 80 columns rich would cut the numbers.
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = command_line.console()
     if not console.is_terminal:
         console.width = 110
     console.print(f"{arguments[0]}: {_summary(scored)}", soft_wrap=True)

@@ -373,7 +373,7 @@ def work(arguments: Sequence[str]) -> None:
     check(study)
     grid = cells(study)
     shard = parse_shard(values.shard)
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = command_line.console(soft_wrap=True)
     failed: dict[Cell, str] = {}
     if values.mode == "run":
         with writing_to(values.workdir):

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from clsl_jax import atomic
+from clsl_jax import atomic, command_line
 
 LOG_NAME = "log.jsonl"
 TIMING_NAME = "timing.jsonl"
@@ -30,14 +29,7 @@ class RunLog:
         self._workdir = workdir
         self._active = jax.process_index() == 0
         self._tensorboard: Any = None
-        # Names of classes and files are printed as they are, whatever brackets they have.
-        self.console = Console(
-            highlight=False,
-            markup=False,
-            emoji=False,
-            soft_wrap=True,
-            quiet=not self._active,
-        )
+        self.console = command_line.console(soft_wrap=True, quiet=not self._active)
 
     def start(self, step: int) -> None:
         """Drops the rows after `step`, left by an interrupted run, and opens the logs."""

@@ -357,6 +357,10 @@ def test_what_is_left_out_is_not_read(tmp_path):
                 checkpointer.restore(wanted, 4)
         else:
             assert checkpointer.restore(wanted, 4)[0]["step"] == 4
+    for sums in ([*meta["checksums"], 0], meta["checksums"][:-1]):
+        path.write_text(json.dumps({**meta, "checksums": sums}))
+        with pytest.raises(CheckpointError, match="checksum"):
+            checkpointer.restore(wanted, 4)
     checkpointer.close()
 
 
