@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from clsl_jax import train_state
+from clsl_jax import sharding, train_state
 from clsl_jax.models.clsl import CLSL
 
 ROWS, EMBEDDING_DIM = 1024, 768
@@ -44,3 +44,12 @@ def initializer(
         )
 
     return init
+
+
+def on_all_devices(
+    model: CLSL, embeddings: np.ndarray, annotations: np.ndarray
+) -> train_state.TrainState:
+    """Returns the state of a model trained by AdamW, laid on all devices as a run lays its own."""
+    state = jax.jit(initializer(model, optax.adamw(1e-4)))(embeddings, annotations)
+    mesh = sharding.make_mesh()
+    return jax.device_put(state, train_state.state_shardings(state, mesh))

@@ -17,7 +17,6 @@ import tempfile
 import jax
 import new_state
 import numpy as np
-import optax
 import rounds
 
 from clsl_jax import checkpoint, sharding, train_state
@@ -34,12 +33,10 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     options = parser.parse_args()
     model = CLSL(num_classes=options.classes, backbone=options.backbone, rank=1024)
-    init = jax.jit(new_state.initializer(model, optax.adamw(1e-4)))
     rows = sharding.padded_rows(options.images)
     embeddings = new_state.inputs(1, 64, options.classes)["embeddings"]
-    state = init(embeddings, np.full((rows, options.classes), -1, np.int8))
-    mesh = sharding.make_mesh()
-    state = jax.device_put(state, train_state.state_shardings(state, mesh))
+    annotations = np.full((rows, options.classes), -1, np.int8)
+    state = new_state.on_all_devices(model, embeddings, annotations)
     whole = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )

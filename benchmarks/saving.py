@@ -33,18 +33,14 @@ def measure(options: argparse.Namespace) -> None:
     """Saves one state by both ways in turn, after a save of each that is not counted."""
     import jax
     import new_state
-    import optax
     import rounds
 
-    from clsl_jax import checkpoint, sharding, train_state
+    from clsl_jax import checkpoint
     from clsl_jax.models.clsl import CLSL
 
     model = CLSL(num_classes=20, backbone=options.backbone, rank=1024)
-    init = jax.jit(new_state.initializer(model, optax.adamw(1e-4)))
     drawn = new_state.inputs(1, 64, 20)
-    state = init(drawn["embeddings"], drawn["annotations"])
-    mesh = sharding.make_mesh(jax.devices())
-    state = jax.device_put(state, train_state.state_shardings(state, mesh))
+    state = new_state.on_all_devices(model, drawn["embeddings"], drawn["annotations"])
     leaves = jax.tree.leaves(state)
     size = sum(leaf.nbytes for leaf in leaves) / 2**20
     shares = {
