@@ -16,6 +16,7 @@ Exit status: 0 done, or stopped by SIGTERM; 2 input that cannot be used, or a ce
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -68,7 +69,8 @@ class Cell:
     Attributes:
       config: configuration file, with what stands after its colon.
       method: name of the method or variant.
-      protocol, known_fraction: of the known labels; a protocol that has no fraction ignores it.
+      protocol, known_fraction: of the known labels, as they are in effect: a method or variant may
+        set its own over the grid's. No fraction where the protocol has none.
       seed: of weights, order and mask.
       settings: ("key=value", ...), all that is set over the configuration.
     """
@@ -76,7 +78,7 @@ class Cell:
     config: str
     method: str
     protocol: str
-    known_fraction: float
+    known_fraction: float | None
     seed: int
     settings: tuple[str, ...]
 
@@ -88,9 +90,16 @@ class Cell:
         return f"{name}-{argument}" if argument else name
 
     @property
+    def setting(self) -> tuple[str, str, float | None]:
+        """Data set, protocol and known fraction: what numbers have to share to be compared."""
+        return self.dataset, self.protocol, self.known_fraction
+
+    @property
     def directory(self) -> str:
         """Of the cell, inside the study's workdir."""
-        labels = f"{self.protocol}-{self.known_fraction:g}"
+        labels = self.protocol
+        if self.known_fraction is not None:
+            labels += f"-{self.known_fraction:g}"
         return os.path.join("cells", self.dataset, labels, self.method, f"seed-{self.seed}")
 
     @property
@@ -113,27 +122,36 @@ def cells(study: ml_collections.ConfigDict) -> list[Cell]:
     if study.baseline not in named:
         raise InputError(f"baseline={study.baseline!r} is none of {', '.join(named)}.")
     grid = []
-    for config in study.configs:
-        for seed in study.seeds:
-            for protocol in study.protocols:
-                # The others have one cell, whatever the fractions.
-                count = None if protocol in partial.BY_FRACTION else 1
-                for fraction in study.known_fractions[:count]:
-                    for name, (method, extra) in named.items():
-                        settings = {
-                            **_parsed(study.settings),
-                            "seed": seed,
-                            "labels.seed": seed,
-                            "labels.protocol": protocol,
-                            "labels.known_fraction": fraction,
-                            **methods.find(method).settings,
-                            **_parsed(extra.split()),
-                        }
-                        text = tuple(f"{key}={value}" for key, value in settings.items())
-                        grid.append(Cell(config, name, protocol, float(fraction), seed, text))
+    every = (study.configs, study.seeds, study.protocols, study.known_fractions)
+    for config, seed, protocol, fraction in itertools.product(*every):
+        for name, (method, extra) in named.items():
+            settings = {
+                **_parsed(study.settings),
+                "seed": seed,
+                "labels.seed": seed,
+                "labels.protocol": protocol,
+                "labels.known_fraction": fraction,
+                **methods.find(method).settings,
+                **_parsed(extra.split()),
+            }
+            in_effect = str(settings["labels.protocol"])
+            known = None
+            if in_effect in partial.BY_FRACTION:
+                known = _number(settings, "labels.known_fraction")
+            else:
+                del settings["labels.known_fraction"]
+            text = tuple(f"{key}={value}" for key, value in settings.items())
+            grid.append(Cell(config, name, in_effect, known, seed, text))
     if not grid:
         raise InputError("The study's grid is empty: every list needs an entry.")
-    return grid
+    return list(dict.fromkeys(grid))  # cells that differ in what they ignore are one
+
+
+def _number(settings: Mapping[str, Any], key: str) -> float:
+    try:
+        return float(settings[key])
+    except ValueError:
+        raise InputError(f"{key}={settings[key]}: expected a number.") from None
 
 
 def _parsed(settings: Sequence[str]) -> dict[str, str]:

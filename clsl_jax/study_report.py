@@ -2,7 +2,8 @@
 
 `study.md` holds the tables for people, `study.csv` one row a cell, `summary.csv` one a method and
 setting, `per_class.csv` average precision by class, `study.tex` the main tables. Figures: mAP over
-the known fraction, recovery over epochs, reliability of the probabilities.
+the known fraction, recovery over epochs, reliability of the probabilities. All labels known
+(protocol `all`) stands beside the settings of every other protocol: a column, or a line.
 """
 
 import csv
@@ -11,8 +12,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 import numpy as np
@@ -26,8 +27,21 @@ from clsl_jax.study import COST_NAME, FAILURE_NAME, RESULTS_NAME, Cell, is_finis
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import LOG_NAME, read_log
 
+if TYPE_CHECKING:  # slow to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ALL = "all"  # the protocol that hides nothing
 BINS = 15  # of reliability
+MOST = 3  # classes that gain or lose most
 _RECOVERY = ("positive_precision", "positive_recall", "negative_precision", "coverage")
+_DRAWN = {
+    "positive_precision": "positives right",
+    "positive_recall": "positives found",
+    "negative_precision": "negatives right",
+}
+Setting = tuple[str, str, float | None]  # data set, protocol, known fraction
+Looks = Mapping[str, Mapping[str, Any]]  # {method: colour and marker}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +171,7 @@ def write(
     if not found:
         console.print("No cell is finished: there is nothing to report.")
         return
-    summary = _summary(found, study)
+    summary, classes = _summary(found, study), _class_rows(found, study)
     about = (
         f"Test mAP in percent, {study.convention} AP, weights of the {study.weights} epoch, mean ± "
         "standard deviation over seeds; in brackets the mean difference to "
@@ -171,7 +185,7 @@ def write(
         latex.append(_latex(rows, f"{title}. {about}"))
     if study.published:
         sections.append("† published, in its authors' setting, not run here; source in the table.")
-    sections += _details(summary)
+    sections += _details(summary) + _changes(classes, study.baseline)
     sections += ["## Methods", _markdown(_method_rows(grid))]
     sections += _failures(grid, workdir)
     path = os.path.join(workdir, "study.md")
@@ -179,8 +193,10 @@ def write(
     atomic.write_text(os.path.join(workdir, "study.tex"), "\n\n".join(latex) + "\n")
     _write_csv(os.path.join(workdir, "summary.csv"), summary)
     _write_csv(os.path.join(workdir, "study.csv"), [_cell_row(f, study) for f in found])
-    _write_csv(os.path.join(workdir, "per_class.csv"), _class_rows(found, study))
-    _figures(found, summary, workdir)
+    _write_csv(os.path.join(workdir, "per_class.csv"), classes)
+    for name, figure in _figures(found, summary).items():
+        with atomic.replacing(os.path.join(workdir, f"{name}.png")) as file:
+            figure.savefig(file, format="png")
     console.print(f"Written: {path}, with CSV, LaTeX and figures beside it.")
 
 
@@ -196,19 +212,51 @@ def _latex(rows: Sequence[Sequence[str]], caption: str) -> str:
     return f"\\begin{{table}}\n\\caption{{{caption}}}\n{table}\n\\end{{table}}"
 
 
-def _groups(found: Iterable[Found]) -> dict[tuple[str, str, float, str], list[Found]]:
-    groups: dict[tuple[str, str, float, str], list[Found]] = {}
+def _groups(found: Iterable[Found]) -> dict[tuple[Setting, str], list[Found]]:
+    groups: dict[tuple[Setting, str], list[Found]] = {}
     for result in found:
-        cell = result.cell
-        key = (cell.dataset, cell.protocol, cell.known_fraction, cell.method)
-        groups.setdefault(key, []).append(result)
+        groups.setdefault((result.cell.setting, result.cell.method), []).append(result)
     return groups
+
+
+def _labels(setting: Setting) -> dict[str, Any]:
+    return dict(zip(("dataset", "protocol", "known_fraction"), setting, strict=True))
+
+
+def _setting(row: Mapping[str, Any]) -> Setting:
+    return row["dataset"], row["protocol"], row["known_fraction"]
+
+
+def _where(setting: Setting) -> str:
+    return ", ".join(filter(None, (*setting[:2], _share(setting))))
+
+
+def _share(setting: Setting) -> str:
+    """Returns the known share of labels, nothing where the protocol leaves it open."""
+    return "" if setting[2] is None else f"{100 * setting[2]:g} % known"
+
+
+def _layout(settings: Iterable[Setting]) -> dict[tuple[str, str], list[Setting]]:
+    """Returns what stands side by side: {(data set, protocol): settings, by fraction}.
+
+    All labels known is the last of each protocol of its data set, by itself where it is alone.
+    """
+    settings = list(dict.fromkeys(settings))
+    partly = {dataset for dataset, protocol, _ in settings if protocol != ALL}
+    return {
+        (dataset, protocol): sorted(
+            (s for s in settings if s[0] == dataset and s[1] in (protocol, ALL)),
+            key=lambda s: (s[1] == ALL, s[2] or 0.0),
+        )
+        for dataset, protocol, _ in settings
+        if protocol != ALL or dataset not in partly
+    }
 
 
 def _summary(found: Sequence[Found], study: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     groups, rows = _groups(found), []
-    for (dataset, protocol, fraction, method), results in groups.items():
-        baseline = groups.get((dataset, protocol, fraction, study.baseline), [])
+    for (setting, method), results in groups.items():
+        baseline = groups.get((setting, study.baseline), [])
         theirs = {f.cell.seed: f.mean_ap for f in baseline}
         pairs = [(f.mean_ap, theirs[f.cell.seed]) for f in results if f.cell.seed in theirs]
         difference, p_value = paired_test(*zip(*pairs, strict=True)) if pairs else (np.nan, np.nan)
@@ -216,9 +264,7 @@ def _summary(found: Sequence[Found], study: ml_collections.ConfigDict) -> list[d
         last = [f.recovery[-1] if f.recovery else {} for f in results]
         rows.append(
             {
-                "dataset": dataset,
-                "protocol": protocol,
-                "known_fraction": fraction,
+                **_labels(setting),
                 "method": method,
                 "seeds": len(values),
                 "mAP": np.mean(values),
@@ -250,28 +296,24 @@ def _main_tables(
     summary: Sequence[Mapping[str, Any]], study: ml_collections.ConfigDict
 ) -> list[tuple[str, list[list[str]]]]:
     """Returns (title, rows with a header) for each data set and protocol."""
+    entries = [(_setting(r), r["method"], _shown(r, study.baseline)) for r in summary]
+    entries.sort(key=lambda entry: entry[0][1] == ALL)  # the last rows
+    run = {setting[:2] for setting, _, _ in entries}
+    for name, dataset, protocol, fraction, percent, source in study.published:
+        if (dataset, protocol) in run:
+            # A protocol without a fraction has one column, whatever was written there.
+            known = fraction if protocol in partial.BY_FRACTION else None
+            setting = (dataset, protocol, known)
+            entries.append((setting, f"{name} † ({source})", f"{percent:.1f}"))
     tables = []
-    for dataset, protocol in dict.fromkeys((r["dataset"], r["protocol"]) for r in summary):
-        mine = [r for r in summary if (r["dataset"], r["protocol"]) == (dataset, protocol)]
-        published = [p for p in study.published if tuple(p[1:3]) == (dataset, protocol)]
-        if protocol not in partial.BY_FRACTION:  # one column, whatever was written there
-            published = [(*p[:3], mine[0]["known_fraction"], *p[4:]) for p in published]
-        fractions = sorted({r["known_fraction"] for r in mine} | {p[3] for p in published})
-        cell_of = {(r["method"], r["known_fraction"]): _shown(r, study.baseline) for r in mine}
-        shares = [_share(protocol, f) for f in fractions]
-        rows = [["method", *(f"{share} known" if share else "test mAP" for share in shares)]]
-        for method in dict.fromkeys(r["method"] for r in mine):
-            rows.append([method, *(cell_of.get((method, f), "") for f in fractions)])
-        for name, source in dict.fromkeys((p[0], p[5]) for p in published):
-            given = {p[3]: f"{p[4]:.1f}" for p in published if (p[0], p[5]) == (name, source)}
-            rows.append([f"{name} † ({source})", *(given.get(f, "") for f in fractions)])
+    for (dataset, protocol), columns in _layout(setting for setting, _, _ in entries).items():
+        cell_of = {(row, setting): text for setting, row, text in entries if setting in columns}
+        heads = ["all known" if c[1] == ALL else _share(c) or "test mAP" for c in columns]
+        rows = [["method", *heads]]
+        for row in dict.fromkeys(row for row, _ in cell_of):
+            rows.append([row, *(cell_of.get((row, c), "") for c in columns)])
         tables.append((f"{dataset}, labels known by protocol {protocol}", rows))
     return tables
-
-
-def _share(protocol: str, fraction: float) -> str:
-    """Returns the known share of labels, nothing where the protocol leaves it open."""
-    return f"{100 * fraction:g} %" if protocol in partial.BY_FRACTION else ""
 
 
 def _shown(row: Mapping[str, Any], baseline: str) -> str:
@@ -308,17 +350,37 @@ def _details(summary: Sequence[Mapping[str, Any]]) -> list[str]:
         costs = [
             f"{r[k]:,.0f}" if np.isfinite(r[k]) else "" for k in ("seconds", "peak_memory_mib")
         ]
-        share = _share(r["protocol"], r["known_fraction"])
-        where = ", ".join(filter(None, (r["dataset"], r["protocol"], share)))
         error = r["calibration_error"]
         error = f"{error:.2f} %" if np.isfinite(error) else ""
-        rows.append([where, r["method"], str(r["seeds"]), *shares, error, *costs])
+        rows.append([_where(_setting(r)), r["method"], str(r["seeds"]), *shares, error, *costs])
     about = (
         "Recovered labels of the last epoch against the hidden ones; expected calibration error of "
         f"the test probabilities in {BINS} bins, where those of these weights were kept; time and "
         "peak memory of a cell's processes."
     )
     return ["## Recovery, calibration, cost", about, _markdown(rows)]
+
+
+def _changes(rows: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
+    """Returns the table of the classes that gain and lose most by each method; rows: by class."""
+    groups: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    for r in rows:
+        if r["pairs"] and r["method"] != baseline:
+            key = (_where(_setting(r)), r["method"])
+            groups.setdefault(key, []).append((r["class"], r["gain"]))
+    table = [["data, protocol, known", "method", "gain most", "lose most"]]
+    for key, gains in groups.items():
+        gains.sort(key=lambda gain: -gain[1])
+        most = [gain for gain in gains[:MOST] if gain[1] > 0]
+        least = [gain for gain in gains[: -MOST - 1 : -1] if gain[1] < 0]
+        table.append(
+            [*key, *(", ".join(f"{name} {x:+.2f}" for name, x in some) for some in (most, least))]
+        )
+    about = (
+        f"Mean difference of average precision to {baseline}, in points, paired by seed: the "
+        f"{MOST} classes at either end. All of them: `per_class.csv`."
+    )
+    return ["## Classes", _markdown(table), about] if groups else []
 
 
 def _method_rows(grid: Sequence[Cell]) -> list[list[str]]:
@@ -346,9 +408,7 @@ def _failures(grid: Sequence[Cell], workdir: str) -> list[str]:
 def _cell_row(found: Found, study: ml_collections.ConfigDict) -> dict[str, Any]:
     cell, last = found.cell, found.recovery[-1] if found.recovery else {}
     return {
-        "dataset": cell.dataset,
-        "protocol": cell.protocol,
-        "known_fraction": cell.known_fraction,
+        **_labels(cell.setting),
         "method": cell.method,
         "seed": cell.seed,
         "mAP": found.mean_ap,
@@ -364,8 +424,8 @@ def _cell_row(found: Found, study: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def _class_rows(found: Sequence[Found], study: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     groups, rows = _groups(found), []
-    for (dataset, protocol, fraction, method), results in groups.items():
-        baseline = groups.get((dataset, protocol, fraction, study.baseline), [])
+    for (setting, method), results in groups.items():
+        baseline = groups.get((setting, study.baseline), [])
         theirs = {f.cell.seed: f.class_ap for f in baseline}
         for name in dict.fromkeys(name for f in results for name in f.class_ap):
             gains = [
@@ -375,9 +435,7 @@ def _class_rows(found: Sequence[Found], study: ml_collections.ConfigDict) -> lis
             ]
             rows.append(
                 {
-                    "dataset": dataset,
-                    "protocol": protocol,
-                    "known_fraction": fraction,
+                    **_labels(setting),
                     "method": method,
                     "class": name,
                     "AP": _mean(f.class_ap.get(name) for f in results),
@@ -394,8 +452,6 @@ def _write_csv(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        if row["protocol"] not in partial.BY_FRACTION:
-            row = {**row, "known_fraction": ""}
         writer.writerow({key: _plain(value) for key, value in row.items()})
     atomic.write_text(path, text.getvalue())
 
@@ -406,75 +462,31 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]], workdir: str) -> None:
-    """Draws a panel for each data set and protocol in each figure."""
-    panels = list(dict.fromkeys((r["dataset"], r["protocol"]) for r in summary))
-
-    def curves(axes: Any, panel: tuple[str, str]) -> None:
-        mine = [r for r in summary if (r["dataset"], r["protocol"]) == panel]
-        for index, method in enumerate(dict.fromkeys(r["method"] for r in mine)):
-            rows = sorted((r for r in mine if r["method"] == method), key=_fraction)
-            axes.errorbar(
-                [100 * r["known_fraction"] for r in rows],
-                [r["mAP"] for r in rows],
-                yerr=[0.0 if np.isnan(r["mAP_sd"]) else r["mAP_sd"] for r in rows],
-                capsize=2,
-                label=method,
-                **_style(index),
+def _figures(found: Sequence[Found], summary: Sequence[Mapping[str, Any]]) -> dict[str, "Figure"]:
+    """Returns the figures by name; a method looks the same in all of them."""
+    looks = {m: _style(i) for i, m in enumerate(dict.fromkeys(r["method"] for r in summary))}
+    figures = {
+        "curves": _curves(summary, looks),
+        "recovery": _recovery(found, looks),
+        "reliability": _reliability(found, looks),
+    }
+    for figure in figures.values():
+        handles: dict[str, Any] = {}
+        for axes in figure.axes:
+            axes.grid(alpha=0.3)
+            if not axes.get_subplotspec().is_first_col():
+                axes.set_ylabel("")
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        if handles:
+            figure.legend(
+                handles.values(),
+                handles,
+                loc="outside right center",
+                fontsize="x-small",
+                ncols=-(-len(handles) // 18),
             )
-        axes.set(xlabel="known labels (%)", ylabel="test mAP (%)")
-        if panel[1] not in partial.BY_FRACTION:
-            axes.set(xlabel="", xticks=[])
-
-    def recovery(axes: Any, panel: tuple[str, str]) -> None:
-        mine = [f for f in found if (f.cell.dataset, f.cell.protocol) == panel and f.recovery]
-        if not mine:
-            axes.text(0.5, 0.5, "nothing was recovered", ha="center", transform=axes.transAxes)
-            return
-        smallest = min(f.cell.known_fraction for f in mine)
-        mine = [f for f in mine if f.cell.known_fraction == smallest]
-        for index, method in enumerate(dict.fromkeys(f.cell.method for f in mine)):
-            runs = [f.recovery for f in mine if f.cell.method == method]
-            for name, style in (("positive_precision", "-"), ("positive_recall", "--")):
-                means = [
-                    100 * _mean(row[name] for row in rows) for rows in zip(*runs, strict=False)
-                ]
-                label = f"{method}: {'right' if style == '-' else 'found'}"
-                epochs = [row["epoch"] for row in runs[0]][: len(means)]
-                axes.plot(epochs, means, ls=style, markevery=3, label=label, **_style(index))
-        axes.set(xlabel=_xlabel("epoch", panel, smallest), ylabel="positives (%)", ylim=(0, 100))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-
-    def calibration(axes: Any, panel: tuple[str, str]) -> None:
-        mine = [f for f in found if (f.cell.dataset, f.cell.protocol) == panel]
-        smallest = min(f.cell.known_fraction for f in mine)
-        mine = [f for f in mine if f.cell.known_fraction == smallest]
-        axes.plot((0, 1), (0, 1), color="0.7")
-        for index, method in enumerate(dict.fromkeys(f.cell.method for f in mine)):
-            runs = [f for f in mine if f.cell.method == method]
-            count = np.sum([f.count for f in runs], axis=0)
-            some = count > 0
-            if not some.any():
-                continue
-            sums = (
-                np.sum([f.count * getattr(f, name) for f in runs], axis=0)[some] / count[some]
-                for name in ("confidence", "frequency")
-            )
-            axes.plot(*sums, label=method, **_style(index))
-        axes.set(
-            xlabel=_xlabel("probability", panel, smallest),
-            ylabel="share of positives",
-            xlim=(0, 1),
-            ylim=(0, 1),
-        )
-
-    for name, draw in (("curves", curves), ("recovery", recovery), ("reliability", calibration)):
-        _draw(os.path.join(workdir, f"{name}.png"), panels, draw)
-
-
-def _xlabel(what: str, panel: tuple[str, str], fraction: float) -> str:
-    share = _share(panel[1], fraction)
-    return f"{what} ({share} known)" if share else what
+    return figures
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -482,21 +494,106 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": f"C{index % 10}", "marker": "osD^"[index // 10 % 4], "markersize": 4}
 
 
-def _fraction(row: Mapping[str, Any]) -> float:
-    return row["known_fraction"]
+def _curves(summary: Sequence[Mapping[str, Any]], looks: Looks) -> "Figure":
+    """Draws mAP over the known fraction, a panel for each data set and protocol."""
+    layout = _layout(map(_setting, summary))
+    figure = _figure(5.0 * len(layout), 4.0)
+    for axes, (title, settings) in zip(
+        figure.subplots(1, len(layout), squeeze=False)[0], layout.items(), strict=True
+    ):
+        rows = [r for s in settings for r in summary if _setting(r) == s]
+        for method in dict.fromkeys(r["method"] for r in summary):
+            mine = [r for r in rows if r["method"] == method and r["protocol"] != ALL]
+            if mine:
+                axes.errorbar(
+                    [100 * (r["known_fraction"] or 0.0) for r in mine],
+                    [r["mAP"] for r in mine],
+                    yerr=[0.0 if np.isnan(r["mAP_sd"]) else r["mAP_sd"] for r in mine],
+                    capsize=2,
+                    label=method,
+                    **looks[method],
+                )
+        for r in rows:
+            if r["protocol"] == ALL:
+                label = f"{r['method']}, protocol {ALL}"
+                axes.axhline(r["mAP"], color=looks[r["method"]]["color"], ls="--", label=label)
+        axes.set(xlabel="known labels (%)", ylabel="test mAP (%)", title=", ".join(title))
+        if not any(r["known_fraction"] for r in rows):
+            axes.set(xlabel="", xticks=[])
+    return figure
 
 
-def _draw(
-    path: str, panels: Sequence[tuple[str, str]], draw: Callable[[Any, tuple[str, str]], None]
-) -> None:
+def _recovery(found: Sequence[Found], looks: Looks) -> "Figure":
+    """Draws what was recovered, against the hidden labels: a row for each share of it."""
+    figure, panels = _panels([f for f in found if f.recovery], "recovered labels", len(_DRAWN))
+    for column, mine in panels:
+        for axes, (name, what) in zip(column, _DRAWN.items(), strict=True):
+            if axes is not column[0]:
+                axes.sharex(column[0])
+            for method, runs in mine.items():
+                steps = list(zip(*(f.recovery for f in runs), strict=False))
+                epochs = [rows[0]["epoch"] for rows in steps]
+                means = [100 * _mean(row[name] for row in rows) for rows in steps]
+                axes.plot(epochs, means, label=method, markevery=3, **looks[method])
+            axes.set(ylabel=f"{what} (%)")
+            if name != "negative_precision":  # that is near 100 %, and seen there only
+                axes.set(ylim=(0, 100))
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        column[-1].set(xlabel="epoch")
+    return figure
+
+
+def _reliability(found: Sequence[Found], looks: Looks) -> "Figure":
+    """Draws the share of positives over the probability, both by bins."""
+    figure, panels = _panels([f for f in found if f.count.any()], "predictions of these weights")
+    for (axes,), mine in panels:
+        axes.plot((0, 1), (0, 1), color="0.7")
+        for method, runs in mine.items():
+            count = np.sum([f.count for f in runs], axis=0)
+            some = count > 0
+            sums = (
+                np.sum([f.count * getattr(f, name) for f in runs], axis=0)[some] / count[some]
+                for name in ("confidence", "frequency")
+            )
+            axes.plot(*sums, label=method, **looks[method])
+        axes.set(xlabel="probability", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1))
+    return figure
+
+
+def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(7.0 * len(panels), 4.5), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes, panel)
-        axes.set_title(", ".join(panel))
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    with atomic.replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    return Figure(figsize=(width + 1.5, height), dpi=120, layout="constrained")
+
+
+def _panels(
+    found: Sequence[Found], what: str, count: int = 1
+) -> tuple["Figure", list[tuple[Sequence["Axes"], dict[str, list[Found]]]]]:
+    """Lays out a column of panels for each setting, in rows for each data set and protocol.
+
+    Args:
+      found: what is drawn.
+      what: that is said to be missing where there is none.
+      count: panels in each column.
+
+    Returns:
+      (figure, [(axes [count], {method: its runs}), ...]).
+    """
+    groups = _groups(found)
+    layout = _layout(setting for setting, _ in groups)
+    rows, columns = count * len(layout), max(map(len, layout.values()), default=1)
+    figure = _figure(2.6 * columns, 2.2 * max(rows, 1) + 0.4)
+    if not found:
+        figure.text(0.5, 0.5, f"There are no {what}.", ha="center")
+        return figure, []
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row")
+    panels = []
+    for first, settings in zip(range(0, rows, count), layout.values(), strict=True):
+        for axes in grid[first : first + count, len(settings) :].flat:
+            axes.set_visible(False)
+        for column, setting in enumerate(settings):
+            axes = grid[first : first + count, column]
+            axes[0].set_title(_where(setting), fontsize="small")
+            mine = {method: runs for (of, method), runs in groups.items() if of == setting}
+            panels.append((axes, mine))
+    return figure, panels

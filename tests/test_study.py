@@ -42,15 +42,44 @@ def test_the_grid_pairs_methods_by_seed():
 def test_a_protocol_without_a_fraction_has_one_cell_and_claims_none(tmp_path):
     made = study.cells(make_study(protocols=("uniform", "single_positive")))
     assert [(cell.protocol, cell.known_fraction) for cell in made if cell.seed == 0][::2] == [
-        ("uniform", 0.1), ("uniform", 0.5), ("single_positive", 0.1)
+        ("uniform", 0.1), ("uniform", 0.5), ("single_positive", None)
     ]  # fmt: skip
-    row = {"dataset": "scenes", "protocol": "single_positive", "known_fraction": 0.1}
+    row = {"dataset": "scenes", "protocol": "single_positive", "known_fraction": None}
     shown = {"method": "clsl", "mAP": 40.0, "mAP_sd": np.nan, "seeds": 1, "difference": np.nan}
     ((title, rows),) = study_report._main_tables([{**row, **shown}], make_study())
     assert title == "scenes, labels known by protocol single_positive"
     assert rows == [["method", "test mAP"], ["clsl", "40.00"]]
     study_report._write_csv(str(tmp_path / "x.csv"), [row])
     assert (tmp_path / "x.csv").read_text().splitlines()[1] == "scenes,single_positive,"
+
+
+def test_a_cell_is_under_the_labels_that_it_knows(monkeypatch):
+    """A method's or variant's own protocol and fraction, and one cell whatever the grid's are."""
+    monkeypatch.chdir(commands.REPOSITORY)
+    changes = {
+        "methods": ("known_asl", "all_known"),
+        "protocols": ("uniform", "single_positive"),
+        "seeds": (0,),
+        "variants": (
+            ("third", "clsl", "labels.protocol=sst labels.known_fraction=0.3"),
+            ("every", "clsl", "labels.protocol=all"),
+        ),
+    }
+    made = study.cells(make_study(**changes))
+    assert [(cell.method, cell.protocol, cell.known_fraction) for cell in made] == [
+        ("known_asl", "uniform", 0.1),
+        ("all_known", "all", None),
+        ("third", "sst", 0.3),
+        ("every", "all", None),
+        ("known_asl", "uniform", 0.5),
+        ("known_asl", "single_positive", None),
+    ]
+    assert made[1].directory == os.path.join("cells", "scenes", "all", "all_known", "seed-0")
+    assert made[2].directory == os.path.join("cells", "scenes", "sst-0.3", "third", "seed-0")
+    for cell in made:
+        assert command_line.config_of(cell.arguments).labels.protocol == cell.protocol
+    # The ceiling of another grid in the same workdir is the same run.
+    assert made[1] in study.cells(make_study(**changes, known_fractions=(0.9,)))
 
 
 def test_shards_part_the_grid(tmp_path, monkeypatch):
@@ -80,6 +109,7 @@ def test_a_shard_that_is_none_is_refused(text):
         ({"settings": ("epoch=3",)}, "no configuration key 'epoch'.*epochs"),
         ({"settings": ("epochs",)}, "expected key=value"),
         ({"variants": (("../x", "clsl", ""),)}, "'../x' has other characters"),
+        ({"variants": (("x", "clsl", "labels.known_fraction=x"),)}, "known_fraction=x: expected a"),
         ({"seeds": ()}, "grid is empty"),
     ],
 )
@@ -119,7 +149,7 @@ def test_every_method_is_a_valid_configuration(name):
 @pytest.mark.parametrize(
     ("arg", "count"),
     [
-        (None, 2 * 24 * 7 * 5),
+        (None, 2 * (23 * 7 + 1) * 5),
         ("main", 2 * 2 * 3 * 5),
         ("methods", 24 * 2),
         ("fractions", 2 * 4 * 5),
@@ -144,7 +174,8 @@ def test_every_cell_of_the_study_of_scenes_is_a_valid_configuration(arg, monkeyp
         config = command_line.config_of(cell.arguments)
         config_lib.validate(config)
         assert (config.seed, config.labels.seed) == (cell.seed, cell.seed)
-        assert config.labels.known_fraction == cell.known_fraction
+        assert config.labels.protocol == cell.protocol
+        assert cell.known_fraction in (None, config.labels.known_fraction)
         flat = config_lib.flatten(config)
         for key, text in (setting.split("=", 1) for setting in cell.settings):
             assert str(flat[key]) == text or flat[key] == ast.literal_eval(text), key
@@ -215,10 +246,15 @@ def test_reliability_by_hand():
     np.testing.assert_allclose(frequency[[0, 14]], [1 / 3, 1])
 
 
-def made(method, seed, mean_ap, dog, *, confidence=(0.2, 0.9), frequency=(0.1, 1.0)):
-    """What a cell gave, by hand: 100 test cells at 0.2, 300 at 0.9."""
-    cell = study.Cell("configs/scenes.py", method, "uniform", 0.2, seed, ("seed=0",))
-    recovery = [{"positive_precision": 0.5, "epoch": 1}, {"positive_precision": 0.9, "epoch": 2}]
+def made(method, seed, mean_ap, dog, *, fraction=0.2, confidence=(0.2, 0.9), frequency=(0.1, 1.0)):
+    """What a cell gave, by hand: 100 test cells at 0.2, 300 at 0.9. No fraction: all known."""
+    protocol = "all" if fraction is None else "uniform"
+    cell = study.Cell("configs/scenes.py", method, protocol, fraction, seed, ("seed=0",))
+    names = ("positive_precision", "positive_recall", "negative_precision", "coverage")
+    shares = [(0.5, 0.1, 0.8, 0.3), (0.9, 0.2 + seed / 10, 0.95, 0.4)]
+    recovery = [{"epoch": k, **dict(zip(names, row, strict=True))} for k, row in enumerate(shares)]
+    if method in ("known_asl", "all_known"):
+        recovery = []
     return study_report.Found(
         cell,
         mean_ap,
@@ -273,6 +309,122 @@ def test_the_summary_pairs_by_seed():
     ]
     assert gain(found, "clsl", "dog") == (3.5, 2)
     assert gain(found, "clsl", "cat") == (0.0, 2)
+
+
+def grid_of_two_fractions():
+    """(found, their summary): the default's differences to the baseline are 1 and 2, and so on."""
+    found = [
+        made("known_asl", 0, 60.0, 50.0, fraction=0.1),
+        made("all_known", 0, 90.0, 99.0, fraction=None),
+        made("clsl", 0, 61.0, 40.0, fraction=0.1),
+        made("known_asl", 0, 70.0, 60.0, fraction=0.5),
+        made("clsl", 0, 72.0, 65.5, fraction=0.5),
+        made("clsl", 1, 74.0, 10.0, fraction=0.5, confidence=(0.4, 0.7), frequency=(0.3, 0.6)),
+    ]
+    return found, study_report._summary(found, make_study())
+
+
+def test_the_ceiling_stands_beside_what_it_is_the_ceiling_of(tmp_path):
+    found, summary = grid_of_two_fractions()
+    ((title, rows),) = study_report._main_tables(summary, make_study())
+    assert title == "scenes, labels known by protocol uniform"
+    assert rows == [
+        ["method", "10 % known", "50 % known", "all known"],
+        ["known_asl", "60.00", "70.00", ""],
+        ["clsl", "61.00 (+1.00)", "73.00 ± 1.41 (+2.00, 1 pair)", ""],
+        ["all_known", "", "", "90.00"],
+    ]
+    ceiling = [row for row in summary if row["method"] == "all_known"]
+    ((title, rows),) = study_report._main_tables(ceiling, make_study())
+    assert title == "scenes, labels known by protocol all"
+    assert rows == [["method", "all known"], ["all_known", "90.00"]]
+    cells = [study_report._cell_row(result, make_study()) for result in found]
+    study_report._write_csv(str(tmp_path / "x.csv"), cells)
+    assert (tmp_path / "x.csv").read_text().splitlines()[2].startswith("scenes,all,,all_known,0,90")
+
+
+def test_classes_that_gain_and_lose_most():
+    """Of six classes that change by 3, 2, 1, 0, -1, -2 three gain and two lose."""
+    found = [made("known_asl", 0, 60.0, 50.0), made("clsl", 0, 61.0, 50.0)]
+    changes = dict(zip("abcdef", (3, -2, 1, 0, 2, -1), strict=True))
+    for result in found:
+        result.class_ap.clear()
+        ours = result.cell.method == "clsl"
+        result.class_ap.update({name: 50.0 + ours * x for name, x in changes.items()})
+    rows = study_report._class_rows(found, make_study())
+    title, table, below = study_report._changes(rows, "known_asl")
+    assert title == "## Classes"
+    assert table_rows(table)[1:] == [
+        ["scenes, uniform, 20 % known", "clsl", "a +3.00, e +2.00, c +1.00", "b -2.00, f -1.00"]
+    ]
+    assert "`per_class.csv`" in below
+    assert study_report._changes(rows[:6], "known_asl") == []  # there is the baseline alone
+
+
+def table_rows(text):
+    """Cells of a Markdown table, without the line below its header."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return rows[:1] + rows[2:]
+
+
+def drawn(axes):
+    """{method: [(x, y), ...]} of the lines that a legend names."""
+    lines = [(c.get_label(), c.lines[0]) for c in axes.containers]
+    lines += [(line.get_label(), line) for line in axes.lines if line.get_label()[0] != "_"]
+    return {label: line.get_xydata().tolist() for label, line in lines}
+
+
+def test_curves_have_a_line_for_each_method_and_one_for_the_ceiling():
+    found, summary = grid_of_two_fractions()
+    (axes,) = study_report._figures(found, summary)["curves"].axes
+    assert axes.get_title() == "scenes, uniform"
+    assert drawn(axes) == {
+        "known_asl": [[10, 60], [50, 70]],
+        "clsl": [[10, 61], [50, 73]],
+        "all_known, protocol all": [[0, 90], [1, 90]],  # from side to side
+    }
+    bars = axes.containers[1].lines[2][0].get_segments()
+    assert np.diff([bar[:, 1] for bar in bars]).ravel().tolist() == pytest.approx([0, 2 * 2**0.5])
+
+
+def test_recovery_has_a_column_for_each_fraction_and_a_row_for_each_share():
+    found, summary = grid_of_two_fractions()
+    figure = study_report._figures(found, summary)["recovery"]
+    assert [axes.get_title() for axes in figure.axes[:2]] == [
+        "scenes, uniform, 10 % known",
+        "scenes, uniform, 50 % known",
+    ]
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == [
+        "positives right (%)",
+        "positives found (%)",
+        "negatives right (%)",
+    ]
+    assert [drawn(axes).keys() for axes in figure.axes] == [{"clsl"}] * 6
+    shown = [np.array(drawn(axes)["clsl"]) for axes in figure.axes]
+    np.testing.assert_allclose(
+        shown,
+        # The second seed of the second column has found 30 % in place of 20.
+        [[[0, a], [1, b]] for a, b in [(50, 90)] * 2 + [(10, 20), (10, 25)] + [(80, 95)] * 2],
+    )
+    assert figure.axes[0].get_ylim() == (0, 100)
+    nothing = study_report._figures(found[:1], summary[:1])["recovery"]
+    assert nothing.texts[0].get_text() == "There are no recovered labels."
+
+
+def test_reliability_has_a_panel_for_each_fraction_and_the_ceiling():
+    found, summary = grid_of_two_fractions()
+    figure = study_report._figures(found, summary)["reliability"]
+    assert [axes.get_title() for axes in figure.axes] == [
+        "scenes, uniform, 10 % known",
+        "scenes, uniform, 50 % known",
+        "scenes, all",
+    ]
+    first, second, ceiling = map(drawn, figure.axes)
+    assert first["known_asl"] == first["clsl"] == [[0.2, 0.1], [0.9, 1.0]]
+    # Both seeds have as many cells in each bin.
+    np.testing.assert_allclose(second["clsl"], [[0.3, 0.2], [0.8, 0.8]])
+    assert ceiling.keys() == {"all_known"}
 
 
 def test_the_seeds_that_both_have_are_compared():
@@ -349,6 +501,70 @@ def call(shared, folder, *arguments):
     return process.returncode, out, err
 
 
+def contents(directory):
+    """What a cell's files say: (test mAP, AP by class, rows of recovery, p and labels of test)."""
+    results = json.loads((directory / "results.json").read_text())["results"]
+    (test,) = (
+        row
+        for row in results
+        if (row["split"], row["weights"], row["AP_convention"]) == ("test", "best", "interpolated")
+    )
+    log = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
+    recovery = [row for row in log if "recovery/unknown" in row]
+    with np.load(directory / "predictions.npz") as file:
+        p, labels = file["scores"].astype(float), file["labels"]
+    if not json.loads((directory / "config.json").read_text())["evaluation"]["statistics"]:
+        p = p**3 / (p**3 + 1 - p)  # what a sigmoid stands for under the loss: 0.2 for 0.5
+    return 100 * test["mAP"], test["AP"], recovery, p.ravel(), labels.ravel()
+
+
+def the_report_is_what_the_files_say(folder, directories):
+    """Its tables and figures, for the finished cells of `clsl` and `known_asl`."""
+    config = runpy.run_path(str(folder / "study.py"))["get_config"]()
+    how = {"convention": "interpolated", "weights": "best"}
+    work = folder / "study"
+    finished = [cell for cell in study.cells(config) if study.is_finished(cell, str(work))]
+    found = [study_report.read(cell, str(work), **how) for cell in finished]
+    figures = study_report._figures(found, study_report._summary(found, config))
+    for name, figure in figures.items():
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        assert file.getvalue() == (work / f"{name}.png").read_bytes(), name
+
+    _, details, classes, *_ = (work / "study.md").read_text().split("\n## ")[1:]
+    details = {row[1]: row for row in table_rows(details)[1:]}
+    said = {directory.parts[-2]: contents(directory) for directory in directories}
+    assert details.keys() == said.keys() == {"clsl", "known_asl"}
+    for directory in directories:
+        method = directory.parts[-2]
+        mean_ap, _, recovery, p, labels = said[method]
+        assert details[method][:3] == ["scenes, uniform, 50 % known", method, "1"]
+        names = ("positive_precision", "positive_recall", "negative_precision")
+        shares = [100 * row[f"recovery/{x}"] for row in recovery[-1:] for x in (*names, "coverage")]
+        assert details[method][3:7] == ([f"{share:.1f} %" for share in shares] or [""] * 4)
+        bins = [(p >= k / 15) & (p < (k + 1) / 15 + (k == 14)) for k in range(15)]
+        error = 100 * sum(abs(p[b].sum() - labels[b].sum()) for b in bins) / len(p)
+        assert float(details[method][7].removesuffix(" %")) == pytest.approx(error, abs=0.006)
+        cost = json.loads((directory / "cost.json").read_text())
+        costs = [f"{cost[x]:,.0f}" for x in ("seconds", "peak_memory_mib")]
+        assert details[method][8:] == costs
+
+        (curves,), (reliability,) = (figures[name].axes for name in ("curves", "reliability"))
+        np.testing.assert_allclose(drawn(curves)[method], [[50, mean_ap]])
+        means = [[p[b].mean(), labels[b].mean()] for b in bins if b.any()]
+        np.testing.assert_allclose(drawn(reliability)[method], means, rtol=1e-5)
+        for axes, name in zip(figures["recovery"].axes, names, strict=True):
+            rows = [[row["epoch"], 100 * row[f"recovery/{name}"]] for row in recovery]
+            assert drawn(axes).get(method, []) == rows
+    ours, theirs = (said[method][1] for method in ("clsl", "known_asl"))
+    gains = sorted((100 * (ours[name] - theirs[name]), name) for name in ours)
+    assert table_rows(classes)[1][2:] == [
+        ", ".join(f"{name} {gain:+.2f}" for gain, name in some)
+        for some in (gains[:-4:-1], gains[:3])
+    ]
+    assert "`per_class.csv`" in classes
+
+
 @pytest.mark.slow
 def test_a_study_from_grid_to_tables(shared, tmp_path):
     tiny = (x.removeprefix("--config.") for x in commands.TINY)
@@ -378,14 +594,8 @@ def test_a_study_from_grid_to_tables(shared, tmp_path):
     with open(work / "study.csv", encoding="utf-8") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     for path in results:
-        found = json.loads(path.read_text())["results"]
-        of_test = [
-            row["mAP"]
-            for row in found
-            if (row["split"], row["weights"], row["AP_convention"])
-            == ("test", "best", "interpolated")
-        ]
-        assert float(rows[path.parts[-3]]["mAP"]) == pytest.approx(100 * of_test[0], rel=1e-5)
+        mean_ap = contents(path.parent)[0]
+        assert float(rows[path.parts[-3]]["mAP"]) == pytest.approx(mean_ap, rel=1e-5)
     report = (work / "study.md").read_text()
     difference = float(rows["clsl"]["mAP"]) - float(rows["known_asl"]["mAP"])
     assert f"({difference:+.2f})" in report
@@ -395,8 +605,9 @@ def test_a_study_from_grid_to_tables(shared, tmp_path):
     assert {(row["AP_convention"], row["weights"]) for row in rows.values()} == {
         ("interpolated", "best")
     }
-    names = ("study.tex", "summary.csv", "per_class.csv", "curves.png", "recovery.png")
-    assert all((work / name).stat().st_size > 100 for name in (*names, "reliability.png"))
+    names = ("study.tex", "summary.csv", "per_class.csv")
+    assert all((work / name).stat().st_size > 100 for name in names)
+    the_report_is_what_the_files_say(tmp_path, [path.parent for path in results])
     assert "interpolated AP, weights of the best epoch" in (work / "study.tex").read_text()
 
     # The predictions that are kept are the best epoch's: they say nothing of another.
