@@ -15,6 +15,9 @@ CORRECTIONS = ("none", "self_paced", "reject", "correct", "correct_for_good")
 def self_paced(logits: jax.Array, *, threshold: float, active: jax.Array | bool) -> jax.Array:
     """Where an unknown label is taken for a positive because the network says so.
 
+    The loss of an unknown label is that of a positive where ``sigmoid(logits) > threshold``, that
+    of a negative elsewhere.
+
     Args:
       logits: [B, C].
       threshold: probability above which it does, in [0, 1).
@@ -66,6 +69,10 @@ def assumed_targets(
     active: jax.Array | bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Targets and weights where unknown labels are taken for negatives.
+
+    Of an unknown entry with the loss l against the target `assumed`, among the `share` of largest l
+    or not: ``reject`` has the weight 0 there and 1 elsewhere (LL-R), ``correct`` the target 1 there
+    (LL-Ct); ``correct_for_good`` (LL-Cp) keeps it, in `corrected` of later steps.
 
     Args:
       logits: [B, C].

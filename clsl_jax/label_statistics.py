@@ -62,6 +62,7 @@ def label_frequencies(annotations: jax.Array) -> jax.Array:
 def co_occurrence_scores(annotations: jax.Array) -> jax.Array:
     """The mean frequency of each class given one of the image's other known positives.
 
+    Of class c in an image whose known positives are J: ``mean of P(c | j) over j in J, j != c``.
     Frequencies are among cells known together, drawn by one pseudo-count towards the class's own.
 
     Args:

@@ -97,6 +97,10 @@ def asymmetric_loss(
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Sigmoid cross entropy in nats, element-wise and unreduced.
 
+    With ``p = sigmoid(logits)``: ``-y log p - (1 - y) log(1 - p)``. Its mean over the known entries
+    is partial BCE (Durand et al., Learning a Deep ConvNet for Multi-Label Classification with
+    Partial Labels, arXiv 1902.09720), less that paper's weight by an image's share of known labels.
+
     Args:
         logits: any shape, finite. Types below float32 are computed in float32.
         targets: same shape, in [0, 1]; soft targets are allowed.

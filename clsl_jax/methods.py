@@ -143,7 +143,7 @@ METHODS: Mapping[str, Method] = {
             "recovery.soft": False,
             "recovery.weight": 1.0,
         },
-        note="score thresholds, in one training",
+        note="score thresholds (from 0.9 on positive, below 0.1 negative), in one training",
     ),
     "ema_teacher": Method(
         "EMA teacher, weak and strong view",
@@ -161,7 +161,8 @@ METHODS: Mapping[str, Method] = {
             "recovery.confidence_power": 0.0,
             "recovery.weight": 1.0,
         },
-        note="targets are those of the row's last visit",
+        note="targets are the teacher's probabilities at the row's last visit; the strong view is "
+        "the configuration's augmentation (in `scenes` shift, scale and colours)",
     ),
     "co_occurrence": Method(
         "co-occurrence transfer (SST, within images)",
