@@ -65,7 +65,7 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
       workdir: of a run of `train_and_evaluate`.
 
     Raises:
-      InputError: if there is no such run or no sound checkpoint.
+      InputError: if there is no such run, no sound checkpoint, or another process is at work there.
     """
     # Before anything asks JAX for its processes, which starts it; what is wrong is told below.
     with contextlib.suppress(InputError):
@@ -75,15 +75,15 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
         config_lib.validate(config)
         config_lib.check_resume(stored, config, workdir)
     config = stored if config is None else config
-    log = RunLog(workdir)
-    where = Workdir(workdir)
-    built = _build(config, where, log)
-    run = _Run(config, built, where, log, None, read_only=True)
-    try:
-        with _unwritable(workdir):
-            return run.evaluate()
-    finally:
-        run.close()
+    with Workdir(workdir) as where:
+        log = RunLog(workdir)
+        built = _build(config, where, log)
+        run = _Run(config, built, where, log, None, read_only=True)
+        try:
+            with _unwritable(workdir):
+                return run.evaluate()
+        finally:
+            run.close()
 
 
 def _build(config: ml_collections.ConfigDict, where: Workdir, log: RunLog) -> Experiment:

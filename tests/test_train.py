@@ -444,11 +444,12 @@ def test_two_runs_in_one_workdir(shared, tmp_path):
     first = start(shared, tmp_path / "run")
     wait_for((tmp_path / "run" / "config.json").exists, first)
     first.send_signal(signal.SIGSTOP)  # it must not end before the other asks
-    status, _, err = run(shared, tmp_path / "run")
+    refused = [run(shared, tmp_path / "run", *more) for more in ((), ("--mode=evaluate",))]
     first.kill()
     first.communicate()
-    assert status == 2
-    assert "Another process is running" in err
+    for status, _, err in refused:
+        assert status == 2
+        assert "Another process is running" in err
 
 
 def test_evaluation_divides_the_cpu_as_training_does(tmp_path):
