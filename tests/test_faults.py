@@ -3,15 +3,28 @@
 Real processes; the file systems are real ones too, mounted where only the process sees them.
 """
 
+import ast
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from commands import CONFIG, REPOSITORY, TINY, environment, newest_step, read, run
-from test_train import assert_same_run
+from commands import (
+    CONFIG,
+    REPOSITORY,
+    TINY,
+    environment,
+    newest_step,
+    read,
+    run,
+    start,
+    wait_for,
+)
+from test_train import assert_same_run, saved_arrays
 
 pytestmark = pytest.mark.slow
 
@@ -118,18 +131,92 @@ def test_a_workdir_that_cannot_be_written(shared, finished, tmp_path):
     assert sorted(os.listdir(finished)) == before
 
 
-def test_numbers_that_blow_up_are_named_with_step_and_images(shared, tmp_path):
+# The command itself, but that the gradients of step 8 are NaN; it prints the rows of its images.
+PLANTED = """
+import jax
+import jax.numpy as jnp
+from clsl_jax import main, steps
+from clsl_jax.data import pipeline
+train_iterator, make_part = pipeline.train_iterator, steps._make_part
+
+def told(*arguments, start, **named):
+    for step, batch in enumerate(train_iterator(*arguments, start=start, **named), start + 1):
+        if step == 8:
+            print("rows", sorted(batch["row"].tolist()), flush=True)
+        yield batch
+
+def planted(*arguments):
+    work = make_part(*arguments)
+
+    def part(state, *more):
+        gradients, *others = work(state, *more)
+        factor = jnp.where(state.step == 7, jnp.nan, 1.0)
+        return jax.tree.map(lambda gradient: gradient * factor, gradients), *others
+
+    return part
+
+pipeline.train_iterator, steps._make_part = told, planted
+main.cli()
+"""
+
+
+def test_a_step_that_is_not_finite_ends_the_run_or_is_left_out(shared, tmp_path):
     """Step 8 is in epoch 2: the checkpoint after epoch 1 is the last sound one, and stays."""
     workdir = tmp_path / "run"
-    rate = "--config.optim.learning_rate={}".format
-    arguments = [rate(1e18), "--config.checkpoint.every_steps=0"]
+    status, out, err = run(shared, workdir, program=PLANTED)
+    assert status == 2, out + err
+    assert "Traceback" not in err
+    assert "The loss or a gradient was NaN or infinite, first in step 8 of 24" in err
+    assert "The checkpoint of step 6 is sound" in err
+    assert "optim.skip_nonfinite=N" in err
+    rows = ast.literal_eval(out.split("rows ")[1].splitlines()[0])
+    assert f"with the training images train-{rows[0]:06} (row {rows[0]}), train-{rows[1]:06}" in err
+    assert newest_step(workdir) == 6
+    more = "--config.optim.skip_nonfinite=1"
+    status, out, err = run(shared, workdir, more, program=PLANTED)
+    assert status == 0, err
+    assert "Going on from step 6 of 24" in out
+    assert "Steps left out so far: 1, allowed: 1." in out
+    step, arrays = saved_arrays(workdir)
+    assert step == 24
+    for key, array in arrays.items():
+        assert np.isfinite(array).all(), key
+
+
+def test_more_steps_that_are_not_finite_than_are_allowed(shared, tmp_path):
+    """The rate is such that no step after the first few is finite."""
+    workdir = tmp_path / "run"
+    arguments = ["--config.optim.learning_rate=1e18", "--config.optim.skip_nonfinite=2"]
     status, out, err = run(shared, workdir, *arguments)
     assert status == 2, out + err
     assert "Traceback" not in err
-    assert "The loss or a gradient was NaN or infinite, first in step" in err
-    assert "with the training images train-" in err
-    assert "optim.skip_nonfinite=N" in err
-    assert newest_step(workdir) in (0, 6)
-    status, out, err = run(shared, workdir, *arguments, "--config.optim.skip_nonfinite=2")
-    assert status == 2
     assert "steps were, 2 are allowed" in err
+
+
+def test_a_data_worker_that_is_killed_in_a_run(shared, finished, tmp_path):
+    """The operating system ends it, as where memory runs out; the run's bits are the same."""
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints").mkdir(parents=True)
+    process = start(shared, workdir, "--config.data.workers=1")
+    wait_for(lambda: newest_step(workdir) >= 4, process)
+    (worker,) = data_workers(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "do not come" in out
+    assert "New ones go on from there." in out
+    assert_same_run(finished, workdir)
+
+
+def data_workers(parent):
+    """Process ids of the workers that `parent` reads images with (Linux)."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            ran_by = int(read(f"/proc/{name}/stat").rpartition(")")[2].split()[1])
+            words = read(f"/proc/{name}/cmdline")
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        if ran_by == parent and "spawn_main" in words:
+            found.append(int(name))
+    return found
