@@ -5,10 +5,11 @@
 #   bash launch/local.sh --workdir=DIR --config=configs/voc.py --config.data.dir=PREPARED
 #   bash launch/local.sh --processes 2 [...]               (first) as two processes, as on two hosts
 #
-# CLSL_EXTRA names the accelerator: cuda12, cuda13 or tpu (default: the CPU).
+# CLSL_EXTRA names the accelerator: cuda12, cuda13 or tpu (default: the CPU). Several processes share the
+# GPUs evenly, those of CUDA_VISIBLE_DEVICES or all; a TPU host is for one process.
 # If one of several processes ends with an error, the others are stopped; what process K says beside
 # the first one goes to WORKDIR.process-K.log. SIGTERM and Ctrl-C reach all of them.
-# Tried on x86-64 Linux without an accelerator.
+# Tried on x86-64 Linux without an accelerator (sharing GPUs: with stand-ins).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh ".${CLSL_EXTRA:+[$CLSL_EXTRA]}"
@@ -44,6 +45,24 @@ if ((processes == 1)); then
   exec python -m clsl_jax.main "$@"
 fi
 
+# Else each process would take all GPUs of this machine.
+gpus=()
+if [[ ${CLSL_EXTRA:-} == cuda* ]]; then
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+  else
+    mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader)
+  fi
+  if ((${#gpus[@]} == 0 || ${#gpus[@]} % processes)); then
+    echo "error: --processes $processes cannot share ${#gpus[@]} GPUs evenly; CUDA_VISIBLE_DEVICES chooses some." >&2
+    exit 2
+  fi
+elif [[ ${CLSL_EXTRA:-} == tpu ]]; then
+  echo "error: --processes $processes: one process drives all chips of a TPU host; leave it out." >&2
+  exit 2
+fi
+share=$((${#gpus[@]} / processes))
+
 for argument in "$@"; do
   [[ $argument == --workdir=* ]] && workdir=${argument#*=}
 done
@@ -52,6 +71,10 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes
 pids=()
 for ((k = 0; k < processes; k++)); do
+  if ((share)); then
+    visible=$(IFS=, && echo "${gpus[*]:k*share:share}")
+    export CUDA_VISIBLE_DEVICES=$visible
+  fi
   if ((k == 0)); then
     JAX_PROCESS_ID=0 python -m clsl_jax.main --distributed "$@" &
   else

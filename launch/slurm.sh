@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains under Slurm, one task a GPU; stopped or preempted, the job queues itself again and goes on.
+# Trains under Slurm, one task a GPU; near its time limit or preempted, it is queued again and goes on.
 #
-#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh \
+#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 launch/slurm.sh \
 #       --config=configs/coco.py --config.batch_size=64 --workdir=/shared/runs/coco \
 #       --config.data.dir=/shared/coco
 #   sbatch --nodes=1 --ntasks=2 launch/slurm.sh --workdir=/shared/runs/cpu     two CPU processes
@@ -13,7 +13,11 @@
 #   JAX_COMPILATION_CACHE_DIR   compiled steps (default WORKDIR/../compiled), so that a restart takes
 #                               seconds; CLSL_CACHE_DIR: decoded images and features of frozen backbones
 # Checkpoints lie in the workdir; --config.checkpoint.dir=gs://BUCKET/RUN keeps them in a bucket.
-# Tried with Slurm 22.05 on one node without GPUs, two tasks: a run, and one that a time limit stopped.
+# Queued again: tasks that a signal stopped with work left, always; tasks that broke, CLSL_MOST_RESTARTS times
+# (default 20). Not: a job that is done, refused (status 2), or ended by scancel.
+# Tried with Slurm 22.05 on one node without GPUs, two tasks: a run that was stopped, queued again and went on to
+# its end; with a stand-in for the program, all that is said here, a time limit and preemption of three kinds
+# (REQUEUE, with and without GraceTime, and CANCEL).
 #SBATCH --job-name=clsl_jax
 #SBATCH --time=24:00:00
 #SBATCH --requeue
@@ -42,35 +46,43 @@ fi
 if [[ -n ${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-} ]]; then
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdir")/compiled}
 fi
+# srun does not take --cpus-per-task from sbatch since Slurm 22.05.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 export PYTHONUNBUFFERED=1
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages, for arrays on a CPU
+
+stopped=false
+# shellcheck disable=SC2329  # by the trap below
+stop() {
+  stopped=true
+  echo "Slurm ends this job: the tasks save and stop."
+  # To the tasks of the one job step; srun itself would take SIGTERM as an order to kill them.
+  scancel --signal=TERM "$SLURM_JOB_ID.0" || true
+}
+trap stop USR1 TERM
 
 # --kill-on-bad-exit: if one task fails, the others, which wait for it, are ended too.
 srun --kill-on-bad-exit=1 python -m clsl_jax.main --distributed --stopped_status=75 \
   ${config:+--config="$config"} "$@" &
 tasks=$!
 
-again=false
-# shellcheck disable=SC2329  # by the trap below
-stop() {
-  again=true
-  echo "Slurm ends this job soon: saving, then queueing it again."
-  # To the tasks of the one job step; srun itself would take SIGTERM as an order to kill them.
-  scancel --signal=TERM "$SLURM_JOB_ID.0" || true
-}
-trap stop USR1 TERM
-
+# A trapped signal wakes `wait` with a status of its own; that of the tasks comes when they have ended.
+while kill -0 "$tasks" 2>/dev/null; do wait "$tasks" || true; done
 code=0
 wait "$tasks" || code=$?
-# A trapped signal wakes `wait`; the tasks may still be saving.
-while kill -0 "$tasks" 2>/dev/null; do
-  code=0
-  wait "$tasks" || code=$?
-done
-if $again || ((code == 75)); then # 75: the tasks were sent SIGTERM by another than this script
+if ((code == 0 || code == 2)); then exit "$code"; fi # done; refused, and would be again
+
+# What `scancel` ends stays so, and what is preempted with PreemptMode=REQUEUE Slurm itself queues again:
+# both are COMPLETING by now. So is a job that was preempted otherwise, or whose time ran out while its
+# tasks saved; these say so, and go on.
+job=$(scontrol show job -o "$SLURM_JOB_ID") || true
+if ! [[ $job =~ \ (JobState=RUNNING|Reason=TimeLimit|PreemptTime=[0-9]) ]]; then
+  echo "The tasks ended with status $code in a job that no longer runs: it is left to Slurm."
+elif $stopped || ((code == 75)); then # 75: the tasks were sent SIGTERM by another than this script
+  echo "Stopped with work left: queueing the job again."
   scontrol requeue "$SLURM_JOB_ID"
-elif ((code != 0 && code != 2)) && ((${SLURM_RESTART_COUNT:-0} < ${CLSL_MOST_RESTARTS:-20})); then
-  # Not refused (2) but broken: a node or a process was lost. The last checkpoint is still there.
+elif ((${SLURM_RESTART_COUNT:-0} < ${CLSL_MOST_RESTARTS:-20})); then
+  # Broken: a node or a process was lost. The last checkpoint is still there.
   echo "The tasks ended with status $code: queueing the job again."
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -4,14 +4,17 @@
 #   bash launch/tpu_vm.sh --tpu=NAME --zone=ZONE --bucket=gs://BUCKET/RUN -- \
 #       --config=configs/coco.py --config.batch_size=64 --config.data.dir=/mnt/data/coco
 #
-# Copies this repository to every host, sets the environment up there (once), and starts one process
-# a host; JAX finds the others by itself. Needs `gcloud`, logged in. --dry-run prints the commands.
+# Copies this repository, as it is committed, to every host, sets the environment up there (once), and
+# starts one process a host; JAX finds the others by itself. Needs `gcloud`, logged in, and on every host
+# Python 3.11 or newer with its venv module, as python3 or by its version. Ubuntu 22.04 has 3.10: install
+# one more there first, or take another image. --dry-run prints the commands.
 #   --bucket   checkpoints (checkpoint.dir) and compiled steps; the workdir itself, with log and
 #              results, is ~/runs/RUN on host 0
 #   --project  of the TPU, if not gcloud's own
 # What follows `--` goes to clsl_jax.main; the batch must spread over all chips. If a host is lost or
 # gets SIGTERM, all processes end; this script waits until the TPU is READY again and starts them anew,
-# from the last checkpoint, up to 20 times. Tried with shellcheck and --dry-run, on no TPU.
+# from the last checkpoint, up to 20 times. So it does where pip failed, which may be the network; status 2
+# (input that cannot be used, no Python that will do) ends it. Tried with a stand-in for gcloud, on no TPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,7 +34,8 @@ done
 for name in tpu zone bucket; do
   if [[ -z ${!name} ]]; then echo "error: --$name=... is missing." >&2; exit 2; fi
 done
-if [[ $bucket != gs://* ]]; then echo "error: --bucket=$bucket: expected gs://BUCKET/RUN." >&2; exit 2; fi
+if [[ $bucket != gs://[!/]* ]]; then echo "error: --bucket=$bucket: expected gs://BUCKET/RUN." >&2; exit 2; fi
+bucket=${bucket%/}
 
 where=(--zone="$zone")
 if [[ -n $project ]]; then where+=(--project="$project"); fi
@@ -45,13 +49,20 @@ on_all() {
 
 archive=$(mktemp --suffix=.tgz)
 trap 'rm -f "$archive"' EXIT
-git archive --format=tgz -o "$archive" HEAD
+git archive --format=tgz -o "$archive" HEAD || {
+  echo "error: 'git archive HEAD' failed: what is sent is this repository's last commit, so it must be a checkout." >&2
+  exit 2
+}
+changes=$(git status --porcelain)
+if [[ -n $changes ]]; then
+  printf 'warning: the last commit is sent, without these changes:\n%s\n' "$changes" >&2
+fi
 set_up="mkdir -p clsl_jax runs && tar xzf clsl_jax.tgz -C clsl_jax && cd clsl_jax \
 && source launch/environment.sh '.[tpu]' && pip install --quiet gcsfs"
 arguments=$(printf '%q ' --workdir="runs/$(basename "$bucket")" \
   --config.checkpoint.dir="$bucket/checkpoints" "$@")
 train="cd clsl_jax && source launch/environment.sh && cd .. && ln -sfn clsl_jax/configs configs \
-&& JAX_COMPILATION_CACHE_DIR=$bucket/compiled PYTHONUNBUFFERED=1 \
+&& JAX_COMPILATION_CACHE_DIR=$(printf %q "$bucket/compiled") PYTHONUNBUFFERED=1 \
 python -m clsl_jax.main --distributed --stopped_status=75 $arguments"
 
 for ((attempt = 0; attempt <= 20; attempt++)); do
