@@ -13,7 +13,7 @@ def paper_recipe(arg: str | None, *, file: str) -> ml_collections.ConfigDict:
 
     Args:
       arg: `released` for the authors' loss scale, online recovery, mask and selection on the test
-        split; None for this project's.
+        split; None for this project's, with `adaptive_recovery` from the middle of training on.
       file: named in the error.
 
     Raises:
@@ -43,11 +43,13 @@ def paper_recipe(arg: str | None, *, file: str) -> ml_collections.ConfigDict:
         config.recovery.weight = 0.8
         config.evaluation.selection = "test"
         config.data.validation_fraction = 0.0  # trained on every image of the training split
+    else:
+        adaptive_recovery(config, warmup_epochs=config.epochs // 2)
     return config
 
 
 def adaptive_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) -> None:
-    """Sets the recovery that did best on photographs (docs/results.md).
+    """Sets the recovery that did best over pretrained features (docs/study.md).
 
     Hard labels, by thresholds of each class that are 95 % (positives) and 99 % (negatives) right on
     the known cells. Of a class with fewer than six known positives or negatives none are

@@ -82,6 +82,15 @@ def test_released_recipes(name, size, batch, rate, ema):
     assert config.data.without_labels == ("keep" if name == "voc" else "drop")
 
 
+@pytest.mark.parametrize("name", ["voc", "coco", "nuswide"])
+def test_recipes_of_official_sets_recover_as_the_one_of_photographs(name):
+    config, table = load(name).recovery, load("table").recovery
+    assert (table.thresholds, table.soft, table.min_known) == ("adaptive", False, 6)
+    assert config.warmup_epochs == 30  # of 60
+    config.warmup_epochs = table.warmup_epochs
+    assert config == table
+
+
 def test_a_wrong_config_argument_is_named():
     with pytest.raises(config_lib.ConfigError, match=r"voc\.py:relaesed"):
         load("voc", "relaesed")
