@@ -282,7 +282,7 @@ def main() -> None:
         if options.quick:
             batch = 8
         calls = whole(name, size, batch, torch_too=not options.devices)
-        times = rounds.alternate(calls, max(1, options.rounds - 2))
+        times = rounds.alternate(calls, options.rounds)
         row = {"name": f"{name}, {size}x{size}, batch {batch}", "milliseconds": times}
         results["whole"].append({**row, "long": True})
         del calls
