@@ -229,7 +229,9 @@ METHODS: Mapping[str, Method] = {
     ),
     "clsl": Method("CLSL (clsl_jax)", "this project", {}, note="the configuration as it is"),
     "all_known": Method(
-        "all labels known", "the ceiling", _KNOWN | _ASL | {"labels.protocol": "all"}
+        "all labels known",
+        "the ceiling",
+        _KNOWN | _ASL | {"labels.protocol": "all", "labels.file": ""},
     ),
 }
 

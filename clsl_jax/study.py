@@ -112,7 +112,8 @@ def cells(study: ml_collections.ConfigDict) -> list[Cell]:
     """Returns the grid in the order in which it is run: all methods of a seed before the next.
 
     Raises:
-      InputError: an unknown method, a baseline that is none of the methods, or an empty grid.
+      InputError: an unknown method, a baseline that is none of the methods or that no other
+        method can be compared with, a known fraction that is none, or an empty grid.
     """
     named = {name: (method, "") for name, method in zip(study.methods, study.methods, strict=True)}
     named |= {name: (method, extra) for name, method, extra in study.variants}
@@ -137,21 +138,28 @@ def cells(study: ml_collections.ConfigDict) -> list[Cell]:
             in_effect = str(settings["labels.protocol"])
             known = None
             if in_effect in partial.BY_FRACTION:
-                known = _number(settings, "labels.known_fraction")
+                known = _known_fraction(settings["labels.known_fraction"])
+                settings["labels.known_fraction"] = f"{known:g}"
             else:
                 del settings["labels.known_fraction"]
             text = tuple(f"{key}={value}" for key, value in settings.items())
             grid.append(Cell(config, name, in_effect, known, seed, text))
     if not grid:
         raise InputError("The study's grid is empty: every list needs an entry.")
+    known = {cell.protocol for cell in grid if cell.method == study.baseline}
+    if not known & set(study.protocols):
+        raise InputError(
+            f"baseline={study.baseline!r} is trained on labels of protocol {', '.join(known)}, so "
+            f"that methods on those of {', '.join(study.protocols)} cannot be compared with it."
+        )
     return list(dict.fromkeys(grid))  # cells that differ in what they ignore are one
 
 
-def _number(settings: Mapping[str, Any], key: str) -> float:
-    try:
-        return float(settings[key])
-    except ValueError:
-        raise InputError(f"{key}={settings[key]}: expected a number.") from None
+def _known_fraction(value: Any) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(value) <= 1:
+            return float(value)
+    raise InputError(f"labels.known_fraction={value}: expected a number from 0 to 1.")
 
 
 def _parsed(settings: Sequence[str]) -> dict[str, str]:

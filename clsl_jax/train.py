@@ -65,7 +65,8 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
       workdir: of a run of `train_and_evaluate`.
 
     Raises:
-      InputError: if there is no such run, no sound checkpoint, or another process is at work there.
+      InputError: if there is no such run or no sound checkpoint, or if the workdir cannot be held:
+        another process is at work there, or its file system has no locks.
     """
     # Before anything asks JAX for its processes, which starts it; what is wrong is told below.
     with contextlib.suppress(InputError):

@@ -110,6 +110,11 @@ def test_a_shard_that_is_none_is_refused(text):
         ({"settings": ("epochs",)}, "expected key=value"),
         ({"variants": (("../x", "clsl", ""),)}, "'../x' has other characters"),
         ({"variants": (("x", "clsl", "labels.known_fraction=x"),)}, "known_fraction=x: expected a"),
+        ({"variants": (("x", "clsl", "labels.known_fraction=2"),)}, "known_fraction=2: expected a"),
+        (
+            {"methods": ("all_known", "clsl"), "baseline": "all_known"},
+            "baseline='all_known' is trained on labels of protocol all",
+        ),
         ({"seeds": ()}, "grid is empty"),
     ],
 )
@@ -557,10 +562,11 @@ def the_report_is_what_the_files_say(folder, directories):
             rows = [[row["epoch"], 100 * row[f"recovery/{name}"]] for row in recovery]
             assert drawn(axes).get(method, []) == rows
     ours, theirs = (said[method][1] for method in ("clsl", "known_asl"))
-    gains = sorted((100 * (ours[name] - theirs[name]), name) for name in ours)
+    gains = [(name, 100 * (ours[name] - theirs[name])) for name in ours]
+    gains.sort(key=lambda gain: -gain[1])
     assert table_rows(classes)[1][2:] == [
-        ", ".join(f"{name} {gain:+.2f}" for gain, name in some)
-        for some in (gains[:-4:-1], gains[:3])
+        ", ".join(f"{name} {gain:+.2f}" for name, gain in some if sign * gain > 0)
+        for sign, some in ((1, gains[:3]), (-1, gains[:-4:-1]))
     ]
     assert "`per_class.csv`" in classes
 
