@@ -237,3 +237,32 @@ def test_an_error_of_one_process_ends_all(shared, tmp_path):
     assert "Is a directory" in said[0]
     assert statuses[1] != 0
     assert time.monotonic() - start < 250
+
+
+def test_checksums_of_many_arrays_never_wait_for_one_another(shared, tmp_path):
+    """Devices that took up the collectives of many programs in different orders would, for ever."""
+    program = """
+import faulthandler
+faulthandler.dump_traceback_later(100, exit=True)
+from clsl_jax import cluster
+cluster.join()
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as Axes
+from clsl_jax import checkpoint
+
+random = np.random.default_rng(0)
+arrays = [random.normal(size=(80, 16 + 8 * (k % 3))).astype(np.float32) for k in range(60)]
+layouts = [Axes(), Axes("data"), Axes(None, "model"), Axes("data", "model")] * 15
+
+def checksums(*devices):
+    mesh = jax.make_mesh(devices, ("data", "model"), devices=jax.devices()[:np.prod(devices)])
+    placed = [NamedSharding(mesh, axes) for axes in layouts]
+    return checkpoint.checksums(jax.device_put(arrays, placed))
+
+expected = checksums(1, 1)
+for _ in range(5):
+    assert checksums(4, 2) == expected
+cluster.leave(0)
+"""
+    statuses, said = run_several(shared, tmp_path / "run", processes=1, devices=8, program=program)
+    assert statuses == [0], said
