@@ -329,8 +329,11 @@ class Checkpointer:
         self._try_to_tidy()
 
     def close(self) -> None:
-        """Waits for a save in the background and releases everything."""
-        with contextlib.suppress(CheckpointError), self._failing():
+        """Waits for a save in the background and releases everything.
+
+        Whether it is whole on disk is for `wait` to say; an error here would hide what ends the run.
+        """
+        with contextlib.suppress(Exception):  # each file system raises its own kinds
             self._manager.close()
         self._try_to_tidy()
 
@@ -341,15 +344,24 @@ class Checkpointer:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
             step, self._pending = self._pending, None
-            if step is None or jax.process_count() > 1:
+            if step is None:
                 raise
+            message = (
+                f"The checkpoint of step {step} could not be saved in {self._directory}: "
+                f"{_reason(error)}."
+            )
+            if jax.process_count() > 1:
+                # The others wait in a barrier of Orbax's for this process, or this one for them.
+                if isinstance(error, (TimeoutError, jax.errors.JaxRuntimeError)):
+                    raise
+                raise InputError(
+                    f"{message} With several processes the run ends there. Make room and run the "
+                    "same command again: it goes on from the checkpoint before."
+                ) from error
             self._try_to_tidy()
             with contextlib.suppress(OSError):  # that the save failed is what is to be told
                 self._manager.reload()
-            raise CheckpointError(
-                f"The checkpoint of step {step} could not be saved in {self._directory}: "
-                f"{_reason(error)}."
-            ) from error
+            raise CheckpointError(message) from error
 
     def _try_to_tidy(self) -> None:
         """Tidies as far as it can be done.

@@ -60,11 +60,16 @@ def start(shared, workdir, *arguments, devices=1, tiny=True, program=None):
     )
 
 
-def start_several(shared, workdir, *arguments, processes, devices, program=None):
-    """Starts so many processes of one run, each with so many devices, as on as many hosts."""
+def free_port():
+    """Returns a port of this machine that nothing listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return free.getsockname()[1]
+
+
+def start_several(shared, workdir, *arguments, processes, devices, program=None):
+    """Starts so many processes of one run, each with so many devices, as on as many hosts."""
+    address = f"127.0.0.1:{free_port()}"
     what = ["-c", program] if program else ["-m", "clsl_jax.main"]
     command = [sys.executable, *what, f"--workdir={workdir}", *arguments]
     started = []

@@ -18,6 +18,7 @@ from commands import (
     REPOSITORY,
     TINY,
     environment,
+    free_port,
     newest_step,
     read,
     run,
@@ -37,7 +38,7 @@ def finished(tiny_run, tmp_path_factory):
     return workdir
 
 
-def in_namespace(shared, script):
+def in_namespace(shared, script, **layout):
     """Runs a bash script that may mount file systems of its own; returns (status, output)."""
     unshare = ["unshare", "--user", "--map-root-user", "--mount"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
@@ -45,7 +46,7 @@ def in_namespace(shared, script):
     done = subprocess.run(
         [*unshare, "bash", "-euc", script],
         cwd=REPOSITORY,
-        env=environment(shared),
+        env=environment(shared, **layout),
         capture_output=True,
         text=True,
         timeout=600,
@@ -116,6 +117,44 @@ def test_a_disk_that_stays_full(shared, finished, tmp_path):
     status, _, err = run(shared, out)
     assert status == 0, err
     assert_same_run(finished, out)
+
+
+def test_a_disk_that_two_processes_find_full(shared, tmp_path):
+    """They end with one message each and status 2; with room again the run goes on."""
+    disk, run_ = tmp_path / "disk", tmp_path / "run"
+    disk.mkdir()
+    train = command(run_, f"--config.checkpoint.dir={disk}/checkpoints", "--distributed")
+    status, said = in_namespace(
+        shared,
+        f"""
+        mount -t tmpfs -o size=64m tmpfs {disk}
+        both() {{
+            export JAX_NUM_PROCESSES=2 JAX_COORDINATOR_ADDRESS=127.0.0.1:$1
+            JAX_PROCESS_ID=0 {train} >{tmp_path}/$2.0 2>&1 & zero=$!
+            JAX_PROCESS_ID=1 {train} >{tmp_path}/$2.1 2>&1 & one=$!
+        }}
+        ended() {{
+            wait $zero && code=0 || code=$?
+            wait $one && code=$code,0 || code=$code,$?
+            echo $code
+        }}
+        both {free_port()} full
+        until [ -e {disk}/checkpoints/6 ]; do kill -0 $zero $one; sleep 0.02; done
+        dd if=/dev/zero of={disk}/ballast bs=64k 2>/dev/null || true
+        ended
+        rm {disk}/ballast
+        both {free_port()} again
+        ended
+        """,
+        processes=2,
+    )
+    assert status == 0, said
+    logs = {name: read(tmp_path / name) for name in ("full.0", "full.1", "again.0")}
+    assert said.split() == ["2,2", "0,0"], (said, logs)
+    for name in ("full.0", "full.1"):
+        (error,) = (line for line in logs[name].splitlines() if line.startswith("error: "))
+        assert "No space left on device. With several processes the run ends there" in error
+    assert "Going on from step" in logs["again.0"]
 
 
 def test_a_workdir_that_cannot_be_written(shared, finished, tmp_path):
