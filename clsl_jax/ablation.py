@@ -43,6 +43,33 @@ ALONE: Mapping[str, str] = {
     "bare+ema": "optim.ema_decay=0.99",
     "bare+balanced_scale": "loss.scale=balanced",
 }
+# Another choice for one of those that recovery rests on: who teaches, over how many epochs scores
+# are averaged, how they become labels, how much those weigh.
+OTHERWISE: Mapping[str, str] = {
+    "student_teaches": "recovery.teacher=student",
+    "last_scores": "recovery.momentum=0.0",
+    "longer_average": "recovery.momentum=0.8",
+    "matched": f"{HARD}=matched",
+    "matched_half": f"{HARD}=matched recovery.coverage=0.5",
+    "half_weight": "recovery.weight=0.5",
+    "double_weight": "recovery.weight=2.0",
+    "ramp": "recovery.ramp_epochs=8.0",
+}
+
+
+def configure_search(study: ml_collections.ConfigDict, otherwise: Mapping[str, str]) -> None:
+    """Makes a study the search for the recipe's recovery: two seeds, compared on validation.
+
+    Args:
+      study: is changed.
+      otherwise: {name: "key=value key=value"}, each on the recipe.
+    """
+    study.methods = ("clsl",)
+    study.baseline = "clsl"
+    study.variants = tuple((name, "clsl", keys) for name, keys in otherwise.items())
+    study.known_fractions = (0.2,)
+    study.seeds = (0, 1)
+    study.split = "validation"
 
 
 def configure(

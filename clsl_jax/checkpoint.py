@@ -331,7 +331,7 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for a save in the background and releases everything.
 
-        Whether it is whole on disk is for `wait` to say; an error here would hide what ends the run.
+        Whether it is whole on disk `wait` says; an error here would hide what ends the run.
         """
         with contextlib.suppress(Exception):  # each file system raises its own kinds
             self._manager.close()

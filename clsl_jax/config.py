@@ -147,8 +147,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.teacher = "ema"  # whose scores are kept: ema | student
     c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
     c.recovery.momentum = 0.8  # of a row's scores over its visits
-    # fixed | adaptive (per class, so precise) | none: every unknown label is its probability while
-    # training, and adaptive thresholds say what is handed out in the end.
+    # fixed | adaptive (per class, so precise) | matched (per class, so many as it is known to have)
+    # | none: every unknown label is its probability while training, and adaptive thresholds say
+    # what is handed out in the end.
     c.recovery.thresholds = "fixed"
     # adaptive, none: whose precision it is: known (entries, as labelled) | expected (of the unknown
     # ones, by their own probabilities).
@@ -158,7 +159,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.positive_precision = 0.9  # adaptive, none: what the threshold has to reach
     c.recovery.negative_precision = 0.985
     c.recovery.min_count = 5  # adaptive, none: entries a threshold must rest on
-    c.recovery.min_known = 1  # adaptive, none: known positives, and negatives, that a class needs
+    c.recovery.min_known = 1  # all but fixed: known positives, and negatives, that a class needs
+    c.recovery.coverage = 1.0  # matched: share of the expected positives and negatives
     c.recovery.soft = True  # recovered labels are the scores themselves; False: 0 and 1
     c.recovery.confidence_power = 1.0  # weight |2q-1|**power of a soft label q
     # epoch: epochs before the first recovery, which is at the end of one, so that 0 is as 1; blend:
@@ -217,7 +219,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "recovery.sharpening": ("safe", "released"),
     "recovery.teacher": ("ema", "student"),
     "recovery.view": ("clean", "augmented"),
-    "recovery.thresholds": ("fixed", "adaptive", "none"),
+    "recovery.thresholds": ("fixed", "adaptive", "matched", "none"),
     "recovery.calibration": ("known", "expected"),
     "evaluation.weights": ("ema", "raw"),
     "evaluation.convention": ("interpolated", "uninterpolated"),
@@ -281,6 +283,7 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("recovery.negative_precision", 0, 1),
     ("recovery.min_count", 1, 2**31 - 1),
     ("recovery.min_known", 1, 2**31 - 1),
+    ("recovery.coverage", 0, 1),
     ("recovery.confidence_power", 0, None),
     ("recovery.warmup_epochs", 0, None),
     ("optim.learning_rate", 0, None),

@@ -4,9 +4,9 @@ Two ways, both pure functions of arrays:
 
 * `online_targets` works within a batch, as the CLSL authors' program does.
 * Per epoch: `scatter_scores` averages the model's scores into a matrix with one row per training
-  image, and at the end of an epoch `adaptive_thresholds` or `expected_thresholds` and
-  `recover_labels` turn the whole matrix into labels, `recovery_counts` and `recovery_summary` into
-  figures for people.
+  image, and at the end of an epoch `adaptive_thresholds`, `expected_thresholds` or
+  `matched_thresholds` and `recover_labels` turn the whole matrix into labels, `recovery_counts` and
+  `recovery_summary` into figures for people.
 
 Every [N, C] array may be sharded by row over any mesh; the functions need no collective but sums of
 per-class integers, so sharding does not change a bit of their results. Known entries are never
@@ -214,6 +214,58 @@ def expected_thresholds(
     )
 
 
+def matched_thresholds(
+    scores: jax.Array,
+    annotations: jax.Array,
+    visits: jax.Array,
+    *,
+    coverage: jax.Array | float = 1.0,
+    min_known: jax.Array | int = 1,
+    bins: int = 1024,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Thresholds per class that recover positives and negatives as often as the class is known to
+    have them.
+
+    Of the n unknown entries of visited rows ``coverage * frequency * n`` at most are recovered as
+    positive, those of the highest scores, and ``coverage * (1 - frequency) * n`` at most as
+    negative, those of the lowest, where `frequency` is the share of positives among the known
+    entries. Thresholds are edges ``k / bins``, so that entries of one bin are taken together or not
+    at all. What is known has to be known at random for its frequency to be that of the others.
+
+    Args:
+        scores: [N, C] float32, clipped to [0, 1] for counting; their order alone counts.
+        annotations: [N, C], 1 positive, 0 negative, -1 unknown.
+        visits: [N] integer, 0 where the row has no score yet.
+        coverage: share of the expected positives and negatives to recover, scalar or [C] in [0, 1],
+            may be traced.
+        min_known: as in `adaptive_thresholds`.
+        bins: resolution, a power of two, so that the edges are exact in float32.
+        axis_name: inside `jax.shard_map`: the mesh axis over which the rows are spread.
+
+    Returns:
+        As `adaptive_thresholds`.
+
+    Raises:
+        ValueError: `bins` is no power of two.
+
+    Source: class-distribution-aware thresholds, Xie et al., CAP, arXiv 2305.02795.
+    """
+    counts = _histogram(scores, annotations, visits, bins, unknown=True)
+    if axis_name is not None:
+        counts = jax.lax.psum(counts, axis_name)
+    known = counts[:, :2].sum(2)
+    enough = jnp.min(known, axis=1, keepdims=True) >= jnp.maximum(min_known, 1)
+    frequency = known[:, 1:] / jnp.maximum(known.sum(1, keepdims=True), 1)
+
+    above = _sums_from(counts[:, 2])
+    total = above[:, :1]
+    asked = jnp.asarray(coverage, jnp.float32)[..., None] * total
+    few_positives = enough & (above <= asked * frequency)
+    few_negatives = enough & (total - above <= asked * (1 - frequency))
+    return _outermost_edges(few_positives, few_negatives)
+
+
 def _thresholds(
     positives: jax.Array,
     entries: jax.Array,
@@ -239,11 +291,23 @@ def _thresholds(
 
     meets_positive = enough & _meets(positives_above, entries_above, positive_precision, min_count)
     meets_negative = enough & _meets(negatives_below, entries_below, negative_precision, min_count)
-    bins = positives.shape[1] - 1
+    return _outermost_edges(meets_positive, meets_negative)
+
+
+def _outermost_edges(positive: jax.Array, negative: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The lowest edge of each class that is a threshold of positives, the highest of negatives.
+
+    Args:
+        positive, negative: bool [C, bins + 1].
+
+    Returns:
+        Two float32 [C]; where no edge is one, `ABOVE_EVERY_SCORE` and `BELOW_EVERY_SCORE`.
+    """
+    bins = positive.shape[1] - 1
     edges = jnp.arange(bins + 1, dtype=jnp.float32) / bins
-    positive = jnp.min(jnp.where(meets_positive, edges, ABOVE_EVERY_SCORE), axis=1)
-    negative = jnp.max(jnp.where(meets_negative, edges, BELOW_EVERY_SCORE), axis=1)
-    return positive, negative
+    lowest = jnp.min(jnp.where(positive, edges, ABOVE_EVERY_SCORE), axis=1)
+    highest = jnp.max(jnp.where(negative, edges, BELOW_EVERY_SCORE), axis=1)
+    return lowest, highest
 
 
 def recover_labels(

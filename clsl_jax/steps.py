@@ -79,6 +79,7 @@ class StepOptions:
     negative_precision: float = 0.985
     min_count: int = 5
     min_known: int = 1
+    coverage: float = 1.0
     soft: bool = True
     confidence_power: float = 1.0
     warmup_steps: int = 0
@@ -643,7 +644,13 @@ def recovery_thresholds(
       options: of the run.
       mesh: the state's; None if it lies on one device.
     """
-    if options.thresholds in ("adaptive", "none"):
+    if options.thresholds == "fixed":
+        return jnp.float32(options.positive_threshold), jnp.float32(options.negative_threshold)
+    if options.thresholds == "matched":
+        thresholds = functools.partial(
+            recovery.matched_thresholds, coverage=options.coverage, min_known=options.min_known
+        )
+    else:
         expected = options.calibration == "expected"
         thresholds = functools.partial(
             recovery.expected_thresholds if expected else recovery.adaptive_thresholds,
@@ -652,17 +659,16 @@ def recovery_thresholds(
             min_count=options.min_count,
             min_known=options.min_known,
         )
-        if mesh is not None:
-            # Each device counts its own cells; one sum of the counts is all that is exchanged.
-            matrix = sharding.by_row_and_class(mesh, state.scores.shape[1]).spec
-            thresholds = jax.shard_map(
-                functools.partial(thresholds, axis_name="data"),
-                mesh=mesh,
-                in_specs=(matrix, matrix, PartitionSpec("data")),
-                out_specs=PartitionSpec(matrix[1]),
-            )
-        return thresholds(scores, state.annotations, visits)
-    return jnp.float32(options.positive_threshold), jnp.float32(options.negative_threshold)
+    if mesh is not None:
+        # Each device counts its own cells; one sum of the counts is all that is exchanged.
+        matrix = sharding.by_row_and_class(mesh, state.scores.shape[1]).spec
+        thresholds = jax.shard_map(
+            functools.partial(thresholds, axis_name="data"),
+            mesh=mesh,
+            in_specs=(matrix, matrix, PartitionSpec("data")),
+            out_specs=PartitionSpec(matrix[1]),
+        )
+    return thresholds(scores, state.annotations, visits)
 
 
 def make_recover(

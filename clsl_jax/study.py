@@ -55,6 +55,7 @@ def base_study() -> ml_collections.ConfigDict:
     c.settings = ()  # "key=value" of every run, before the method's own
     # Method and "key=value": an ablation's row is a method with keys of its own, under a new name.
     c.variants = ()  # (name, method, "key=value key=value ...") each
+    c.split = "test"  # test | validation: of average precision in tables; validation to tune on
     c.convention = "interpolated"  # of average precision in tables
     c.weights = "best"  # best | last: of which epoch; the best of those that are saved
     # (name, data set, protocol, known fraction, mAP in percent, source) each; tables mark them.
@@ -379,6 +380,8 @@ def check(study: Mapping[str, Any]) -> None:
         if isinstance(study[key], (tuple, list)):
             strange = [entry for entry in study[key] if not fits(entry)]
             wrong += [f"{key}: {entry!r} is no {expected}" for entry in strange]
+    if study["split"] not in ("test", "validation"):
+        wrong.append(f"split={study['split']!r}: test or validation")
     if study["convention"] not in ("interpolated", "uninterpolated"):
         wrong.append(f"convention={study['convention']!r}: interpolated or uninterpolated")
     if study["weights"] not in ("best", "last"):

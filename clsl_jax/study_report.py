@@ -50,7 +50,7 @@ class Found:
 
     Attributes:
       cell: which.
-      mean_ap: of the test split, in percent.
+      mean_ap: of the split that was asked for, in percent.
       class_ap: {class: average precision in percent}.
       epoch: of the weights.
       recovery: [epochs] of {figure: share or None}, against the hidden labels.
@@ -115,15 +115,15 @@ def paired_test(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, 
     return mean, float(stats.ttest_rel(ours, theirs).pvalue)
 
 
-def read(cell: Cell, workdir: str, *, convention: str, weights: str) -> Found:
-    """Returns what a finished cell gave."""
+def read(cell: Cell, workdir: str, *, split: str, convention: str, weights: str) -> Found:
+    """Returns what a finished cell gave, on the split `test` or `validation`."""
     directory = os.path.join(workdir, cell.directory)
     with open(os.path.join(directory, RESULTS_NAME), encoding="utf-8") as file:
         results = json.load(file)
     row = next(
         row
         for row in results["results"]
-        if row["split"] == "test"
+        if row["split"] == split
         and row["weights"] == weights
         and row["AP_convention"] == convention
     )
@@ -141,7 +141,8 @@ def read(cell: Cell, workdir: str, *, convention: str, weights: str) -> Found:
     options = experiment.step_options(Workdir.stored_config(directory), steps_per_epoch=1)
     probabilities = np.asarray(steps.stated_probabilities(predictions["scores"], options))
     counted = (predictions["labels"] >= 0) & ~predictions["ignore"]
-    if row["epoch"] != results["selection"]["epochs"]["best"]:  # theirs alone are kept
+    # Predictions are kept of the test split and of the best epoch alone.
+    if split != "test" or row["epoch"] != results["selection"]["epochs"]["best"]:
         counted[:] = False
     return Found(
         cell,
@@ -164,7 +165,7 @@ def write(
       InputError: a cell was run with another configuration.
     """
     found = [
-        read(cell, workdir, convention=study.convention, weights=study.weights)
+        read(cell, workdir, split=study.split, convention=study.convention, weights=study.weights)
         for cell in grid
         if is_finished(cell, workdir)
     ]
@@ -173,10 +174,10 @@ def write(
         return
     summary, classes = _summary(found, study), _class_rows(found, study)
     about = (
-        f"Test mAP in percent, {study.convention} AP, weights of the {study.weights} epoch, mean ± "
-        "standard deviation over seeds; in brackets the mean difference to "
-        f"{study.baseline}, paired by seed, and its p value (two-sided paired t-test), with the "
-        "number of pairs where these are fewer than the seeds."
+        f"{study.split.capitalize()} mAP in percent, {study.convention} AP, weights of the "
+        f"{study.weights} epoch, mean ± standard deviation over seeds; in brackets the mean "
+        f"difference to {study.baseline}, paired by seed, and its p value (two-sided paired "
+        "t-test), with the number of pairs where these are fewer than the seeds."
     )
     sections = ["# Study", f"{len(found)} of {len(grid)} cells finished. {about}"]
     latex = []
@@ -283,8 +284,8 @@ def _summary(found: Sequence[Found], study: ml_collections.ConfigDict) -> list[d
 
 
 def _reading(study: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns which average precision of which weights the numbers are."""
-    return {"AP_convention": study.convention, "weights": study.weights}
+    """Returns which average precision of which weights and split the numbers are."""
+    return {"split": study.split, "AP_convention": study.convention, "weights": study.weights}
 
 
 def _mean(values: Iterable[float | None]) -> float:
@@ -308,7 +309,7 @@ def _main_tables(
     tables = []
     for (dataset, protocol), columns in _layout(setting for setting, _, _ in entries).items():
         cell_of = {(row, setting): text for setting, row, text in entries if setting in columns}
-        heads = ["all known" if c[1] == ALL else _share(c) or "test mAP" for c in columns]
+        heads = ["all known" if c[1] == ALL else _share(c) or f"{study.split} mAP" for c in columns]
         rows = [["method", *heads]]
         for row in dict.fromkeys(row for row, _ in cell_of):
             rows.append([row, *(cell_of.get((row, c), "") for c in columns)])
@@ -517,7 +518,8 @@ def _curves(summary: Sequence[Mapping[str, Any]], looks: Looks) -> "Figure":
             if r["protocol"] == ALL:
                 label = f"{r['method']}, protocol {ALL}"
                 axes.axhline(r["mAP"], color=looks[r["method"]]["color"], ls="--", label=label)
-        axes.set(xlabel="known labels (%)", ylabel="test mAP (%)", title=", ".join(title))
+        axes.set(xlabel="known labels (%)", title=", ".join(title))
+        axes.set_ylabel(f"{rows[0]['split']} mAP (%)")
         if not any(r["known_fraction"] for r in rows):
             axes.set(xlabel="", xticks=[])
     return figure

@@ -13,6 +13,7 @@ from clsl_jax.recovery import (
     RecoveryCounts,
     adaptive_thresholds,
     expected_thresholds,
+    matched_thresholds,
     online_targets,
     recover_labels,
     recovered_numbers,
@@ -25,6 +26,7 @@ N, C = 16, 3  # one shape for the property tests: one compilation each
 
 jit_recover = jax.jit(recover_labels, static_argnames=("soft",))
 jit_thresholds = jax.jit(adaptive_thresholds, static_argnames=("bins",))
+jit_matched = jax.jit(matched_thresholds, static_argnames=("bins",))
 jit_expected = jax.jit(expected_thresholds, static_argnames=("bins",))
 jit_scatter = jax.jit(scatter_scores)
 
@@ -508,6 +510,78 @@ def test_expected_thresholds_keep_their_promise_where_scores_are_calibrated():
         assert abs((~labels[scores[:, c] < negative[c], c]).mean() - 0.985) < 0.003
 
 
+# matched_thresholds
+
+
+def brute_force_matched(scores, annotations, visits, coverage, min_known, bins):
+    """Counts what lies beyond each edge; also how far each count is from the most allowed."""
+    positive, negative, margins = [], [], []
+    for c in range(scores.shape[1]):
+        seen = (visits > 0) & np.isfinite(scores[:, c])
+        known = annotations[seen & (annotations[:, c] >= 0), c]
+        score = np.clip(scores[seen & (annotations[:, c] < 0), c], 0, 1)
+        low, high = 2.0, -1.0
+        if all((known == kind).sum() >= max(min_known, 1) for kind in (0, 1)):
+            most = coverage * known.mean() * len(score)
+            fewest = coverage * (1 - known.mean()) * len(score)
+            for edge in np.arange(bins + 1) / bins:
+                over, under = most - (score >= edge).sum(), fewest - (score < edge).sum()
+                margins += [over, under]
+                low = min(low, edge) if over >= 0 else low
+                high = max(high, edge) if under >= 0 else high
+        positive.append(low)
+        negative.append(high)
+    return np.array(positive), np.array(negative), np.array(margins)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+    matrix,
+    annotation_matrix,
+    visit_vector,
+    st.floats(0, 1, width=32, allow_subnormal=False),
+    st.integers(0, 3),
+)
+def test_matched_thresholds_equal_brute_force(scores, annotations, visits, coverage, min_known):
+    *expected, margins = brute_force_matched(scores, annotations, visits, coverage, min_known, 16)
+    # Where a count is the most allowed but for rounding, either edge is right.
+    hypothesis.assume(not ((np.abs(margins) < 1e-5) & (margins != 0)).any())
+    positive, negative = jit_matched(
+        scores, annotations, visits, coverage=coverage, min_known=min_known, bins=16
+    )
+    np.testing.assert_array_equal(positive, expected[0])
+    np.testing.assert_array_equal(negative, expected[1])
+
+
+def test_matched_thresholds_by_hand():
+    """One in four known is positive: two of eight unknown ones are to be, and six negative."""
+    unknown = [0.95, 0.9, 0.7, 0.6, 0.4, 0.3, 0.1, 0.05]
+    scores = np.array([[s] for s in [*unknown, 0.5, 0.5, 0.5, 0.5]], np.float32)
+    annotations = np.array([[-1]] * 8 + [[1], [0], [0], [0]], np.int8)
+    visits = np.ones(12, np.int32)
+    positive, negative = jit_matched(scores, annotations, visits, bins=16)
+    assert float(positive[0]) == 12 / 16  # the edge above 0.7
+    assert float(negative[0]) == 14 / 16  # the edge below 0.9
+    recovered, weight = jit_recover(
+        scores,
+        visits,
+        annotations,
+        positive_threshold=positive,
+        negative_threshold=negative,
+        soft=False,
+    )
+    assert recovered[:8, 0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert weight[:8, 0].tolist() == [1] * 8
+    # Half of them: the surest positive and the three surest negatives.
+    positive, negative = jit_matched(scores, annotations, visits, coverage=0.5, bins=16)
+    assert float(positive[0]) == 15 / 16
+    assert float(negative[0]) == 6 / 16
+    # With fewer known positives than asked for, nothing is recovered.
+    positive, negative = jit_matched(scores, annotations, visits, min_known=2, bins=16)
+    assert float(positive[0]) > 1
+    assert float(negative[0]) < 0
+
+
 # recover_labels
 
 threshold_vector = st.one_of(
@@ -641,7 +715,24 @@ def test_warm_up_and_thresholds_are_traced_not_compiled_in():
     assert recover._cache_size() == 1
 
 
-@pytest.mark.parametrize("thresholds", [adaptive_thresholds, expected_thresholds])
+def by_precision(thresholds):
+    def of(*arrays, precision):
+        return thresholds(
+            *arrays, positive_precision=precision, negative_precision=precision, min_count=3
+        )
+
+    return of
+
+
+def by_coverage(*arrays, precision):
+    return matched_thresholds(*arrays, coverage=precision)
+
+
+@pytest.mark.parametrize(
+    "thresholds",
+    [by_precision(adaptive_thresholds), by_precision(expected_thresholds), by_coverage],
+    ids=["adaptive", "expected", "matched"],
+)
 def test_sharded_recovery_is_bit_equal(mesh, thresholds):
     rng = np.random.default_rng(5)
     n, c = 256, 7
@@ -651,14 +742,7 @@ def test_sharded_recovery_is_bit_equal(mesh, thresholds):
     visits = rng.integers(0, 3, n).astype(np.int32)
 
     def whole(scores, visits, annotations, labels, precision):
-        positive, negative = thresholds(
-            scores,
-            annotations,
-            visits,
-            positive_precision=precision,
-            negative_precision=precision,
-            min_count=3,
-        )
+        positive, negative = thresholds(scores, annotations, visits, precision=precision)
         recovered, weight = jit_recover(
             scores,
             visits,

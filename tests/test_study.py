@@ -159,6 +159,7 @@ def test_every_method_is_a_valid_configuration(name):
         ("methods", 24 * 2),
         ("fractions", 2 * 4 * 5),
         ("ablation", (1 + 19 + 14) * 2),
+        ("search", (1 + 13) * 2),
         ("quick", 2 * 2 * 2),
     ],
 )
@@ -172,7 +173,7 @@ def test_the_study_of_scenes_has_every_method(arg, count):
         assert {cell.method for cell in grid} == set(methods.METHODS)
 
 
-@pytest.mark.parametrize("arg", ["main", "methods", "fractions", "ablation"])
+@pytest.mark.parametrize("arg", ["main", "methods", "fractions", "ablation", "search"])
 def test_every_cell_of_the_study_of_scenes_is_a_valid_configuration(arg, monkeypatch):
     monkeypatch.chdir(commands.REPOSITORY)
     for cell in study.cells(runpy.run_path("configs/study/scenes.py")["get_config"](arg)):
@@ -226,8 +227,13 @@ def test_the_study_of_photographs_takes_its_data():
     parts = study.cells(get_config("ablation:somewhere/DATA"))
     assert len(parts) == (1 + 16 + 11) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in parts)
-    with pytest.raises(InputError, match="directory of the prepared data after the colon"):
-        get_config()
+    search = get_config("search:somewhere/DATA")
+    assert search.split == "validation"
+    assert len(study.cells(search)) == (1 + 17) * 2
+    assert all("data.dir=somewhere/DATA" in cell.settings for cell in study.cells(search))
+    for nothing in (None, "", "search:"):
+        with pytest.raises(InputError, match="directory of the prepared data after the colon"):
+            get_config(nothing)
 
 
 def test_paired_test_by_hand():
@@ -506,13 +512,13 @@ def call(shared, folder, *arguments):
     return process.returncode, out, err
 
 
-def contents(directory):
-    """What a cell's files say: (test mAP, AP by class, rows of recovery, p and labels of test)."""
+def contents(directory, split="test"):
+    """What a cell's files say: (mAP, AP by class, rows of recovery, p and labels of test)."""
     results = json.loads((directory / "results.json").read_text())["results"]
-    (test,) = (
+    (found,) = (
         row
         for row in results
-        if (row["split"], row["weights"], row["AP_convention"]) == ("test", "best", "interpolated")
+        if (row["split"], row["weights"], row["AP_convention"]) == (split, "best", "interpolated")
     )
     log = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
     recovery = [row for row in log if "recovery/unknown" in row]
@@ -520,16 +526,21 @@ def contents(directory):
         p, labels = file["scores"].astype(float), file["labels"]
     if not json.loads((directory / "config.json").read_text())["evaluation"]["statistics"]:
         p = p**3 / (p**3 + 1 - p)  # what a sigmoid stands for under the loss: 0.2 for 0.5
-    return 100 * test["mAP"], test["AP"], recovery, p.ravel(), labels.ravel()
+    return 100 * found["mAP"], found["AP"], recovery, p.ravel(), labels.ravel()
 
 
 def the_report_is_what_the_files_say(folder, directories):
     """Its tables and figures, for the finished cells of `clsl` and `known_asl`."""
     config = runpy.run_path(str(folder / "study.py"))["get_config"]()
-    how = {"convention": "interpolated", "weights": "best"}
+    how = {"split": "test", "convention": "interpolated", "weights": "best"}
     work = folder / "study"
     finished = [cell for cell in study.cells(config) if study.is_finished(cell, str(work))]
     found = [study_report.read(cell, str(work), **how) for cell in finished]
+    for cell in finished:  # to tune on, nothing of the test split is read
+        tuned = study_report.read(cell, str(work), **{**how, "split": "validation"})
+        validation = contents(work / cell.directory, "validation")
+        assert (tuned.mean_ap, tuned.count.any()) == (validation[0], False)
+        assert tuned.mean_ap != contents(work / cell.directory)[0]
     figures = study_report._figures(found, study_report._summary(found, config))
     for name, figure in figures.items():
         file = io.BytesIO()
@@ -619,7 +630,7 @@ def test_a_study_from_grid_to_tables(shared, tmp_path):
     # The predictions that are kept are the best epoch's: they say nothing of another.
     with open(cell / "cell.json", encoding="utf-8") as file:
         of_cell = study.Cell(**json.load(file))
-    how = {"convention": "interpolated", "weights": "best"}
+    how = {"split": "test", "convention": "interpolated", "weights": "best"}
     assert study_report.read(of_cell, str(work), **how).calibration_error > 0
     whole = (cell / "results.json").read_text()
     other = json.loads(whole)

@@ -8,7 +8,8 @@ images. `configs/table.py` is the recipe, with its adaptive thresholds (`clsl`),
 expected precision (`expected`), and with the soft labels and the product with label statistics of
 `configs/scenes.py` (`soft`, `product`, both).
 Two seeds of weights, order and mask. `photographs.py:ablation:DATA` has the recipe with one part
-changed, and each part alone on a bare network.
+changed, and each part alone on a bare network; `photographs.py:search:DATA` has its recovery with
+one choice made otherwise, compared on validation.
 """
 
 import ml_collections
@@ -29,15 +30,30 @@ CHANGED = {
 }
 # A 1x1 classifier pooled over positions, trained on the known labels; then one part.
 ALONE = {**ablation.ALONE, "bare+srfl+sgfe": "model.srfl=True model.sgfe=True"}
+# The recipe with one choice of its recovery made otherwise.
+OTHERWISE = {
+    **ablation.OTHERWISE,
+    "global_teaches": "recovery.branch=global",
+    "both_teach": "recovery.branch=mean",
+    "expected": "recovery.calibration=expected",
+    "looser": "recovery.positive_precision=0.9 recovery.negative_precision=0.985",
+    "stricter": "recovery.positive_precision=0.98 recovery.negative_precision=0.995",
+    "softened": "recovery.soft=True",
+    "soft": _SOFT,
+    "earlier": "recovery.warmup_epochs=8",
+    "later": "recovery.warmup_epochs=22",
+}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the study; `arg` is the directory of the data, or that behind `ablation:`."""
-    directory = (arg or "").removeprefix("ablation:")
+    """Returns the study; `arg` is the directory of the data, after `ablation:` or `search:`."""
+    part, _, directory = (arg or "").partition(":")
+    if part not in ("ablation", "search"):
+        part, directory = "", arg
     if not directory:
         raise config_lib.ConfigError(
             f"configs/study/photographs.py:{arg or ''}: write the directory of the prepared data "
-            "after the colon, or ablation:DIRECTORY."
+            "after the colon, or ablation:DIRECTORY or search:DIRECTORY."
         )
     config = study.base_study()
     config.configs = ("configs/table.py",)
@@ -49,9 +65,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         ("soft", "clsl", _SOFT),
         ("soft_product", "clsl", f"{_SOFT} {_PRODUCT}"),
     )
-    if arg.startswith("ablation:"):
+    if part == "ablation":
         bare = f"{ablation.BARE} model.global_branch=False"
         ablation.configure(config, CHANGED, ALONE, bare=bare)
+    if part == "search":
+        ablation.configure_search(config, OTHERWISE)
     config.known_fractions = (0.2,)
     config.seeds = (0, 1)
     config.weights = "last"  # the only ones that are saved: no epoch is picked

@@ -5,10 +5,12 @@
 Arguments, after a colon: `main` for the default against known labels alone at 10, 20 and 30 %,
 five seeds; `methods` for every method at 20 %, moderate, two seeds; `fractions` for the default
 against known labels alone at the other fractions, moderate, five seeds; `ablation` for one key
-changed, and each part alone on a bare network, at 20 %, moderate, two seeds; `quick` for two
-methods, two seeds and little data. All but `quick` share their cells in one DIR. On two cores, as
-two shards with a core each, a cell takes two and a half to three minutes: `main` and `ablation` an
-hour and a half each, `methods` and `fractions` an hour each, all of it a day and a half.
+changed, and each part alone on a bare network, at 20 %, moderate, two seeds; `search` for the
+default's recovery with one choice made otherwise, at 20 %, moderate, two seeds, on validation;
+`quick` for two methods, two seeds and little data. All but `quick` share their cells in one DIR. On
+two cores, as two shards with a core each, a cell takes two and a half to three minutes: `main` and
+`ablation` an hour and a half each, `methods`, `fractions` and `search` about an hour each, all of
+it a day and a half.
 """
 
 import ml_collections
@@ -16,7 +18,7 @@ import ml_collections
 from clsl_jax import ablation, methods, study
 from clsl_jax import config as config_lib
 
-_ARGUMENTS = ("main", "methods", "fractions", "ablation", "quick")
+_ARGUMENTS = ("main", "methods", "fractions", "ablation", "search", "quick")
 # The default with one part changed: what each is worth beside all others.
 CHANGED = {
     **ablation.CHANGED,
@@ -36,6 +38,15 @@ ALONE = {
     "bare+adaptive": f"recovery.mode=epoch {ablation.HARD}=adaptive",
     "bare+statistics_when_predicting": "evaluation.statistics=True",
     "bare+statistics": "evaluation.statistics=True loss.statistics=True",
+}
+# The default with one choice of its recovery made otherwise.
+OTHERWISE = {
+    **ablation.OTHERWISE,
+    "augmented_view": "recovery.view=augmented",
+    "hard": f"{ablation.HARD}=adaptive",
+    "every_cell_alike": "recovery.confidence_power=0.0",
+    "sure_cells": "recovery.confidence_power=4.0",
+    "later": "recovery.warmup_epochs=8",
 }
 
 
@@ -57,10 +68,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg in ("methods", "ablation"):
         config.known_fractions = (0.2,)
         config.seeds = (0, 1)
-    if arg in ("methods", "fractions", "ablation"):
+    if arg in ("methods", "fractions", "ablation", "search"):
         config.configs = ("configs/scenes.py",)
     if arg == "ablation":
         ablation.configure(config, CHANGED, ALONE)
+    if arg == "search":
+        ablation.configure_search(config, OTHERWISE)
     if arg == "quick":
         config.configs = ("configs/scenes.py",)
         config.methods = ("known_asl", "clsl")
