@@ -573,6 +573,8 @@ def _panels(
 ) -> tuple["Figure", list[tuple[Sequence["Axes"], dict[str, list[Found]]]]]:
     """Lays out a column of panels for each setting, in rows for each data set and protocol.
 
+    Where each of these has a single setting, they stand side by side.
+
     Args:
       found: what is drawn.
       what: that is said to be missing where there is none.
@@ -582,15 +584,17 @@ def _panels(
       (figure, [(axes [count], {method: its runs}), ...]).
     """
     groups = _groups(found)
-    layout = _layout(setting for setting, _ in groups)
-    rows, columns = count * len(layout), max(map(len, layout.values()), default=1)
+    layout = list(_layout(setting for setting, _ in groups).values())
+    if layout and max(map(len, layout)) == 1:
+        layout = [[setting for (setting,) in layout]]
+    rows, columns = count * len(layout), max(map(len, layout), default=1)
     figure = _figure(2.6 * columns, 2.2 * max(rows, 1) + 0.4)
     if not found:
         figure.text(0.5, 0.5, f"There are no {what}.", ha="center")
         return figure, []
     grid = figure.subplots(rows, columns, squeeze=False, sharey="row")
     panels = []
-    for first, settings in zip(range(0, rows, count), layout.values(), strict=True):
+    for first, settings in zip(range(0, rows, count), layout, strict=True):
         for axes in grid[first : first + count, len(settings) :].flat:
             axes.set_visible(False)
         for column, setting in enumerate(settings):

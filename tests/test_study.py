@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -419,6 +420,11 @@ def test_recovery_has_a_column_for_each_fraction_and_a_row_for_each_share():
         [[[0, a], [1, b]] for a, b in [(50, 90)] * 2 + [(10, 20), (10, 25)] + [(80, 95)] * 2],
     )
     assert figure.axes[0].get_ylim() == (0, 100)
+    strong = dataclasses.replace(found[2].cell, config="configs/scenes.py:strong")
+    beside = [found[2], dataclasses.replace(found[2], cell=strong)]  # one setting each
+    figure = study_report._figures(beside, summary)["recovery"]
+    titles = ["scenes, uniform, 10 % known", "scenes-strong, uniform, 10 % known"]
+    assert [axes.get_title() for axes in figure.axes[:2]] == titles
     nothing = study_report._figures(found[:1], summary[:1])["recovery"]
     assert nothing.texts[0].get_text() == "There are no recovered labels."
 
