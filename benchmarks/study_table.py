@@ -41,6 +41,8 @@ def read(path: pathlib.Path) -> Runs:
     runs: Runs = collections.defaultdict(dict)
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
+            if row["split"] != "test":
+                raise SystemExit(f"{path} has rows of the split {row['split']}, not of test.")
             name = f"{row['dataset']}, {row['protocol']}"
             key = (name, float(row["known_fraction"] or 0), row["method"])
             runs[key][int(row["seed"])] = float(row["mAP"])

@@ -1,6 +1,7 @@
 """The parts of the method, each as the keys that take it out of a recipe or put it in alone.
 
-Studies of an ablation (`configs/study/`) add to these what only their recipe has.
+And the choices that recovery rests on, each as the keys that make it otherwise. Studies of an
+ablation or a search (`configs/study/`) add to these what only their recipe has.
 """
 
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ OTHERWISE: Mapping[str, str] = {
 
 
 def configure_search(study: ml_collections.ConfigDict, otherwise: Mapping[str, str]) -> None:
-    """Makes a study the search for the recipe's recovery: two seeds, compared on validation.
+    """Makes a study the search for its recipe's recovery, compared on validation.
 
     Args:
       study: is changed.
@@ -67,8 +68,6 @@ def configure_search(study: ml_collections.ConfigDict, otherwise: Mapping[str, s
     study.methods = ("clsl",)
     study.baseline = "clsl"
     study.variants = tuple((name, "clsl", keys) for name, keys in otherwise.items())
-    study.known_fractions = (0.2,)
-    study.seeds = (0, 1)
     study.split = "validation"
 
 

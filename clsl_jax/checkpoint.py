@@ -333,35 +333,35 @@ class Checkpointer:
 
         Whether it is whole on disk `wait` says; an error here would hide what ends the run.
         """
-        with contextlib.suppress(Exception):  # each file system raises its own kinds
+        try:
             self._manager.close()
+        except Exception as error:  # each file system raises its own kinds
+            logging.info("Closing %s: %s", self._directory, _reason(error))
         self._try_to_tidy()
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """Turns the many errors of a save into one, and takes away what it left behind."""
+        """Turns the many errors of a save into one, and takes away what it left behind.
+
+        With several processes it takes nothing away, as others may be writing still, and the errors
+        of Orbax's barriers, where one waits for a process that is gone, stay what they are.
+        """
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
             step, self._pending = self._pending, None
             if step is None:
                 raise
-            message = (
+            if jax.process_count() == 1:
+                self._try_to_tidy()
+                with contextlib.suppress(OSError):  # that the save failed is what is to be told
+                    self._manager.reload()
+            elif isinstance(error, (TimeoutError, jax.errors.JaxRuntimeError)):
+                raise
+            raise CheckpointError(
                 f"The checkpoint of step {step} could not be saved in {self._directory}: "
                 f"{_reason(error)}."
-            )
-            if jax.process_count() > 1:
-                # The others wait in a barrier of Orbax's for this process, or this one for them.
-                if isinstance(error, (TimeoutError, jax.errors.JaxRuntimeError)):
-                    raise
-                raise InputError(
-                    f"{message} With several processes the run ends there. Make room and run the "
-                    "same command again: it goes on from the checkpoint before."
-                ) from error
-            self._try_to_tidy()
-            with contextlib.suppress(OSError):  # that the save failed is what is to be told
-                self._manager.reload()
-            raise CheckpointError(message) from error
+            ) from error
 
     def _try_to_tidy(self) -> None:
         """Tidies as far as it can be done.

@@ -147,9 +147,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.teacher = "ema"  # whose scores are kept: ema | student
     c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
     c.recovery.momentum = 0.8  # of a row's scores over its visits
-    # fixed | adaptive (per class, so precise) | matched (per class, so many as it is known to have)
-    # | none: every unknown label is its probability while training, and adaptive thresholds say
-    # what is handed out in the end.
+    # fixed | adaptive (per class, so precise) | matched (per class, as many as it should have) |
+    # none: every unknown label is its probability while training, and adaptive thresholds say what
+    # is handed out in the end.
     c.recovery.thresholds = "fixed"
     # adaptive, none: whose precision it is: known (entries, as labelled) | expected (of the unknown
     # ones, by their own probabilities).
@@ -434,6 +434,8 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
                 "recovery.source='prototypes' scores are likenesses, no probabilities: set "
                 + ", ".join(f"recovery.{name}={value}" for name, value in needed.items())
             )
+    if r.mode == "epoch" and r.thresholds == "matched" and r.soft:
+        problems.append("recovery.thresholds='matched' hands out hard labels: recovery.soft=False")
     if r.mode == "epoch" and r.thresholds == "none" and not r.soft:
         problems.append("recovery.thresholds='none' teaches soft labels: set recovery.soft=True")
     keeps_branch = r.mode == "epoch" and r.source in ("scores", "both")

@@ -230,8 +230,9 @@ def matched_thresholds(
     Of the n unknown entries of visited rows ``coverage * frequency * n`` at most are recovered as
     positive, those of the highest scores, and ``coverage * (1 - frequency) * n`` at most as
     negative, those of the lowest, where `frequency` is the share of positives among the known
-    entries. Thresholds are edges ``k / bins``, so that entries of one bin are taken together or not
-    at all. What is known has to be known at random for its frequency to be that of the others.
+    entries of visited rows. Thresholds are edges ``k / bins``, so that entries of one bin are taken
+    together or not at all. What is known has to be known at random for its frequency to be that of
+    the others.
 
     Args:
         scores: [N, C] float32, clipped to [0, 1] for counting; their order alone counts.
@@ -244,7 +245,8 @@ def matched_thresholds(
         axis_name: inside `jax.shard_map`: the mesh axis over which the rows are spread.
 
     Returns:
-        As `adaptive_thresholds`.
+        positive [C] and negative [C] float32: thresholds for `recover_labels`; above every score
+        and below every score in a class with too few known entries.
 
     Raises:
         ValueError: `bins` is no power of two.
@@ -256,14 +258,15 @@ def matched_thresholds(
         counts = jax.lax.psum(counts, axis_name)
     known = counts[:, :2].sum(2)
     enough = jnp.min(known, axis=1, keepdims=True) >= jnp.maximum(min_known, 1)
-    frequency = known[:, 1:] / jnp.maximum(known.sum(1, keepdims=True), 1)
 
     above = _sums_from(counts[:, 2])
-    total = above[:, :1]
-    asked = jnp.asarray(coverage, jnp.float32)[..., None] * total
-    few_positives = enough & (above <= asked * frequency)
-    few_negatives = enough & (total - above <= asked * (1 - frequency))
-    return _outermost_edges(few_positives, few_negatives)
+    unknown = above[:, :1]
+    # A product first: a share rounded down would miss a count that is due.
+    asked = jnp.asarray(coverage, jnp.float32)[..., None] * unknown
+    due = asked * known / jnp.maximum(known.sum(1, keepdims=True), 1)  # negatives, positives
+    return _outermost_edges(
+        enough & (above <= due[:, 1:]), enough & (unknown - above <= due[:, :1])
+    )
 
 
 def _thresholds(

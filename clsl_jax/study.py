@@ -382,6 +382,8 @@ def check(study: Mapping[str, Any]) -> None:
             wrong += [f"{key}: {entry!r} is no {expected}" for entry in strange]
     if study["split"] not in ("test", "validation"):
         wrong.append(f"split={study['split']!r}: test or validation")
+    if study["split"] == "validation" and study["published"]:
+        wrong.append("split='validation': published numbers are of the test split; leave them out")
     if study["convention"] not in ("interpolated", "uninterpolated"):
         wrong.append(f"convention={study['convention']!r}: interpolated or uninterpolated")
     if study["weights"] not in ("best", "last"):

@@ -23,6 +23,7 @@ from tabulate import tabulate
 
 from clsl_jax import atomic, experiment, methods, score, steps
 from clsl_jax.data import partial
+from clsl_jax.errors import InputError
 from clsl_jax.study import COST_NAME, FAILURE_NAME, RESULTS_NAME, Cell, is_finished
 from clsl_jax.workdir import Workdir
 from clsl_jax.writer import LOG_NAME, read_log
@@ -58,7 +59,7 @@ class Found:
         was not run here.
       confidence, frequency, count: float [BINS]: mean probability, share of positives and number of
         test cells in each bin of probability; all 0 where the predictions that are kept are not of
-        these weights.
+        this split and these weights.
     """
 
     cell: Cell
@@ -116,17 +117,22 @@ def paired_test(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, 
 
 
 def read(cell: Cell, workdir: str, *, split: str, convention: str, weights: str) -> Found:
-    """Returns what a finished cell gave, on the split `test` or `validation`."""
+    """Returns what a finished cell gave, on the split `test` or `validation`.
+
+    Raises:
+      InputError: it has no such split, or was run with another configuration.
+    """
     directory = os.path.join(workdir, cell.directory)
     with open(os.path.join(directory, RESULTS_NAME), encoding="utf-8") as file:
         results = json.load(file)
-    row = next(
-        row
-        for row in results["results"]
-        if row["split"] == split
-        and row["weights"] == weights
-        and row["AP_convention"] == convention
-    )
+    asked = {"split": split, "weights": weights, "AP_convention": convention}
+    rows = [row for row in results["results"] if asked.items() <= row.items()]
+    if not rows:
+        raise InputError(
+            f"{directory} has no {split} mAP ({weights}, {convention}): its recipe keeps no images "
+            "for it (data.validation_fraction)."
+        )
+    (row,) = rows
     cost = {"seconds": float("nan"), "peak_memory_mib": float("nan")}
     if os.path.exists(os.path.join(directory, COST_NAME)):
         with open(os.path.join(directory, COST_NAME), encoding="utf-8") as file:
@@ -356,8 +362,8 @@ def _details(summary: Sequence[Mapping[str, Any]]) -> list[str]:
         rows.append([_where(_setting(r)), r["method"], str(r["seeds"]), *shares, error, *costs])
     about = (
         "Recovered labels of the last epoch against the hidden ones; expected calibration error of "
-        f"the test probabilities in {BINS} bins, where those of these weights were kept; time and "
-        "peak memory of a cell's processes."
+        f"the test probabilities in {BINS} bins, where those of this split and these weights were "
+        "kept; time and peak memory of a cell's processes."
     )
     return ["## Recovery, calibration, cost", about, _markdown(rows)]
 
@@ -547,7 +553,9 @@ def _recovery(found: Sequence[Found], looks: Looks) -> "Figure":
 
 def _reliability(found: Sequence[Found], looks: Looks) -> "Figure":
     """Draws the share of positives over the probability, both by bins."""
-    figure, panels = _panels([f for f in found if f.count.any()], "predictions of these weights")
+    figure, panels = _panels(
+        [f for f in found if f.count.any()], "predictions of this split and these weights"
+    )
     for (axes,), mine in panels:
         axes.plot((0, 1), (0, 1), color="0.7")
         for method, runs in mine.items():

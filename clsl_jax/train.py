@@ -457,12 +457,24 @@ class _Run:
         except CheckpointError as found:
             error = found
         if error is not None or self.saved is None:
-            steps = self.checkpointer.steps()
-            last = f"from step {steps[-1]}" if steps else "from its start"
-            raise InputError(
-                f"{error or 'The last checkpoint could not be saved.'} Make room there and run the "
-                f"same command again: it goes on {last}."
-            )
+            raise self._unsaved(error or "The last checkpoint could not be saved.")
+
+    def _unsaved(self, what: CheckpointError | str) -> InputError:
+        """Returns what ends the run where a checkpoint is missing."""
+        steps = self.checkpointer.steps()
+        last = f"from step {steps[-1]}" if steps else "from its start"
+        return InputError(
+            f"{what} Make room there and run the same command again: it goes on {last}."
+        )
+
+    def _go_on_without(self, error: CheckpointError) -> None:
+        """Says that a checkpoint is missing; one of several processes cannot go on.
+
+        The others may wait for it in a barrier of Orbax's.
+        """
+        if jax.process_count() > 1:
+            raise self._unsaved(error) from error
+        self.log.console.print(f"{error} The run goes on.")
 
     def _stop(self, step: int) -> None:
         self._all_saved()
@@ -485,12 +497,12 @@ class _Run:
         try:
             self.checkpointer.wait()
         except CheckpointError as error:  # of the one before
-            self.log.console.print(f"{error} The run goes on.")
+            self._go_on_without(error)
         self.saved = (step, epoch_done)
         try:
             self.checkpointer.save(state, step=step, meta=meta, selection=selection)
         except CheckpointError as error:
-            self.log.console.print(f"{error} The run goes on.")
+            self._go_on_without(error)
             self.saved = None
 
     def _check_origin(self, stored: Mapping[str, Any]) -> None:

@@ -153,7 +153,8 @@ def test_a_disk_that_two_processes_find_full(shared, tmp_path):
     assert said.split() == ["2,2", "0,0"], (said, logs)
     for name in ("full.0", "full.1"):
         (error,) = (line for line in logs[name].splitlines() if line.startswith("error: "))
-        assert "No space left on device. With several processes the run ends there" in error
+        assert "could not be saved" in error
+        assert "No space left on device. Make room there and run the same command again" in error
     assert "Going on from step" in logs["again.0"]
 
 

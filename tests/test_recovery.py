@@ -545,7 +545,7 @@ def brute_force_matched(scores, annotations, visits, coverage, min_known, bins):
 def test_matched_thresholds_equal_brute_force(scores, annotations, visits, coverage, min_known):
     *expected, margins = brute_force_matched(scores, annotations, visits, coverage, min_known, 16)
     # Where a count is the most allowed but for rounding, either edge is right.
-    hypothesis.assume(not ((np.abs(margins) < 1e-5) & (margins != 0)).any())
+    hypothesis.assume(not (np.abs(margins) < 1e-5).any())
     positive, negative = jit_matched(
         scores, annotations, visits, coverage=coverage, min_known=min_known, bins=16
     )
@@ -580,6 +580,21 @@ def test_matched_thresholds_by_hand():
     positive, negative = jit_matched(scores, annotations, visits, min_known=2, bins=16)
     assert float(positive[0]) > 1
     assert float(negative[0]) < 0
+
+
+@pytest.mark.parametrize(("known_positives", "known"), [(1, 3), (2, 3), (1, 5), (3, 7), (5, 49)])
+def test_matched_thresholds_miss_no_label_by_rounding(known_positives, known):
+    """As many unknown as known: as many positives, and as many negatives, are due as are known."""
+    scores = (np.arange(known) + 0.5)[:, None].astype(np.float32) / 64
+    annotations = np.zeros((known, 1), np.int8)
+    annotations[:known_positives] = 1
+    positive, negative = jit_matched(
+        np.concatenate([scores, scores]),
+        np.concatenate([annotations, np.full_like(annotations, -1)]),
+        np.ones(2 * known, np.int32),
+        bins=64,
+    )
+    assert float(positive[0]) == float(negative[0]) == (known - known_positives) / 64
 
 
 # recover_labels

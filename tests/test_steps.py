@@ -186,6 +186,7 @@ RECOVERIES = [
         "loss_statistics": True,
         "evaluate_statistics": True,
     },
+    {"recovery_mode": "epoch", "thresholds": "matched", "soft": False, "coverage": 0.5},
 ]
 
 
@@ -357,6 +358,20 @@ def test_the_graph_of_known_and_recovered_labels_by_hand():
     assert np.abs(state.adjacency - before).max() > 0.01
     fixed = dataclasses.replace(options, graph_refresh=False)
     np.testing.assert_array_equal(Harness(fixed, graph_layers=1).run(3).adjacency, before)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_matched_thresholds_hand_out_a_share_of_what_each_class_should_have(devices):
+    options = make_options(thresholds="matched", soft=False, coverage=0.5, min_known=2)
+    state = Harness(options, devices=devices).run(3)
+    matrices = (state.scores, state.annotations, state.visits)
+    positive, negative = recovery.matched_thresholds(*matrices, coverage=0.5, min_known=2)
+    open_ = (state.annotations < 0) & (state.visits > 0)[:, None]
+    expected = (state.scores >= positive).astype(int) - (state.scores < negative)
+    given = np.where(state.recovered > 0, 1, -1) * state.recovered_weight
+    np.testing.assert_array_equal(given, np.where(open_, expected, 0))
+    for side in (1, -1):
+        assert 0 < (given == side).sum() < (given != side).sum()
 
 
 @pytest.mark.parametrize(

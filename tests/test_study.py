@@ -130,6 +130,11 @@ def test_a_study_that_cannot_be_run_is_refused(changes, message):
         ({"method": ("a",)}, "no study key 'method'"),
         ({"seeds": "0"}, "seeds='0': expected several"),
         ({"weights": "test"}, "best or last"),
+        ({"split": "train"}, "test or validation"),
+        (
+            {"split": "validation", "published": (("a", "b", "uniform", 0.1, 50.0, "c"),)},
+            "published numbers are of the test split",
+        ),
         ({"known_fractions": ("a",)}, "known_fractions: 'a' is no number from 0 to 1"),
         ({"known_fractions": (float("nan"),)}, "nan is no number from 0 to 1"),
         ({"seeds": (0, -1)}, "seeds: -1 is no number"),
@@ -232,7 +237,7 @@ def test_the_study_of_photographs_takes_its_data():
     assert search.split == "validation"
     assert len(study.cells(search)) == (1 + 17) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in study.cells(search))
-    for nothing in (None, "", "search:"):
+    for nothing in (None, "", "search:", "search", "ablation"):
         with pytest.raises(InputError, match="directory of the prepared data after the colon"):
             get_config(nothing)
 
@@ -424,7 +429,8 @@ def test_recovery_has_a_column_for_each_fraction_and_a_row_for_each_share():
     beside = [found[2], dataclasses.replace(found[2], cell=strong)]  # one setting each
     figure = study_report._figures(beside, summary)["recovery"]
     titles = ["scenes, uniform, 10 % known", "scenes-strong, uniform, 10 % known"]
-    assert [axes.get_title() for axes in figure.axes[:2]] == titles
+    assert [axes.get_title() for axes in figure.axes] == [*titles, "", "", "", ""]
+    assert [drawn(axes).keys() for axes in figure.axes] == [{"clsl"}] * 6
     nothing = study_report._figures(found[:1], summary[:1])["recovery"]
     assert nothing.texts[0].get_text() == "There are no recovered labels."
 

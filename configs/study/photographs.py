@@ -38,7 +38,7 @@ OTHERWISE = {
     "expected": "recovery.calibration=expected",
     "looser": "recovery.positive_precision=0.9 recovery.negative_precision=0.985",
     "stricter": "recovery.positive_precision=0.98 recovery.negative_precision=0.995",
-    "softened": "recovery.soft=True",
+    "soft_beyond_thresholds": "recovery.soft=True",
     "soft": _SOFT,
     "earlier": "recovery.warmup_epochs=8",
     "later": "recovery.warmup_epochs=22",
