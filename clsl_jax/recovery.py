@@ -231,8 +231,8 @@ def matched_thresholds(
     positive, those of the highest scores, and ``coverage * (1 - frequency) * n`` at most as
     negative, those of the lowest, where `frequency` is the share of positives among the known
     entries of visited rows. Thresholds are edges ``k / bins``, so that entries of one bin are taken
-    together or not at all. What is known has to be known at random for its frequency to be that of
-    the others.
+    together or not at all: where more scores than are due lie below ``1 / bins``, no negative is
+    recovered. What is known has to be known at random for its frequency to be that of the others.
 
     Args:
         scores: [N, C] float32, clipped to [0, 1] for counting; their order alone counts.
