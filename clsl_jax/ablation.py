@@ -65,9 +65,7 @@ def configure_search(study: ml_collections.ConfigDict, otherwise: Mapping[str, s
       study: is changed.
       otherwise: {name: "key=value key=value"}, each on the recipe.
     """
-    study.methods = ("clsl",)
-    study.baseline = "clsl"
-    study.variants = tuple((name, "clsl", keys) for name, keys in otherwise.items())
+    configure(study, otherwise, {})
     study.split = "validation"
 
 

@@ -257,8 +257,7 @@ def matched_thresholds(
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)
     known = counts[:, :2].sum(2)
-    enough = jnp.min(known, axis=1, keepdims=True) >= jnp.maximum(min_known, 1)
-
+    enough = _enough(known, min_known)
     above = _sums_from(counts[:, 2])
     unknown = above[:, :1]
     # A product first: a share rounded down would miss a count that is due.
@@ -290,7 +289,7 @@ def _thresholds(
     positives_above, entries_above = (_sums_from(x) for x in (positives, entries))
     entries_below = entries_above[:, :1] - entries_above
     negatives_below = entries_below - (positives_above[:, :1] - positives_above)
-    enough = jnp.min(known, axis=1, keepdims=True) >= jnp.maximum(min_known, 1)
+    enough = _enough(known, min_known)
 
     meets_positive = enough & _meets(positives_above, entries_above, positive_precision, min_count)
     meets_negative = enough & _meets(negatives_below, entries_below, negative_precision, min_count)
@@ -471,6 +470,11 @@ def _rates(counts: RecoveryCounts) -> dict[str, np.ndarray]:
     }
     with np.errstate(invalid="ignore"):
         return {name: top / bottom for name, (top, bottom) in fractions.items()}
+
+
+def _enough(known: jax.Array, min_known: jax.Array | int) -> jax.Array:
+    """Which classes [C, 1] have so many known negatives and so many known positives, [C, 2]."""
+    return jnp.min(known, axis=1, keepdims=True) >= jnp.maximum(min_known, 1)
 
 
 def _sums_from(bins: jax.Array) -> jax.Array:

@@ -524,8 +524,8 @@ def _curves(summary: Sequence[Mapping[str, Any]], looks: Looks) -> "Figure":
             if r["protocol"] == ALL:
                 label = f"{r['method']}, protocol {ALL}"
                 axes.axhline(r["mAP"], color=looks[r["method"]]["color"], ls="--", label=label)
-        axes.set(xlabel="known labels (%)", title=", ".join(title))
-        axes.set_ylabel(f"{rows[0]['split']} mAP (%)")
+        split = rows[0]["split"]
+        axes.set(xlabel="known labels (%)", ylabel=f"{split} mAP (%)", title=", ".join(title))
         if not any(r["known_fraction"] for r in rows):
             axes.set(xlabel="", xticks=[])
     return figure

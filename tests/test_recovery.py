@@ -415,14 +415,19 @@ def test_histogram_memory_is_a_column_not_the_matrix():
 # expected_thresholds
 
 
+def of_class(c, scores, annotations, visits):
+    """(known annotations, scores of unknown entries) of the visited rows of a class."""
+    seen = (visits > 0) & np.isfinite(scores[:, c])
+    known = annotations[:, c] >= 0
+    return annotations[seen & known, c], np.clip(scores[seen & ~known, c], 0, 1)
+
+
 def brute_force_expected(scores, annotations, visits, target, min_count, min_known, bins):
     """As `brute_force_thresholds`, of unknown entries, in float64; also by how much each is met."""
     edges = np.arange(bins + 1) / bins
     positive, negative, margins = [], [], []
     for c in range(scores.shape[1]):
-        seen = (visits > 0) & np.isfinite(scores[:, c])
-        known = annotations[seen, c]
-        score = np.clip(scores[seen & (annotations[:, c] < 0), c], 0, 1)
+        known, score = of_class(c, scores, annotations, visits)
         middle = np.minimum((np.floor(score * bins) + 0.5) / bins, 1.0)
         low, high = 2.0, -1.0
         for edge in edges:
@@ -517,9 +522,7 @@ def brute_force_matched(scores, annotations, visits, coverage, min_known, bins):
     """Counts what lies beyond each edge; also how far each count is from the most allowed."""
     positive, negative, margins = [], [], []
     for c in range(scores.shape[1]):
-        seen = (visits > 0) & np.isfinite(scores[:, c])
-        known = annotations[seen & (annotations[:, c] >= 0), c]
-        score = np.clip(scores[seen & (annotations[:, c] < 0), c], 0, 1)
+        known, score = of_class(c, scores, annotations, visits)
         low, high = 2.0, -1.0
         if all((known == kind).sum() >= max(min_known, 1) for kind in (0, 1)):
             most = coverage * known.mean() * len(score)
