@@ -147,20 +147,21 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.teacher = "ema"  # whose scores are kept: ema | student
     c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
     c.recovery.momentum = 0.8  # of a row's scores over its visits
-    # fixed | adaptive (per class, so precise) | matched (per class, as many as it should have) |
-    # none: every unknown label is its probability while training, and adaptive thresholds say what
-    # is handed out in the end.
+    # fixed | adaptive (per class, so precise) | matched (per class, a share of what it should have)
+    # | none (every unknown label is its probability). With the last two labels are learned from
+    # that nobody should be given: adaptive thresholds say what is handed out in the end.
     c.recovery.thresholds = "fixed"
-    # adaptive, none: whose precision it is: known (entries, as labelled) | expected (of the unknown
+    # All but fixed: whose precision it is: known (entries, as labelled) | expected (of the unknown
     # ones, by their own probabilities).
     c.recovery.calibration = "known"
     c.recovery.positive_threshold = 0.5  # fixed: a score from here on is a recovered positive
     c.recovery.negative_threshold = 0.5  # fixed: a score below is a recovered negative
-    c.recovery.positive_precision = 0.9  # adaptive, none: what the threshold has to reach
+    c.recovery.positive_precision = 0.9  # all but fixed: what the threshold has to reach
     c.recovery.negative_precision = 0.985
-    c.recovery.min_count = 5  # adaptive, none: entries a threshold must rest on
+    c.recovery.min_count = 5  # all but fixed: entries a threshold must rest on
     c.recovery.min_known = 1  # all but fixed: known positives, and negatives, that a class needs
-    c.recovery.coverage = 1.0  # matched: share of the expected positives and negatives
+    c.recovery.positive_coverage = 0.5  # matched: share of the expected positives
+    c.recovery.negative_coverage = 0.0  # matched: share of the expected negatives
     c.recovery.soft = True  # recovered labels are the scores themselves; False: 0 and 1
     c.recovery.confidence_power = 1.0  # weight |2q-1|**power of a soft label q
     # epoch: epochs before the first recovery, which is at the end of one, so that 0 is as 1; blend:
@@ -283,7 +284,8 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("recovery.negative_precision", 0, 1),
     ("recovery.min_count", 1, 2**31 - 1),
     ("recovery.min_known", 1, 2**31 - 1),
-    ("recovery.coverage", 0, 1),
+    ("recovery.positive_coverage", 0, 1),
+    ("recovery.negative_coverage", 0, 1),
     ("recovery.confidence_power", 0, None),
     ("recovery.warmup_epochs", 0, None),
     ("optim.learning_rate", 0, None),
@@ -435,7 +437,9 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
                 + ", ".join(f"recovery.{name}={value}" for name, value in needed.items())
             )
     if r.mode == "epoch" and r.thresholds == "matched" and r.soft:
-        problems.append("recovery.thresholds='matched' hands out hard labels: recovery.soft=False")
+        problems.append(
+            "recovery.thresholds='matched' teaches hard labels: set recovery.soft=False"
+        )
     if r.mode == "epoch" and r.thresholds == "none" and not r.soft:
         problems.append("recovery.thresholds='none' teaches soft labels: set recovery.soft=True")
     keeps_branch = r.mode == "epoch" and r.source in ("scores", "both")

@@ -550,7 +550,8 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
         negative_precision=r.negative_precision,
         min_count=r.min_count,
         min_known=r.min_known,
-        coverage=r.coverage,
+        positive_coverage=r.positive_coverage,
+        negative_coverage=r.negative_coverage,
         soft=r.soft,
         confidence_power=r.confidence_power,
         # The first recovery is at the end of an epoch.

@@ -219,7 +219,8 @@ def matched_thresholds(
     annotations: jax.Array,
     visits: jax.Array,
     *,
-    coverage: jax.Array | float = 1.0,
+    positive_coverage: jax.Array | float = 1.0,
+    negative_coverage: jax.Array | float = 1.0,
     min_known: jax.Array | int = 1,
     bins: int = 1024,
     axis_name: str | None = None,
@@ -227,19 +228,21 @@ def matched_thresholds(
     """Thresholds per class that recover positives and negatives as often as the class is known to
     have them.
 
-    Of the n unknown entries of visited rows ``coverage * frequency * n`` at most are recovered as
-    positive, those of the highest scores, and ``coverage * (1 - frequency) * n`` at most as
-    negative, those of the lowest, where `frequency` is the share of positives among the known
-    entries of visited rows. Thresholds are edges ``k / bins``, so that entries of one bin are taken
-    together or not at all: where more scores than are due lie below ``1 / bins``, no negative is
-    recovered. What is known has to be known at random for its frequency to be that of the others.
+    Of the n unknown entries of visited rows ``positive_coverage * frequency * n`` at most are
+    recovered as positive, those of the highest scores, and ``negative_coverage * (1 - frequency) *
+    n`` at most as negative, those of the lowest, where `frequency` is the share of positives among
+    the known entries of visited rows. Thresholds are edges ``k / bins``, so that entries of one bin
+    are taken together or not at all: where more scores than are due lie below ``1 / bins``, no
+    negative is recovered. What is known has to be known at random for its frequency to be that of
+    the others.
 
     Args:
         scores: [N, C] float32, clipped to [0, 1] for counting; their order alone counts.
         annotations: [N, C], 1 positive, 0 negative, -1 unknown.
         visits: [N] integer, 0 where the row has no score yet.
-        coverage: share of the expected positives and negatives to recover, scalar or [C] in [0, 1],
-            may be traced.
+        positive_coverage: share of the expected positives to recover, scalar or [C] in [0, 1], may
+            be traced.
+        negative_coverage: share of the expected negatives.
         min_known: as in `adaptive_thresholds`.
         bins: resolution, a power of two, so that the edges are exact in float32.
         axis_name: inside `jax.shard_map`: the mesh axis over which the rows are spread.
@@ -261,10 +264,15 @@ def matched_thresholds(
     above = _sums_from(counts[:, 2])
     unknown = above[:, :1]
     # A product first: a share rounded down would miss a count that is due.
-    asked = jnp.asarray(coverage, jnp.float32)[..., None] * unknown
-    due = asked * known / jnp.maximum(known.sum(1, keepdims=True), 1)  # negatives, positives
+    negatives_due, positives_due = (
+        jnp.asarray(coverage, jnp.float32)[..., None]
+        * unknown
+        * known[:, kind, None]
+        / jnp.maximum(known.sum(1, keepdims=True), 1)
+        for kind, coverage in enumerate((negative_coverage, positive_coverage))
+    )
     return _outermost_edges(
-        enough & (above <= due[:, 1:]), enough & (unknown - above <= due[:, :1])
+        enough & (above <= positives_due), enough & (unknown - above <= negatives_due)
     )
 
 

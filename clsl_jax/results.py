@@ -152,7 +152,7 @@ def _label_tables(
     predicted = "both" if options.evaluate_statistics else "scores"
     fits = options.handed_out_source == predicted and options.branch == "semantic"
     active = fits and int(state.step) >= options.warmup_steps
-    soft = options.soft and options.thresholds != "none"
+    soft = options.soft and not options.hands_out_others
     given = []
     for split in splits[1:]:
         predictions = scores["last", split.name]

@@ -37,7 +37,7 @@ class StepOptions:
     """What the train step and the end of an epoch do, as plain values.
 
     Attributes mean what the configuration keys of the same names mean (`config.py`); lengths are in
-    steps, and `total_steps` is read with `thresholds` "none" alone. `augment` is what the step
+    steps, and `total_steps` is read if `hands_out_others`. `augment` is what the step
     itself does to the images, on the device; the teacher then sees them as they came if
     `clean_view`.
     """
@@ -79,7 +79,8 @@ class StepOptions:
     negative_precision: float = 0.985
     min_count: int = 5
     min_known: int = 1
-    coverage: float = 1.0
+    positive_coverage: float = 0.5
+    negative_coverage: float = 0.0
     soft: bool = True
     confidence_power: float = 1.0
     warmup_steps: int = 0
@@ -108,9 +109,14 @@ class StepOptions:
         return self.recovery_mode == "blend" or self.source == "prototypes"
 
     @property
+    def hands_out_others(self) -> bool:
+        """Whether other labels are handed out than learned from, by adaptive thresholds."""
+        return self.thresholds in ("none", "matched")
+
+    @property
     def handed_out_source(self) -> str:
         """What labels that nothing learns from are recovered from: what predictions are made of."""
-        informed = self.thresholds == "none" and self.evaluate_statistics
+        informed = self.hands_out_others and self.evaluate_statistics
         return "both" if informed and self.source == "scores" else self.source
 
     @property
@@ -612,8 +618,8 @@ def recovery_scores(
     Args:
       state: at the end of an epoch.
       options: of the run.
-      handed_out: not for training but for whoever asks for labels; differs with thresholds "none"
-        and `evaluate_statistics`, as predictions do.
+      handed_out: not for training but for whoever asks for labels; differs with
+        `evaluate_statistics`, as predictions do, if others are handed out than learned from.
     """
     source = options.handed_out_source if handed_out else options.source
     if source in ("scores", "prototypes"):
@@ -635,6 +641,8 @@ def recovery_thresholds(
     visits: jax.Array,
     options: StepOptions,
     mesh: Mesh | None = None,
+    *,
+    handed_out: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the thresholds of positives and negatives, [C] or scalar, as `recover` uses them.
 
@@ -643,12 +651,18 @@ def recovery_thresholds(
       scores, visits: from `recovery_scores`.
       options: of the run.
       mesh: the state's; None if it lies on one device.
+      handed_out: not for training but for whoever asks for labels.
     """
     if options.thresholds == "fixed":
         return jnp.float32(options.positive_threshold), jnp.float32(options.negative_threshold)
-    if options.thresholds == "matched":
+    if options.thresholds == "none" and not handed_out:
+        return jnp.float32(0.0), jnp.float32(0.0)  # every label
+    if options.thresholds == "matched" and not handed_out:
         thresholds = functools.partial(
-            recovery.matched_thresholds, coverage=options.coverage, min_known=options.min_known
+            recovery.matched_thresholds,
+            positive_coverage=options.positive_coverage,
+            negative_coverage=options.negative_coverage,
+            min_known=options.min_known,
         )
     else:
         expected = options.calibration == "expected"
@@ -700,7 +714,7 @@ def make_recover(
                 options.graph_smoothing,
             )
             state = state.replace(adjacency=adjacency)
-        if options.thresholds == "none":
+        if options.hands_out_others:
             # Nothing learns from these any more: they are for whoever asked for labels.
             labels, weight = _recovered_labels(state, options, mesh, handed_out=True)
             ends = state.step >= options.total_steps
@@ -719,13 +733,13 @@ def handed_out(
     """Returns what a run hands to whoever asked for labels, at the end of any epoch.
 
     That is (probabilities [N, C], visits [N], recovered labels and their weights [N, C], thresholds
-    of positives and negatives). With thresholds "none" the labels of the state are, before the last
-    step, what is learned from, of every unknown label; here thresholds pick the safe ones.
+    of positives and negatives). With thresholds "none" or "matched" the labels of the state are,
+    before the last step, what is learned from; here adaptive thresholds pick the safe ones.
     """
     scores, visits = recovery_scores(state, options, handed_out=True)
-    thresholds = recovery_thresholds(state, scores, visits, options, mesh)
+    thresholds = recovery_thresholds(state, scores, visits, options, mesh, handed_out=True)
     recovered, weight = state.recovered, state.recovered_weight
-    if options.thresholds == "none":
+    if options.hands_out_others:
         labels, safe = _recovered_labels(state, options, mesh, handed_out=True)
         ended = state.step >= options.total_steps
         recovered = jnp.where(ended, recovered, labels)
@@ -738,9 +752,8 @@ def _recovered_labels(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns `recovery.recover_labels` of a state, to learn from or to be handed out."""
     scores, visits = recovery_scores(state, options, handed_out=handed_out)
-    every_label = options.thresholds == "none" and not handed_out
-    positive, negative = (
-        (0.0, 0.0) if every_label else recovery_thresholds(state, scores, visits, options, mesh)
+    positive, negative = recovery_thresholds(
+        state, scores, visits, options, mesh, handed_out=handed_out
     )
     return recovery.recover_labels(
         scores,
@@ -748,7 +761,7 @@ def _recovered_labels(
         state.annotations,
         positive_threshold=positive,
         negative_threshold=negative,
-        soft=every_label or (options.soft and not handed_out),
+        soft=options.soft and not handed_out,
         confidence_power=options.confidence_power,
         active=state.step >= options.warmup_steps,
     )

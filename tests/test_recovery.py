@@ -518,15 +518,15 @@ def test_expected_thresholds_keep_their_promise_where_scores_are_calibrated():
 # matched_thresholds
 
 
-def brute_force_matched(scores, annotations, visits, coverage, min_known, bins):
+def brute_force_matched(scores, annotations, visits, coverages, min_known, bins):
     """Counts what lies beyond each edge; also how far each count is from the most allowed."""
     positive, negative, margins = [], [], []
     for c in range(scores.shape[1]):
         known, score = of_class(c, scores, annotations, visits)
         low, high = 2.0, -1.0
         if all((known == kind).sum() >= max(min_known, 1) for kind in (0, 1)):
-            most = coverage * known.mean() * len(score)
-            fewest = coverage * (1 - known.mean()) * len(score)
+            most = coverages[1] * known.mean() * len(score)
+            fewest = coverages[0] * (1 - known.mean()) * len(score)
             for edge in np.arange(bins + 1) / bins:
                 over, under = most - (score >= edge).sum(), fewest - (score < edge).sum()
                 margins += [over, under]
@@ -542,15 +542,21 @@ def brute_force_matched(scores, annotations, visits, coverage, min_known, bins):
     matrix,
     annotation_matrix,
     visit_vector,
-    st.floats(0, 1, width=32, allow_subnormal=False),
+    st.tuples(*[st.floats(0, 1, width=32, allow_subnormal=False)] * 2),
     st.integers(0, 3),
 )
-def test_matched_thresholds_equal_brute_force(scores, annotations, visits, coverage, min_known):
-    *expected, margins = brute_force_matched(scores, annotations, visits, coverage, min_known, 16)
+def test_matched_thresholds_equal_brute_force(scores, annotations, visits, coverages, min_known):
+    *expected, margins = brute_force_matched(scores, annotations, visits, coverages, min_known, 16)
     # Where a count is the most allowed but for rounding, either edge is right.
     hypothesis.assume(not (np.abs(margins) < 1e-5).any())
     positive, negative = jit_matched(
-        scores, annotations, visits, coverage=coverage, min_known=min_known, bins=16
+        scores,
+        annotations,
+        visits,
+        negative_coverage=coverages[0],
+        positive_coverage=coverages[1],
+        min_known=min_known,
+        bins=16,
     )
     np.testing.assert_array_equal(positive, expected[0])
     np.testing.assert_array_equal(negative, expected[1])
@@ -575,10 +581,11 @@ def test_matched_thresholds_by_hand():
     )
     assert recovered[:8, 0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
     assert weight[:8, 0].tolist() == [1] * 8
-    # Half of them: the surest positive and the three surest negatives.
-    positive, negative = jit_matched(scores, annotations, visits, coverage=0.5, bins=16)
+    # The surest positive, which is half of them, and the two surest negatives, a third.
+    shares = {"positive_coverage": 0.5, "negative_coverage": 0.34}
+    positive, negative = jit_matched(scores, annotations, visits, **shares, bins=16)
     assert float(positive[0]) == 15 / 16
-    assert float(negative[0]) == 6 / 16
+    assert float(negative[0]) == 4 / 16
     # With fewer known positives than asked for, nothing is recovered.
     positive, negative = jit_matched(scores, annotations, visits, min_known=2, bins=16)
     assert float(positive[0]) > 1
@@ -743,7 +750,7 @@ def by_precision(thresholds):
 
 
 def by_coverage(*arrays, precision):
-    return matched_thresholds(*arrays, coverage=precision)
+    return matched_thresholds(*arrays, positive_coverage=precision, negative_coverage=precision)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ RECOVERIES = [
         "loss_statistics": True,
         "evaluate_statistics": True,
     },
-    {"recovery_mode": "epoch", "thresholds": "matched", "soft": False, "coverage": 0.5},
+    {"recovery_mode": "epoch", "thresholds": "matched", "soft": False},
 ]
 
 
@@ -361,11 +361,12 @@ def test_the_graph_of_known_and_recovered_labels_by_hand():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_matched_thresholds_hand_out_a_share_of_what_each_class_should_have(devices):
-    options = make_options(thresholds="matched", soft=False, coverage=0.5, min_known=2)
+def test_matched_thresholds_teach_a_share_of_what_each_class_should_have(devices):
+    rule = {"positive_coverage": 0.5, "negative_coverage": 0.4, "min_known": 2}
+    options = make_options(thresholds="matched", total_steps=6, soft=False, **rule)
     state = Harness(options, devices=devices).run(3)
     matrices = (state.scores, state.annotations, state.visits)
-    positive, negative = recovery.matched_thresholds(*matrices, coverage=0.5, min_known=2)
+    positive, negative = recovery.matched_thresholds(*matrices, **rule)
     open_ = (state.annotations < 0) & (state.visits > 0)[:, None]
     expected = (state.scores >= positive).astype(int) - (state.scores < negative)
     given = np.where(state.recovered > 0, 1, -1) * state.recovered_weight
@@ -378,9 +379,13 @@ def test_matched_thresholds_hand_out_a_share_of_what_each_class_should_have(devi
     ("calibration", "rule"),
     [("known", recovery.adaptive_thresholds), ("expected", recovery.expected_thresholds)],
 )
-def test_every_label_is_learned_from_and_the_safe_ones_are_handed_out(calibration, rule):
+@pytest.mark.parametrize("taught", ["none", "matched"])
+def test_other_labels_are_learned_from_than_the_safe_ones_that_are_handed_out(
+    taught, calibration, rule
+):
     options = make_options(
-        thresholds="none",
+        thresholds=taught,
+        soft=taught == "none",
         calibration=calibration,
         confidence_power=0.0,
         total_steps=6,
@@ -412,10 +417,12 @@ def test_every_label_is_learned_from_and_the_safe_ones_are_handed_out(calibratio
 
     harness = Harness(options)
     state = harness.run(3)
-    np.testing.assert_array_equal(state.recovered_weight[:N], ~known)
-    np.testing.assert_array_equal(
-        state.recovered[:N], np.where(known, annotations, state.scores[:N])
-    )
+    if taught == "none":  # every label
+        np.testing.assert_array_equal(state.recovered_weight[:N], ~known)
+        np.testing.assert_array_equal(
+            state.recovered[:N], np.where(known, annotations, state.scores[:N])
+        )
+    assert (state.recovered_weight != safe(state)[1]).any()
     # Whoever asks half way gets the safe ones all the same.
     *_, labels, weight, _ = steps.handed_out(state, options)
     assert_same_trees((labels, weight), safe(state))
