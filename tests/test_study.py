@@ -228,14 +228,14 @@ def test_the_study_of_photographs_takes_its_data():
     path = os.path.join(commands.REPOSITORY, "configs", "study", "photographs.py")
     get_config = runpy.run_path(path)["get_config"]
     grid = study.cells(get_config("somewhere/DATA"))
-    assert len(grid) == (len(methods.METHODS) + 5) * 2
+    assert len(grid) == (len(methods.METHODS) + 6) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in grid)
     parts = study.cells(get_config("ablation:somewhere/DATA"))
     assert len(parts) == (1 + 16 + 11) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in parts)
     search = get_config("search:somewhere/DATA")
     assert search.split == "validation"
-    assert len(study.cells(search)) == (1 + 17) * 2
+    assert len(study.cells(search)) == (1 + 25) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in study.cells(search))
     for nothing in (None, "", "search:", "search", "ablation"):
         with pytest.raises(InputError, match="directory of the prepared data after the colon"):

@@ -5,7 +5,8 @@
 DATA is the directory of a prepared `table` set whose cells are all filled, made as
 `benchmarks/photographs.py` says with --unknown=0; the study hides 80 % of them from the training
 images. `configs/table.py` is the recipe, with its adaptive thresholds (`clsl`), the same by their
-expected precision (`expected`), and with the soft labels and the product with label statistics of
+expected precision (`expected`), with the surest half of the positives that each class should have
+(`matched_half`), and with the soft labels and the product with label statistics of
 `configs/scenes.py` (`soft`, `product`, both).
 Two seeds of weights, order and mask. `photographs.py:ablation:DATA` has the recipe with one part
 changed, and each part alone on a bare network; `photographs.py:search:DATA` has its recovery with
@@ -18,6 +19,7 @@ from clsl_jax import ablation, methods, study
 from clsl_jax import config as config_lib
 
 _SOFT = "recovery.thresholds=none recovery.soft=True"
+_HALF = ablation.OTHERWISE["matched_half"]
 _PRODUCT = "loss.statistics=True evaluation.statistics=True recovery.source=both"
 # The recipe with one part changed.
 CHANGED = {
@@ -42,6 +44,15 @@ OTHERWISE = {
     "soft": _SOFT,
     "earlier": "recovery.warmup_epochs=8",
     "later": "recovery.warmup_epochs=22",
+    # And the choices that go with `matched_half`.
+    "quarter": f"{_HALF} recovery.positive_coverage=0.25",
+    "three_quarters": f"{_HALF} recovery.positive_coverage=0.75",
+    "all_positives": f"{_HALF} recovery.positive_coverage=1.0",
+    "half_all_negatives": f"{_HALF} recovery.negative_coverage=1.0",
+    "half_every_class": f"{_HALF} recovery.min_known=1",
+    "half_early": f"{_HALF} recovery.warmup_epochs=8",
+    "half_half_weight": f"{_HALF} recovery.weight=0.5",
+    "half_double": f"{_HALF} recovery.weight=2.0",
 }
 
 
@@ -60,6 +71,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.methods = tuple(methods.METHODS)
     config.variants = (
         ("expected", "clsl", "recovery.calibration=expected"),
+        ("matched_half", "clsl", _HALF),
         ("informed", "clsl", "evaluation.statistics=True"),
         ("product", "clsl", _PRODUCT),
         ("soft", "clsl", _SOFT),
