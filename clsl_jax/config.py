@@ -151,14 +151,14 @@ def base_config() -> ml_collections.ConfigDict:
     # | none (every unknown label is its probability). With the last two labels are learned from
     # that nobody should be given: adaptive thresholds say what is handed out in the end.
     c.recovery.thresholds = "fixed"
-    # All but fixed: whose precision it is: known (entries, as labelled) | expected (of the unknown
-    # ones, by their own probabilities).
+    # Of adaptive thresholds: whose precision it is: known (entries, as labelled) | expected (of the
+    # unknown ones, by their own probabilities).
     c.recovery.calibration = "known"
     c.recovery.positive_threshold = 0.5  # fixed: a score from here on is a recovered positive
     c.recovery.negative_threshold = 0.5  # fixed: a score below is a recovered negative
-    c.recovery.positive_precision = 0.9  # all but fixed: what the threshold has to reach
+    c.recovery.positive_precision = 0.9  # adaptive: what the threshold has to reach
     c.recovery.negative_precision = 0.985
-    c.recovery.min_count = 5  # all but fixed: entries a threshold must rest on
+    c.recovery.min_count = 5  # adaptive: entries a threshold must rest on
     c.recovery.min_known = 1  # all but fixed: known positives, and negatives, that a class needs
     c.recovery.positive_coverage = 0.5  # matched: share of the expected positives
     c.recovery.negative_coverage = 0.0  # matched: share of the expected negatives
