@@ -235,7 +235,7 @@ def test_the_study_of_photographs_takes_its_data():
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in parts)
     search = get_config("search:somewhere/DATA")
     assert search.split == "validation"
-    assert len(study.cells(search)) == (1 + 25) * 2
+    assert len(study.cells(search)) == (1 + 24) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in study.cells(search))
     for nothing in (None, "", "search:", "search", "ablation"):
         with pytest.raises(InputError, match="directory of the prepared data after the colon"):

@@ -49,7 +49,6 @@ OTHERWISE = {
     "three_quarters": f"{_HALF} recovery.positive_coverage=0.75",
     "all_positives": f"{_HALF} recovery.positive_coverage=1.0",
     "half_all_negatives": f"{_HALF} recovery.negative_coverage=1.0",
-    "half_every_class": f"{_HALF} recovery.min_known=1",
     "half_early": f"{_HALF} recovery.warmup_epochs=8",
     "half_half_weight": f"{_HALF} recovery.weight=0.5",
     "half_double": f"{_HALF} recovery.weight=2.0",
