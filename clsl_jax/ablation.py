@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import ml_collections
 
 HARD = "recovery.soft=False recovery.thresholds"
-MATCHED = f"{HARD}=matched"
+_MATCHED = f"{HARD}=matched"
 ONLINE = "recovery.mode=online recovery.source=scores recovery.weight=0.8 recovery.sharpening"
 NO_STATISTICS = "loss.statistics=False evaluation.statistics=False recovery.source=scores"
 
@@ -51,8 +51,8 @@ OTHERWISE: Mapping[str, str] = {
     "student_teaches": "recovery.teacher=student",
     "last_scores": "recovery.momentum=0.0",
     "longer_average": "recovery.momentum=0.8",
-    "matched": f"{MATCHED} recovery.positive_coverage=1.0 recovery.negative_coverage=1.0",
-    "matched_half": f"{MATCHED} recovery.positive_coverage=0.5 recovery.negative_coverage=0.0",
+    "matched": f"{_MATCHED} recovery.positive_coverage=1.0 recovery.negative_coverage=1.0",
+    "matched_half": f"{_MATCHED} recovery.positive_coverage=0.5 recovery.negative_coverage=0.0",
     "half_weight": "recovery.weight=0.5",
     "double_weight": "recovery.weight=2.0",
     "ramp": "recovery.ramp_epochs=8.0",

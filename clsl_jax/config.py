@@ -148,8 +148,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
     c.recovery.momentum = 0.8  # of a row's scores over its visits
     # fixed | adaptive (per class, so precise) | matched (per class, a share of what it should have)
-    # | none (every unknown label is its probability). With the last two labels are learned from
-    # that nobody should be given: adaptive thresholds say what is handed out in the end.
+    # | none (every unknown label is its probability). What the network learns by matched and none
+    # nobody should be given: adaptive thresholds say what is handed out in the end.
     c.recovery.thresholds = "fixed"
     # Of adaptive thresholds: whose precision it is: known (entries, as labelled) | expected (of the
     # unknown ones, by their own probabilities).

@@ -129,8 +129,8 @@ def _label_tables(
 ) -> _Tables | None:
     """Returns what goes into the tables of recovered labels, or None where nothing is recovered.
 
-    A training image has what was recovered while training; the others have what the last weights
-    say, by the same thresholds, where these are on a network's probabilities.
+    A training image has what a run hands out (`steps.handed_out`); the others have what the last
+    weights say, by the same thresholds, where these are on a network's probabilities.
     """
     splits = _tabled(built)
     cells = sum(split.labels.size for split in splits)

@@ -643,7 +643,7 @@ def recovery_thresholds(
     *,
     handed_out: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the thresholds of positives and negatives, [C] or scalar, as `recover` uses them.
+    """Returns the thresholds of positives and negatives, [C] or scalar; 0 and 0 take every label.
 
     Args:
       state: whose annotations calibrate them.
@@ -652,11 +652,12 @@ def recovery_thresholds(
       mesh: the state's; None if it lies on one device.
       handed_out: not for training but for whoever asks for labels.
     """
-    if options.thresholds == "fixed":
+    rule = "adaptive" if handed_out and options.hands_out_others else options.thresholds
+    if rule == "fixed":
         return jnp.float32(options.positive_threshold), jnp.float32(options.negative_threshold)
-    if options.thresholds == "none" and not handed_out:
-        return jnp.float32(0.0), jnp.float32(0.0)  # every label
-    if options.thresholds == "matched" and not handed_out:
+    if rule == "none":
+        return jnp.float32(0.0), jnp.float32(0.0)
+    if rule == "matched":
         thresholds = functools.partial(
             recovery.matched_thresholds,
             positive_coverage=options.positive_coverage,

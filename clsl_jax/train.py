@@ -232,7 +232,7 @@ class _Run:
             for c in np.flatnonzero(few)
         ]
         if named:
-            deed = "handed out" if options.hands_out_others else "recovered"
+            deed = "handed out" if options.thresholds == "none" else "recovered"
             self.log.console.print(
                 f"No label is {deed} for {len(named)} of {len(few)} classes, as fewer positives or "
                 f"negatives are known than recovery.min_known={options.min_known}: "

@@ -115,6 +115,7 @@ def test_validate_names_every_key_at_fault():
         ({"source": "prototypes", "thresholds": "fixed"}, "'prototypes' scores are likenesses"),
         ({"source": "prototypes", "thresholds": "adaptive"}, "recovery.soft=False"),
         ({"thresholds": "none", "soft": False}, "teaches soft labels: set recovery.soft=True"),
+        ({"thresholds": "matched"}, "teaches hard labels: set recovery.soft=False"),
         ({"mode": "online", "branch": "global"}, "recovery.branch='global' goes with"),
         ({"source": "statistics", "branch": "mean"}, "recovery.branch='mean' goes with"),
         ({"mode": "blend", "blend_share": 1.0}, "blend_share=1.0: expected between"),

@@ -529,7 +529,8 @@ def brute_force_matched(scores, annotations, visits, coverages, min_known, bins)
             fewest = coverages[0] * (1 - known.mean()) * len(score)
             for edge in np.arange(bins + 1) / bins:
                 over, under = most - (score >= edge).sum(), fewest - (score < edge).sum()
-                margins += [over, under]
+                # Of a share of nothing nothing is rounded.
+                margins += [x for x, share in zip((under, over), coverages, strict=True) if share]
                 low = min(low, edge) if over >= 0 else low
                 high = max(high, edge) if under >= 0 else high
         positive.append(low)
@@ -586,6 +587,12 @@ def test_matched_thresholds_by_hand():
     positive, negative = jit_matched(scores, annotations, visits, **shares, bins=16)
     assert float(positive[0]) == 15 / 16
     assert float(negative[0]) == 4 / 16
+    # A share of nothing is nothing.
+    positive, negative = jit_matched(
+        scores, annotations, visits, positive_coverage=0.0, negative_coverage=0.0, bins=16
+    )
+    assert not (scores[:8] >= positive).any()
+    assert not (scores[:8] < negative).any()
     # With fewer known positives than asked for, nothing is recovered.
     positive, negative = jit_matched(scores, annotations, visits, min_known=2, bins=16)
     assert float(positive[0]) > 1

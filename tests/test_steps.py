@@ -182,11 +182,12 @@ RECOVERIES = [
     {
         "recovery_mode": "epoch",
         "thresholds": "none",
+        "total_steps": 100,
         "source": "both",
         "loss_statistics": True,
         "evaluate_statistics": True,
     },
-    {"recovery_mode": "epoch", "thresholds": "matched", "soft": False},
+    {"recovery_mode": "epoch", "thresholds": "matched", "soft": False, "total_steps": 100},
 ]
 
 
@@ -345,17 +346,23 @@ def test_the_graph_of_known_and_recovered_labels_by_hand():
     options = make_options(thresholds="none", total_steps=6, graph_layers=1, graph_threshold=0.3)
     harness = Harness(options, graph_layers=1)
     before = np.asarray(harness.state.adjacency)
+
+    def graph(state):
+        trust = np.where(state.annotations >= 0, 1.0, state.recovered_weight).astype(np.float64)
+        positive = state.recovered * trust
+        together, seen = (np.einsum("na,nb->ab", positive, x) for x in (positive, trust))
+        edges = (together >= 0.3 * seen) & ~np.eye(C, dtype=bool)
+        assert 0 < edges.sum() < C * (C - 1)
+        weights = np.eye(C) + 0.25 * edges / np.maximum(edges.sum(axis=0), 1)
+        scale = 1 / np.sqrt(weights.sum(axis=1))
+        return scale[:, None] * weights.T * scale
+
     state = harness.run(3)
-    trust = np.where(state.annotations >= 0, 1.0, state.recovered_weight).astype(np.float64)
-    positive = state.recovered * trust
-    frequency = np.einsum("na,nb->ab", positive, positive) / np.einsum("na,nb->ab", positive, trust)
-    edges = (frequency >= 0.3) & ~np.eye(C, dtype=bool)
-    weights = np.eye(C) + 0.25 * edges / np.maximum(edges.sum(axis=0), 1)
-    scale = 1 / np.sqrt(weights.sum(axis=1))
-    expected = scale[:, None] * weights.T * scale
-    np.testing.assert_allclose(state.adjacency, expected, atol=1e-5)
-    assert 0 < edges.sum() < C * (C - 1)
+    np.testing.assert_allclose(state.adjacency, graph(state), atol=1e-5)
     assert np.abs(state.adjacency - before).max() > 0.01
+    # In the end, too, it is of what was learned from, and not of what is handed out.
+    state = harness.run(3)
+    assert np.abs(state.adjacency - graph(state)).max() > 0.01
     fixed = dataclasses.replace(options, graph_refresh=False)
     np.testing.assert_array_equal(Harness(fixed, graph_layers=1).run(3).adjacency, before)
 
@@ -422,7 +429,14 @@ def test_other_labels_are_learned_from_than_the_safe_ones_that_are_handed_out(
         np.testing.assert_array_equal(
             state.recovered[:N], np.where(known, annotations, state.scores[:N])
         )
-    assert (state.recovered_weight != safe(state)[1]).any()
+    else:  # positives alone, by the options' own shares
+        thresholds = recovery.matched_thresholds(
+            state.scores, state.annotations, state.visits, positive_coverage=0.5
+        )
+        expected = ~known & (state.scores[:N] >= thresholds[0])
+        assert 0 < expected.sum() < safe(state)[1].sum()
+        np.testing.assert_array_equal(state.recovered_weight[:N], expected)
+        np.testing.assert_array_equal(state.recovered[:N] > 0, expected | (annotations == 1))
     # Whoever asks half way gets the safe ones all the same.
     *_, labels, weight, _ = steps.handed_out(state, options)
     assert_same_trees((labels, weight), safe(state))
@@ -431,6 +445,23 @@ def test_other_labels_are_learned_from_than_the_safe_ones_that_are_handed_out(
     assert_same_trees((state.recovered, state.recovered_weight), safe(state))
     *_, labels, weight, _ = steps.handed_out(state, options)
     assert_same_trees((labels, weight), (state.recovered, state.recovered_weight))
+
+
+@pytest.mark.parametrize("taught", ["none", "matched", "adaptive"])
+def test_labels_are_handed_out_by_what_predictions_are_made_of(taught):
+    """Statistics that are asked when predicting alone; what is learned from does not ask them."""
+    options = make_options(thresholds=taught, evaluate_statistics=True, components=3)
+    state = Harness(options).run(3)
+    learned, given = (
+        steps.recovery_scores(state, options, handed_out=handed_out)[0][:N]
+        for handed_out in (False, True)
+    )
+    informed = label_statistics.informed_probabilities(
+        state.memory, state.annotations[:N], state.scores[:N]
+    )
+    np.testing.assert_array_equal(learned, state.scores[:N])
+    np.testing.assert_allclose(given, learned if taught == "adaptive" else informed, rtol=1e-5)
+    assert np.abs(informed - learned).max() > 0.01
 
 
 @pytest.mark.parametrize("loss_name", ["asl", "bce"])

@@ -6,8 +6,8 @@ DATA is the directory of a prepared `table` set whose cells are all filled, made
 `benchmarks/photographs.py` says with --unknown=0; the study hides 80 % of them from the training
 images. `configs/table.py` is the recipe, with its adaptive thresholds (`clsl`), the same by their
 expected precision (`expected`), with the surest half of the positives that each class should have
-(`matched_half`), and with the soft labels and the product with label statistics of
-`configs/scenes.py` (`soft`, `product`, both).
+(`matched_half`), with label statistics when predicting (`informed`), and with the soft labels and
+the product with label statistics of `configs/scenes.py` (`soft`, `product`, both).
 Two seeds of weights, order and mask. `photographs.py:ablation:DATA` has the recipe with one part
 changed, and each part alone on a bare network; `photographs.py:search:DATA` has its recovery with
 one choice made otherwise, compared on validation.
