@@ -49,7 +49,7 @@ def write(
       scores: {(weights, split): float [N, C]}; weights are `last` or `best`.
       epochs: {weights: epoch they are from}.
       recovery: figures of the recovered labels at the end.
-      state: at the end, whose recovered labels are written out; None writes none.
+      state: at the end, with the recovered labels to write out; None writes none.
       unreadable: ids of the training images in whose place others stood.
       mask_sha256: of the known-label mask.
       explain: `images -> (probabilities, position weights)` with the best weights.
@@ -129,25 +129,26 @@ def _label_tables(
 ) -> _Tables | None:
     """Returns what goes into the tables of recovered labels, or None where nothing is recovered.
 
-    A training image has what a run hands out (`steps.handed_out`); the others have what the last
-    weights say, by the same thresholds, where these are on a network's probabilities.
+    A training image has the recovered labels of the state; the others have what the last weights
+    say, by the same thresholds, where these are on a network's probabilities.
     """
     splits = _tabled(built)
     cells = sum(split.labels.size for split in splits)
     recovers = state is not None and built.options.recovery_mode == "epoch"
     if not recovers or cells > label_tables.MOST_CELLS:
         return None
-    count = len(built.annotations)
+    count, options = len(built.annotations), built.options
 
-    handed_out = jax.jit(
-        functools.partial(steps.handed_out, options=built.options, mesh=built.mesh),
-        out_shardings=sharding.replicated(built.mesh),
-    )
-    *found, thresholds = jax.device_get(handed_out(state))
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(built.mesh))
+    def recovered_from(state: TrainState) -> tuple[Any, ...]:
+        found = steps.recovery_scores(state, options, handed_out=True)
+        thresholds = steps.recovery_thresholds(state, *found, options, built.mesh, handed_out=True)
+        return *found, state.recovered, state.recovered_weight, thresholds
+
+    *found, thresholds = jax.device_get(recovered_from(state))
     kept, visits, recovered, weight = (x[:count] for x in found)
     labels = [label_tables.recovered_labels(built.annotations, recovered, weight)]
     probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
-    options = built.options
     # Thresholds on scores of another kind say nothing of what is predicted.
     predicted = "both" if options.evaluate_statistics else "scores"
     fits = options.handed_out_source == predicted and options.branch == "semantic"

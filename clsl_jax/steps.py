@@ -110,7 +110,7 @@ class StepOptions:
     @property
     def hands_out_others(self) -> bool:
         """Whether other labels are handed out than learned from, by adaptive thresholds."""
-        return self.thresholds in ("none", "matched")
+        return self.recovery_mode == "epoch" and self.thresholds in ("none", "matched")
 
     @property
     def handed_out_source(self) -> str:
@@ -716,35 +716,25 @@ def make_recover(
             state = state.replace(adjacency=adjacency)
         if options.hands_out_others:
             # Nothing learns from these any more: they are for whoever asked for labels.
-            labels, weight = _recovered_labels(state, options, mesh, handed_out=True)
-            ends = state.step >= options.total_steps
-            state = state.replace(
-                recovered=jnp.where(ends, labels, state.recovered),
-                recovered_weight=jnp.where(ends, weight, state.recovered_weight),
+            recovered, weight = jax.lax.cond(
+                state.step >= options.total_steps,
+                lambda: handed_out_labels(state, options, mesh),
+                lambda: (state.recovered, state.recovered_weight),
             )
+            state = state.replace(recovered=recovered, recovered_weight=weight)
         return state
 
     return recover
 
 
-def handed_out(
+def handed_out_labels(
     state: TrainState, options: StepOptions, mesh: Mesh | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-    """Returns what a run hands to whoever asked for labels, at the end of any epoch.
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the safe labels and their weights, [N, C], of a run with `hands_out_others`.
 
-    That is (probabilities [N, C], visits [N], recovered labels and their weights [N, C], thresholds
-    of positives and negatives). With thresholds "none" or "matched" the labels of the state are,
-    before the last step, what is learned from; here adaptive thresholds pick the safe ones.
+    After the last step they are those of the state, which are learned from before it.
     """
-    scores, visits = recovery_scores(state, options, handed_out=True)
-    thresholds = recovery_thresholds(state, scores, visits, options, mesh, handed_out=True)
-    recovered, weight = state.recovered, state.recovered_weight
-    if options.hands_out_others:
-        labels, safe = _recovered_labels(state, options, mesh, handed_out=True)
-        ended = state.step >= options.total_steps
-        recovered = jnp.where(ended, recovered, labels)
-        weight = jnp.where(ended, weight, safe)
-    return scores, visits, recovered, weight, thresholds
+    return _recovered_labels(state, options, mesh, handed_out=True)
 
 
 def _recovered_labels(

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import cluster, evaluate, experiment, features, metrics, results, sharding
+from clsl_jax import cluster, evaluate, experiment, features, metrics, results, sharding, steps
 from clsl_jax import config as config_lib
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.compiled import CompiledSteps, compile_steps
@@ -583,6 +584,8 @@ class _Run:
                 if best_state is state
                 else self._predict(best_state, getattr(self.inputs, split))
             )
+        if built.options.hands_out_others and step < built.total_steps:
+            state = self._with_handed_out_labels(state)
         return results.write(
             name,
             config=self.config,
@@ -602,6 +605,16 @@ class _Run:
                 evaluation_weights(best_state, ema=built.options.evaluate_ema), images
             ),
         )
+
+    def _with_handed_out_labels(self, state: TrainState) -> TrainState:
+        """Returns the state of an unfinished run with the labels it would hand out by now."""
+        built = self.experiment
+        labels = jax.jit(
+            functools.partial(steps.handed_out_labels, options=built.options, mesh=built.mesh),
+            out_shardings=(state.recovered.sharding, state.recovered_weight.sharding),
+        )
+        recovered, weight = labels(state)
+        return state.replace(recovered=recovered, recovered_weight=weight)
 
 
 def _finite(number: Any) -> float | None:

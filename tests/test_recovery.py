@@ -569,7 +569,8 @@ def test_matched_thresholds_by_hand():
     scores = np.array([[s] for s in [*unknown, 0.5, 0.5, 0.5, 0.5]], np.float32)
     annotations = np.array([[-1]] * 8 + [[1], [0], [0], [0]], np.int8)
     visits = np.ones(12, np.int32)
-    positive, negative = jit_matched(scores, annotations, visits, bins=16)
+    every = {"positive_coverage": 1.0, "negative_coverage": 1.0}
+    positive, negative = jit_matched(scores, annotations, visits, **every, bins=16)
     assert float(positive[0]) == 12 / 16  # the edge above 0.7
     assert float(negative[0]) == 14 / 16  # the edge below 0.9
     recovered, weight = jit_recover(
@@ -594,7 +595,7 @@ def test_matched_thresholds_by_hand():
     assert not (scores[:8] >= positive).any()
     assert not (scores[:8] < negative).any()
     # With fewer known positives than asked for, nothing is recovered.
-    positive, negative = jit_matched(scores, annotations, visits, min_known=2, bins=16)
+    positive, negative = jit_matched(scores, annotations, visits, **every, min_known=2, bins=16)
     assert float(positive[0]) > 1
     assert float(negative[0]) < 0
 
@@ -609,6 +610,8 @@ def test_matched_thresholds_miss_no_label_by_rounding(known_positives, known):
         np.concatenate([scores, scores]),
         np.concatenate([annotations, np.full_like(annotations, -1)]),
         np.ones(2 * known, np.int32),
+        positive_coverage=1.0,
+        negative_coverage=1.0,
         bins=64,
     )
     assert float(positive[0]) == float(negative[0]) == (known - known_positives) / 64

@@ -182,6 +182,30 @@ def test_evaluation_again_gives_the_same_bits(shared, finished, devices):
     assert again["recovery"] == results["recovery"]
 
 
+def test_an_unfinished_run_counts_the_labels_that_it_hands_out(shared, tmp_path):
+    """Not those that it learns from, which are of every cell."""
+    workdir = tmp_path / "run"
+    keys = ("thresholds=none", "positive_precision=0.25", "negative_precision=0.8", "min_count=2")
+    status, _, err = run(shared, workdir, *(f"--config.recovery.{key}" for key in keys))
+    assert status == 0, err
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > 18:
+            shutil.rmtree(path)
+    arguments = [f"--workdir={workdir}", "--mode=evaluate"]
+    status, _, err = run(shared, workdir, *arguments, tiny=False)
+    assert status == 0, err
+    stated = json.loads((workdir / "evaluation.json").read_text())
+    assert stated["selection"]["epochs"]["last"] == 3
+    taught = read_log(workdir / "log.jsonl")[2]
+    mask, _ = partial.load_mask(workdir / "known_mask.npz")
+    with open(workdir / "recovered.csv", newline="", encoding="utf-8") as file:
+        cells = np.array([row[2:] for row in csv.reader(file)][1:97])
+    for kind, label in (("positives", "1"), ("negatives", "0")):
+        found = stated["recovery"][f"recovery/recovered_{kind}"]
+        assert found == (cells[~mask] == label).sum() > 0
+        assert found != taught[f"recovery/recovered_{kind}"]
+
+
 def test_killed_twenty_times_it_ends_with_the_same_bits(shared, finished, tmp_path):
     """SIGKILL a random while after the start, or after a next checkpoint; one after each step."""
     chance = random.Random(0)
