@@ -242,6 +242,30 @@ def test_the_study_of_photographs_takes_its_data():
             get_config(nothing)
 
 
+@pytest.mark.parametrize("name", ["voc", "coco", "nuswide"])
+def test_the_study_of_an_official_set_has_published_numbers_in_its_table(name, monkeypatch):
+    monkeypatch.chdir(commands.REPOSITORY)
+    config = runpy.run_path("configs/study/official.py")["get_config"](f"{name}:somewhere/DATA")
+    study.check(config.to_dict())
+    grid = study.cells(config)
+    assert len(grid) == 4 * 9 * 3
+    for cell in grid:
+        run = command_line.config_of(cell.arguments)
+        config_lib.validate(run)
+        assert run.data.dir == "somewhere/DATA"
+        assert run.labels.known_fraction == cell.known_fraction
+    places = {(dataset, *labels) for _, dataset, *labels, _, _ in config.published}
+    assert places <= {cell.setting for cell in grid}
+    assert config.published[0][0] == "CLSL"
+
+
+@pytest.mark.parametrize("arg", [None, "voc", "voc:", "voc2012:somewhere/DATA", "somewhere/DATA"])
+def test_the_study_of_an_official_set_asks_for_its_data(arg):
+    path = os.path.join(commands.REPOSITORY, "configs", "study", "official.py")
+    with pytest.raises(InputError, match="one of voc, coco, nuswide and the directory"):
+        runpy.run_path(path)["get_config"](arg)
+
+
 def test_paired_test_by_hand():
     """Differences 1, 2, 3: mean 2, standard error 1 / sqrt 3, t = 2 sqrt 3 at 2 degrees."""
     mean, p_value = study_report.paired_test([2, 4, 6], [1, 2, 3])
