@@ -49,7 +49,7 @@ def write(
       scores: {(weights, split): float [N, C]}; weights are `last` or `best`.
       epochs: {weights: epoch they are from}.
       recovery: figures of the recovered labels at the end.
-      state: at the end, with the recovered labels to write out; None writes none.
+      state: whose `recovered` are the labels to hand out; None writes none.
       unreadable: ids of the training images in whose place others stood.
       mask_sha256: of the known-label mask.
       explain: `images -> (probabilities, position weights)` with the best weights.

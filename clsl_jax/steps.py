@@ -703,7 +703,7 @@ def make_recover(
             )
         if options.recovery_mode != "epoch":
             return state
-        recovered, weight = _recovered_labels(state, options, mesh)
+        recovered, weight = recovered_labels(state, options, mesh)
         state = state.replace(recovered=recovered, recovered_weight=weight)
         if options.graph_layers and options.graph_refresh:
             known = (state.annotations >= 0).astype(jnp.float32)
@@ -718,7 +718,7 @@ def make_recover(
             # Nothing learns from these any more: they are for whoever asked for labels.
             recovered, weight = jax.lax.cond(
                 state.step >= options.total_steps,
-                lambda: handed_out_labels(state, options, mesh),
+                lambda: recovered_labels(state, options, mesh, handed_out=True),
                 lambda: (state.recovered, state.recovered_weight),
             )
             state = state.replace(recovered=recovered, recovered_weight=weight)
@@ -727,20 +727,22 @@ def make_recover(
     return recover
 
 
-def handed_out_labels(
-    state: TrainState, options: StepOptions, mesh: Mesh | None = None
+def recovered_labels(
+    state: TrainState,
+    options: StepOptions,
+    mesh: Mesh | None = None,
+    *,
+    handed_out: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the safe labels and their weights, [N, C], of a run with `hands_out_others`.
+    """Returns `recovery.recover_labels` of a state at the end of an epoch, float32 [N, C] each.
 
-    After the last step they are those of the state, which are learned from before it.
+    Args:
+      state: whose scores and annotations they are made of.
+      options: of the run.
+      mesh: the state's; None if it lies on one device.
+      handed_out: not to learn from but for whoever asks for labels: with `hands_out_others` hard
+        ones, beyond adaptive thresholds.
     """
-    return _recovered_labels(state, options, mesh, handed_out=True)
-
-
-def _recovered_labels(
-    state: TrainState, options: StepOptions, mesh: Mesh | None, *, handed_out: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Returns `recovery.recover_labels` of a state, to learn from or to be handed out."""
     scores, visits = recovery_scores(state, options, handed_out=handed_out)
     positive, negative = recovery_thresholds(
         state, scores, visits, options, mesh, handed_out=handed_out
@@ -751,7 +753,7 @@ def _recovered_labels(
         state.annotations,
         positive_threshold=positive,
         negative_threshold=negative,
-        soft=options.soft and not handed_out,
+        soft=options.soft and not (handed_out and options.hands_out_others),
         confidence_power=options.confidence_power,
         active=state.step >= options.warmup_steps,
     )

@@ -585,6 +585,7 @@ class _Run:
                 else self._predict(best_state, getattr(self.inputs, split))
             )
         if built.options.hands_out_others and step < built.total_steps:
+            # What is counted and written is what would be handed out, not what is learned from.
             state = self._with_handed_out_labels(state)
         return results.write(
             name,
@@ -607,10 +608,12 @@ class _Run:
         )
 
     def _with_handed_out_labels(self, state: TrainState) -> TrainState:
-        """Returns the state of an unfinished run with the labels it would hand out by now."""
+        """Returns the state of an unfinished run with the labels that it would hand out."""
         built = self.experiment
         labels = jax.jit(
-            functools.partial(steps.handed_out_labels, options=built.options, mesh=built.mesh),
+            functools.partial(
+                steps.recovered_labels, options=built.options, mesh=built.mesh, handed_out=True
+            ),
             out_shardings=(state.recovered.sharding, state.recovered_weight.sharding),
         )
         recovered, weight = labels(state)

@@ -243,7 +243,7 @@ def test_the_study_of_photographs_takes_its_data():
 
 
 @pytest.mark.parametrize("name", ["voc", "coco", "nuswide"])
-def test_the_study_of_an_official_set_has_published_numbers_in_its_table(name, monkeypatch):
+def test_published_numbers_stand_where_the_study_of_an_official_set_has_cells(name, monkeypatch):
     monkeypatch.chdir(commands.REPOSITORY)
     config = runpy.run_path("configs/study/official.py")["get_config"](f"{name}:somewhere/DATA")
     study.check(config.to_dict())
@@ -253,10 +253,11 @@ def test_the_study_of_an_official_set_has_published_numbers_in_its_table(name, m
         run = command_line.config_of(cell.arguments)
         config_lib.validate(run)
         assert run.data.dir == "somewhere/DATA"
+        assert run.evaluation.selection == "validation"
         assert run.labels.known_fraction == cell.known_fraction
     places = {(dataset, *labels) for _, dataset, *labels, _, _ in config.published}
     assert places <= {cell.setting for cell in grid}
-    assert config.published[0][0] == "CLSL"
+    assert (config.weights, config.split, config.convention) == ("best", "test", "interpolated")
 
 
 @pytest.mark.parametrize("arg", [None, "voc", "voc:", "voc2012:somewhere/DATA", "somewhere/DATA"])

@@ -186,13 +186,14 @@ def test_an_unfinished_run_counts_the_labels_that_it_hands_out(shared, tmp_path)
     """Not those that it learns from, which are of every cell."""
     workdir = tmp_path / "run"
     keys = ("thresholds=none", "positive_precision=0.25", "negative_precision=0.8", "min_count=2")
-    status, _, err = run(shared, workdir, *(f"--config.recovery.{key}" for key in keys))
+    flags = [f"--config.recovery.{key}" for key in keys]
+    status, _, err = run(shared, workdir, *flags, "--config.checkpoint.every_steps=0")
     assert status == 0, err
     for path in (workdir / "checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > 18:
             shutil.rmtree(path)
     arguments = [f"--workdir={workdir}", "--mode=evaluate"]
-    status, _, err = run(shared, workdir, *arguments, tiny=False)
+    status, _, err = run(shared, workdir, *arguments, devices=2, tiny=False)
     assert status == 0, err
     stated = json.loads((workdir / "evaluation.json").read_text())
     assert stated["selection"]["epochs"]["last"] == 3
