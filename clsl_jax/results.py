@@ -139,10 +139,14 @@ def _label_tables(
         return None
     count, options = len(built.annotations), built.options
 
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(built.mesh))
+    whole = sharding.replicated(built.mesh)
+
+    @functools.partial(jax.jit, out_shardings=whole)
     def recovered_from(state: TrainState) -> tuple[Any, ...]:
+        # Whole on every device: sums of the same order, so the same digits on any layout.
+        state = jax.lax.with_sharding_constraint(state, whole)
         found = steps.recovery_scores(state, options, handed_out=True)
-        thresholds = steps.recovery_thresholds(state, *found, options, built.mesh, handed_out=True)
+        thresholds = steps.recovery_thresholds(state, *found, options, handed_out=True)
         return *found, state.recovered, state.recovered_weight, thresholds
 
     *found, thresholds = jax.device_get(recovered_from(state))
