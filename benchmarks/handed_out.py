@@ -29,7 +29,7 @@ def last_scores(workdir: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     built = experiment.build(Workdir.stored_config(workdir))
     checkpointer = Checkpointer(f"{workdir}/checkpoints", keep=2, read_only=True)
     state, _, _ = checkpointer.restore_latest(built.abstract_state)
-    scores, visits = jax.device_get(steps.recovery_scores(state, built.options, handed_out=True))
+    scores, visits = jax.device_get(steps.recovery_scores(state, built.options.handing_out))
     labels = sharding.pad_rows(built.dataset.train.labels, -1)
     return scores, visits, jax.device_get(state.annotations), labels
 

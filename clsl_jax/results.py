@@ -137,7 +137,7 @@ def _label_tables(
     recovers = state is not None and built.options.recovery_mode == "epoch"
     if not recovers or cells > label_tables.MOST_CELLS:
         return None
-    count, options = len(built.annotations), built.options
+    count, options = len(built.annotations), built.options.handing_out
 
     whole = sharding.replicated(built.mesh)
 
@@ -145,8 +145,8 @@ def _label_tables(
     def recovered_from(state: TrainState) -> tuple[Any, ...]:
         # Whole on every device: sums of the same order, so the same digits on any layout.
         state = jax.lax.with_sharding_constraint(state, whole)
-        found = steps.recovery_scores(state, options, handed_out=True)
-        thresholds = steps.recovery_thresholds(state, *found, options, handed_out=True)
+        found = steps.recovery_scores(state, options)
+        thresholds = steps.recovery_thresholds(state, *found, options)
         return *found, state.recovered, state.recovered_weight, thresholds
 
     *found, thresholds = jax.device_get(recovered_from(state))
@@ -155,16 +155,17 @@ def _label_tables(
     probabilities = [np.where(visits[:, None] > 0, kept, np.nan)]
     # Thresholds on scores of another kind say nothing of what is predicted.
     predicted = "both" if options.evaluate_statistics else "scores"
-    fits = options.handed_out_source == predicted and options.branch == "semantic"
+    fits = options.source == predicted and options.branch == "semantic"
     active = fits and int(state.step) >= options.warmup_steps
-    soft = options.soft and not options.hands_out_others
     given = []
     for split in splits[1:]:
         predictions = scores["last", split.name]
         probability = np.asarray(steps.stated_probabilities(predictions, options))
         unknown = np.full_like(split.labels, partial.UNKNOWN)
         given.append(
-            label_tables.fill_labels(unknown, probability, *thresholds, soft=soft, active=active)
+            label_tables.fill_labels(
+                unknown, probability, *thresholds, soft=options.soft, active=active
+            )
         )
         labels.append(np.where(split.labels == partial.UNKNOWN, given[-1], split.labels))
         probabilities.append(probability)

@@ -113,10 +113,16 @@ class StepOptions:
         return self.recovery_mode == "epoch" and self.thresholds in ("none", "matched")
 
     @property
-    def handed_out_source(self) -> str:
-        """What labels that nothing learns from are recovered from: what predictions are made of."""
-        informed = self.hands_out_others and self.evaluate_statistics
-        return "both" if informed and self.source == "scores" else self.source
+    def handing_out(self) -> "StepOptions":
+        """The same as labels are handed out, to whoever asks for them: these if they are learned.
+
+        Others are hard ones beyond adaptive thresholds, of what predictions are made of.
+        """
+        if not self.hands_out_others:
+            return self
+        informed = self.evaluate_statistics and self.source == "scores"
+        source = "both" if informed else self.source
+        return dataclasses.replace(self, thresholds="adaptive", soft=False, source=source)
 
     @property
     def teaches(self) -> bool:
@@ -607,27 +613,22 @@ def stated_probabilities(predictions: jax.Array, options: StepOptions) -> jax.Ar
     return calibrated(jnp.log(p) - jnp.log1p(-p), options)
 
 
-def recovery_scores(
-    state: TrainState, options: StepOptions, *, handed_out: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def recovery_scores(state: TrainState, options: StepOptions) -> tuple[jax.Array, jax.Array]:
     """Returns what labels are recovered from: probabilities [N, C], and visits [N].
 
     They are what the steps scattered, or what label statistics make of it.
 
     Args:
       state: at the end of an epoch.
-      options: of the run.
-      handed_out: not for training but for whoever asks for labels; differs with
-        `evaluate_statistics`, as predictions do, if others are handed out than learned from.
+      options: of the run, or their `handing_out`.
     """
-    source = options.handed_out_source if handed_out else options.source
-    if source in ("scores", "prototypes"):
+    if options.source in ("scores", "prototypes"):
         return state.scores, state.visits
     visits = (state.annotations >= 0).any(axis=1).astype(jnp.int32)
-    if source == "co_occurrence":
+    if options.source == "co_occurrence":
         return label_statistics.co_occurrence_scores(state.annotations), visits
     scores = None
-    if source == "both":
+    if options.source == "both":
         visits = jnp.maximum(visits, state.visits)  # a row without a known label has its scores
         seen = (state.visits > 0)[:, None]
         scores = jnp.where(seen, state.scores, state.memory["frequencies"])
@@ -640,24 +641,20 @@ def recovery_thresholds(
     visits: jax.Array,
     options: StepOptions,
     mesh: Mesh | None = None,
-    *,
-    handed_out: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the thresholds of positives and negatives, [C] or scalar; 0 and 0 take every label.
 
     Args:
       state: whose annotations calibrate them.
       scores, visits: from `recovery_scores`.
-      options: of the run.
+      options: of the run, or their `handing_out`.
       mesh: the state's; None if it lies on one device.
-      handed_out: not for training but for whoever asks for labels.
     """
-    rule = "adaptive" if handed_out and options.hands_out_others else options.thresholds
-    if rule == "fixed":
+    if options.thresholds == "fixed":
         return jnp.float32(options.positive_threshold), jnp.float32(options.negative_threshold)
-    if rule == "none":
+    if options.thresholds == "none":
         return jnp.float32(0.0), jnp.float32(0.0)
-    if rule == "matched":
+    if options.thresholds == "matched":
         thresholds = functools.partial(
             recovery.matched_thresholds,
             positive_coverage=options.positive_coverage,
@@ -718,7 +715,7 @@ def make_recover(
             # Nothing learns from these any more: they are for whoever asked for labels.
             recovered, weight = jax.lax.cond(
                 state.step >= options.total_steps,
-                lambda: recovered_labels(state, options, mesh, handed_out=True),
+                lambda: recovered_labels(state, options.handing_out, mesh),
                 lambda: (state.recovered, state.recovered_weight),
             )
             state = state.replace(recovered=recovered, recovered_weight=weight)
@@ -728,32 +725,24 @@ def make_recover(
 
 
 def recovered_labels(
-    state: TrainState,
-    options: StepOptions,
-    mesh: Mesh | None = None,
-    *,
-    handed_out: bool = False,
+    state: TrainState, options: StepOptions, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns `recovery.recover_labels` of a state at the end of an epoch, float32 [N, C] each.
 
     Args:
       state: whose scores and annotations they are made of.
-      options: of the run.
+      options: of the run for labels to learn from, their `handing_out` for those to hand out.
       mesh: the state's; None if it lies on one device.
-      handed_out: not to learn from but for whoever asks for labels: with `hands_out_others` hard
-        ones, beyond adaptive thresholds.
     """
-    scores, visits = recovery_scores(state, options, handed_out=handed_out)
-    positive, negative = recovery_thresholds(
-        state, scores, visits, options, mesh, handed_out=handed_out
-    )
+    scores, visits = recovery_scores(state, options)
+    positive, negative = recovery_thresholds(state, scores, visits, options, mesh)
     return recovery.recover_labels(
         scores,
         visits,
         state.annotations,
         positive_threshold=positive,
         negative_threshold=negative,
-        soft=options.soft and not (handed_out and options.hands_out_others),
+        soft=options.soft,
         confidence_power=options.confidence_power,
         active=state.step >= options.warmup_steps,
     )

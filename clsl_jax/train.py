@@ -612,7 +612,7 @@ class _Run:
         built = self.experiment
         labels = jax.jit(
             functools.partial(
-                steps.recovered_labels, options=built.options, mesh=built.mesh, handed_out=True
+                steps.recovered_labels, options=built.options.handing_out, mesh=built.mesh
             ),
             out_shardings=(state.recovered.sharding, state.recovered_weight.sharding),
         )

@@ -442,7 +442,7 @@ def test_other_labels_are_learned_from_than_the_safe_ones_that_are_handed_out(
         np.testing.assert_array_equal(state.recovered_weight[:N], expected)
         np.testing.assert_array_equal(state.recovered[:N] > 0, expected | (annotations == 1))
     # Whoever asks half way gets the safe ones all the same.
-    assert_same_trees(steps.recovered_labels(state, options, handed_out=True), safe(state))
+    assert_same_trees(steps.recovered_labels(state, options.handing_out), safe(state))
 
     state = harness.run(3)
     assert_same_trees((state.recovered, state.recovered_weight), safe(state))
@@ -454,8 +454,7 @@ def test_labels_are_handed_out_by_what_predictions_are_made_of(taught):
     options = make_options(thresholds=taught, evaluate_statistics=True, components=3)
     state = Harness(options).run(3)
     learned, given = (
-        steps.recovery_scores(state, options, handed_out=handed_out)[0][:N]
-        for handed_out in (False, True)
+        steps.recovery_scores(state, asked)[0][:N] for asked in (options, options.handing_out)
     )
     informed = label_statistics.informed_probabilities(
         state.memory, state.annotations[:N], state.scores[:N]
