@@ -15,8 +15,13 @@ CORRECTIONS = ("none", "self_paced", "reject", "correct", "correct_for_good")
 def self_paced(logits: jax.Array, *, threshold: float, active: jax.Array | bool) -> jax.Array:
     """Where an unknown label is taken for a positive because the network says so.
 
-    The loss of an unknown label is that of a positive where ``sigmoid(logits) > threshold``, that
-    of a negative elsewhere.
+    With ``p = sigmoid(logits)`` the loss of an unknown label is that of a positive where v = 1, of
+    a negative elsewhere::
+
+        v loss(logits, 1) + (1 - v) loss(logits, 0),   v = 1[p > threshold] if active else 0
+
+    The paper corrects in this way every label that is no known positive; known negatives, which it
+    has none of, stay negatives here.
 
     Args:
       logits: [B, C].
@@ -36,6 +41,10 @@ def self_paced(logits: jax.Array, *, threshold: float, active: jax.Array | bool)
 def large_losses(losses: jax.Array, candidates: jax.Array, share: jax.Array | float) -> jax.Array:
     """The candidates with the largest losses of the batch.
 
+    Of n candidates the ``ceil(share n)`` of largest loss. In the paper they are those of loss
+    ``> R(t)`` in epoch t = 1, 2, ..., R(t) being the loss with a share (t - 1) delta of losses
+    above it (LL-R, LL-Ct), or a share delta (LL-Cp).
+
     Args:
       losses: [B, C] of the candidates as they are labelled now.
       candidates: bool [B, C].
@@ -46,8 +55,7 @@ def large_losses(losses: jax.Array, candidates: jax.Array, share: jax.Array | fl
       bool [B, C], True at exactly that many candidates; of equal losses the earlier ones.
 
     Source: Kim et al., Large Loss Matters in Weakly Supervised Multi-Label Classification, arXiv
-    2206.03740: the share is (t - 1) delta in epoch t where labels are rejected (LL-R)
-    or corrected for the time being (LL-Ct), and delta where they are corrected for good (LL-Cp).
+    2206.03740.
     """
     flat = jax.lax.stop_gradient(jnp.where(candidates, losses, -jnp.inf)).ravel()
     order = jnp.argsort(-flat)  # stable
@@ -70,9 +78,18 @@ def assumed_targets(
 ) -> tuple[jax.Array, jax.Array]:
     """Targets and weights where unknown labels are taken for negatives.
 
-    Of an unknown entry with the loss l against the target `assumed`, among the `share` of largest l
-    or not: ``reject`` has the weight 0 there and 1 elsewhere (LL-R), ``correct`` the target 1 there
-    (LL-Ct); ``correct_for_good`` (LL-Cp) keeps it, in `corrected` of later steps.
+    With l the loss of an unknown entry against the target a = `assumed`, and L the entries of
+    `large_losses`, its target and weight are::
+
+        none              (a, 1)
+        self_paced        (1, 1) where `self_paced`, else (a, 1)               SPLC
+        reject            (a, 0) in L, else (a, 1)                             LL-R
+        correct           (1, 1) in L, else (a, 1)                             LL-Ct
+        correct_for_good  (1, 1) in L and, in later steps, where it once was   LL-Cp
+
+    The paper of the last three, with p = sigmoid(logits), multiplies the loss -log(1 - p) of an
+    unknown label by lambda: 0 in L for LL-R, ``log p / log(1 - p)`` in L for LL-Ct, which makes it
+    -log p, 1 elsewhere; LL-Cp changes the label itself.
 
     Args:
       logits: [B, C].
@@ -121,7 +138,17 @@ def estimate_update(
 
         BCE(q, sigmoid(logits)) summed over classes + positives_weight * C * expected_positives_loss
 
-    with known labels in the place of what the network says.
+    with known labels in the place of what the network says. With p that or the label, z the logit
+    of q and k = `positives`::
+
+        z <- z - rate (q - p + positives_weight 2 (mean_n sum_c q_nc - k) / C  q (1 - q))
+
+    The network in turn learns p from q. The paper minimises ``(L(p | q) + L(q | p)) / 2``, where
+    what stands after the bar carries no gradient::
+
+        L(p | q) = BCE(p, q) + BCE(p, 1) at known positives + weight * expected_positives_loss(p)
+
+    Here a known label takes the place of p or q instead of having a term of its own.
 
     Args:
       estimates: [B, C], probabilities in (0, 1).
@@ -134,7 +161,7 @@ def estimate_update(
       The new estimates [B, C], strictly between 0 and 1.
 
     Source: Cole et al., Multi-Label Learning from Single Positive Labels, arXiv 2106.09708
-    (regularised online label estimation, ROLE); the paper updates by Adam.
+    (regularised online label estimation, ROLE), which updates p and q by Adam.
     """
     q = jnp.clip(estimates, 1e-4, 1.0 - 1e-4)
     said = jax.nn.sigmoid(jax.lax.stop_gradient(logits).astype(jnp.float32))

@@ -127,7 +127,8 @@ def hill_loss(
         positive: -(1 - m)^gamma log m          negative: (3/2 - p) p^2
 
     The gradient of a negative is 3 p^2 (1 - p)^2, largest at p = 1/2 and none at 1: an unlabelled
-    positive taken for a negative, which the network contradicts, is left alone.
+    positive taken for a negative, which the network contradicts, is left alone. The negative term
+    is the paper's (lambda - p) p^2 with its lambda = 3/2, the positive one its focal margin loss.
 
     Args:
         logits: any shape, finite. Types below float32 are computed in float32.
@@ -179,7 +180,12 @@ def _focal_margin(logits: jax.Array, margin: float, gamma: float) -> jax.Array:
 def expected_positives_loss(logits: jax.Array, positives: jax.Array | float) -> jax.Array:
     """Squared difference of expected and given number of positives an image, as a share of C.
 
-    ``((mean_n sum_c sigmoid(logits) - positives) / C)^2``
+    With ``p = sigmoid(logits)`` and k = `positives` this is the second term, without its weight, of
+    the paper's loss::
+
+        cross entropy of the known positives + weight ((mean_n sum_c p_nc - k) / C)^2
+
+    In the methods here that use it the first term is over known negatives as well.
 
     Args:
         logits: [B, C].

@@ -3,6 +3,40 @@
 All share backbone, data, augmentation, schedule and evaluation; a method sets what the loss does
 with unknown labels. Those of other papers are their rule for unknown labels within this network,
 not their authors' programs; where a part is left out, `note` says so.
+
+The rules of `losses.py` and `corrections.py` stand there as equations. The others, of image n and
+class c, with the label y where it is known, the network's p = sigmoid(logit), a target q of weight
+w where it is unknown, BCE(p, t) = -t log p - (1 - t) log(1 - p)::
+
+    known_bce        mean of BCE(p, y) over known cells
+                     paper: mean over images of g(share known) / C * sum of BCE(p, y) over known c,
+                     g(u) = alpha u^gamma + beta
+    negative_bce     q = 0, w = 1
+    negative_smooth  e = 0.1: target 1 - e/2 of positives, e/2 of known negatives and unknown cells
+    negative_weak    q = 0, w = 1 / (C - 1)
+                     paper, of these three: the same, with no label known to be negative
+    curriculum       s = p of the row's last visit: q = 1[s >= 0.9], w = 1[s >= 0.9 or s < 0.1]
+                     paper, of the logit x: label sign(x), w = 1[x >= theta or x < -theta]
+    ema_teacher      weights theta' <- a theta' + (1 - a) theta after each step; q = p of theta' on
+                     the image before augmentation, at the row's last visit, w = 1: BCE(p, q)
+                     paper: (p - q)^2 of the step itself, with noise on both views
+    co_occurrence    s = mean of P(c | j) over the image's known positives j != c, P(c) without any;
+                     P(c) = (positives of c + 1) / (known cells of c + 2)
+                     P(c | j) = (images of c and j + P(c)) / (images of j where c is known + 1)
+                     q = 1[s >= t+], w = 1[s >= t+ or s < t-, not both]: t+ and t- of class c by
+                     `recovery.adaptive_thresholds`, at the precisions of the configuration
+                     paper: P(c | j) of image n by a layer on its features of c and j, one threshold
+    prototypes       s = (1 + cos(f, m)) / 2 of the features f of class c and the prototype m, m <-
+                     a m + (1 - a) (mean f of the batch's known positives); s is averaged over
+                     visits by the configuration's momentum; q and w from s as in co_occurrence
+                     paper: mean of cos(f, m) over several prototypes, thresholds that are learned
+    blending         f' = b f + (1 - b) f2 and q = 1 - b with b = 1/2, f2 of a known positive in the
+                     image before or, at one c, the prototype; mean BCE over known and blended cells
+                     paper: b is learned
+    statistics       q = P(c | the image's known labels) = sum_k P(k | these) P(c | k), w = 1
+
+P(c | j) at a known cell, on which thresholds are calibrated, leaves that cell itself out. How the
+losses of known and unknown cells add up is the scale's (`losses.py`).
 """
 
 import dataclasses
@@ -53,6 +87,9 @@ _SPLC_PAPER = "Zhang et al., arXiv 2112.07368"
 _LARGE_LOSS = "Kim et al., Large Loss Matters, arXiv 2206.03740"
 _COLE = "Cole et al., Single Positive Labels, arXiv 2106.09708"
 _GAMMAS = "gammas and clip of the configuration (negatives 2, positives 0, 0; paper: 4, 0, 0.05)"
+_NOTHING_RECOVERED = (
+    "where none is right enough on them nothing is recovered, which leaves known labels, BCE"
+)
 _DELTA = "delta is not tuned; a share of the unknown cells (in the authors' program, of all)"
 
 METHODS: Mapping[str, Method] = {
@@ -162,21 +199,22 @@ METHODS: Mapping[str, Method] = {
             "recovery.weight": 1.0,
         },
         note="targets are the teacher's probabilities at the row's last visit; the strong view is "
-        "the configuration's augmentation (in `scenes` shift, scale and colours)",
+        "the configuration's augmentation (in `scenes` shift, scale and colours): where that "
+        "augments nothing, as in `table` with its cached features, both views are the same",
     ),
     "co_occurrence": Method(
         "co-occurrence transfer (SST, within images)",
         "Chen et al., arXiv 2112.10941",
         _EPOCH | _BCE | _TRANSFERRED | {"recovery.source": "co_occurrence"},
         note="frequencies of known labels in the place of a learned co-occurrence; thresholds "
-        "calibrated on known cells, for negatives as well",
+        f"calibrated on known cells, for negatives as well: {_NOTHING_RECOVERED}",
     ),
     "prototypes": Method(
         "prototype transfer (HST, across images)",
         "Chen et al., arXiv 2205.11131",
         _EPOCH | _BCE | _TRANSFERRED | {"recovery.source": "prototypes"},
         note="one moving prototype a class, no contrastive loss; thresholds calibrated on known "
-        "cells, for negatives as well",
+        f"cells, for negatives as well: {_NOTHING_RECOVERED}",
     ),
     "blending": Method(
         "instance and prototype blending (SARB)",

@@ -1,19 +1,24 @@
 """From a method's name to numbers: the keys it sets, the targets and the loss of a small batch."""
 
+import functools
 import math
 import runpy
 import types
 
 import commands
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
 from clsl_jax import config as config_lib
-from clsl_jax import corrections, experiment, losses, methods, steps
+from clsl_jax import corrections, experiment, losses, methods, steps, train_state
 
 STEPS = 10  # of an epoch
+STILL = optax.sgd(0.0)  # weights stay as they are
 ANNOTATIONS = np.array([[1, -1, 0, -1], [-1, -1, -1, 1]], np.int8)
 LOGITS = np.array([[2.0, 1.5, -1.0, 0.3], [-0.5, 0.8, -2.0, 3.0]])
 KNOWN = ANNOTATIONS >= 0
@@ -22,7 +27,7 @@ KNOWN = ANNOTATIONS >= 0
 def options_of(name):
     config = runpy.run_path(commands.CONFIG)["get_config"]()
     with config.unlocked():
-        config.update_from_flattened_dict(dict(methods.METHODS[name].settings))
+        config.update_from_flattened_dict(dict(methods.find(name).settings))
     return experiment.step_options(config, STEPS)
 
 
@@ -192,29 +197,254 @@ def test_expected_positives_are_those_of_the_known_labels():
     assert options_of("epr").expected_positives == 1.0
 
 
-def test_what_recovers_from_scores():
-    expected = {
-        "curriculum": ("scores", "student", "fixed", 0.9, 0.1, False, 0.0, "bce"),
-        "ema_teacher": ("scores", "ema", "fixed", 0.0, 0.0, True, 0.0, "bce"),
-        "co_occurrence": ("co_occurrence", "ema", "adaptive", 0.5, 0.5, False, 0.5, "bce"),
-        "prototypes": ("prototypes", "ema", "adaptive", 0.5, 0.5, False, 0.5, "bce"),
-        "statistics": ("statistics", "ema", "fixed", 0.0, 0.0, True, 0.5, "asl"),
+class Given(nn.Module):
+    """Features [B, C, 1, D], those of class c in place c; a logit is a weight times the first."""
+
+    @nn.compact
+    def __call__(self, features, embeddings, adjacency, *, train, blend=None):
+        semantic = features[:, :, 0]
+        weight = self.param("weight", nn.initializers.ones, ())
+        return weight * semantic[..., 0], {"global_logits": None, "semantic_features": semantic}
+
+
+def whole_state(annotations, step, *, student=1.0, teacher=1.0, memory=()):
+    """A train state of `Given` before its step `step`, nothing visited, nothing recovered."""
+    annotations = jnp.asarray(annotations, jnp.int8)
+    nothing = jnp.zeros(annotations.shape, jnp.float32)
+    rows = jnp.zeros(len(annotations), jnp.int32)
+    params = {"model": {"weight": jnp.float32(student)}}
+    return train_state.TrainState(
+        step=jnp.int32(step),
+        params=params,
+        batch_stats={},
+        frozen={},
+        opt_state=STILL.init(params),
+        ema_params={"model": {"weight": jnp.float32(teacher)}},
+        ema_batch_stats={},
+        rng=jax.random.key_data(jax.random.key(0)),
+        label_embeddings=jnp.zeros(()),
+        adjacency=jnp.zeros(()),
+        annotations=annotations,
+        scores=nothing,
+        visits=rows,
+        recovered=nothing,
+        recovered_weight=nothing,
+        memory={name: jnp.asarray(value, jnp.float32) for name, value in dict(memory).items()},
+        sums=dict.fromkeys(train_state.SUM_NAMES, jnp.zeros(())),
+        faults=rows,
+        fault_step=jnp.int32(-1),
+        faulty_steps=jnp.int32(0),
+    )
+
+
+@functools.cache
+def train_step_of(name):
+    return jax.jit(steps.make_train_step(Given(), STILL, options_of(name)))
+
+
+@functools.cache
+def recover_of(name):
+    return jax.jit(steps.make_recover(options_of(name)))
+
+
+def seen(name, state, *batches):
+    """The state after a step of each batch, {"image" and "clean": [B, C] or [B, C, D]}."""
+    for batch in batches:
+        features = {
+            view: jnp.asarray(x, jnp.float32).reshape(len(x), len(x[0]), 1, -1)
+            for view, x in batch.items()
+        }
+        rows = jnp.arange(len(batch["image"]), dtype=jnp.int32)
+        state = train_step_of(name)(state, {"row": rows, **features})
+    return state
+
+
+def recovered(name, state):
+    """(labels, weights) [N, C] at the end of an epoch, of a method's own settings."""
+    state = recover_of(name)(state)
+    return np.asarray(state.recovered), np.asarray(state.recovered_weight)
+
+
+def test_curriculum_takes_what_the_student_last_said_clearly():
+    """s(2.2) = 0.9002 and s(2.19) = 0.8993: the threshold 0.9 lies between; likewise at 0.1."""
+    annotations = [[1, -1], [-1, 0], [-1, -1], [-1, -1]]
+    said = [[0.0, 2.2], [2.19, -3.0], [-2.2, -2.19]]  # the fourth row is not seen
+    first, last = {"image": [[5.0] * 2] * 3}, {"image": said}
+    state = seen("curriculum", whole_state(annotations, 2 * STEPS - 2, teacher=-1.0), first, last)
+    labels, weights = recovered("curriculum", state)
+    np.testing.assert_array_equal(labels, [[1, 1], [0, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(weights, [[0, 1], [0, 0], [1, 0], [0, 0]])
+    # One step before the end of the second epoch, the configuration's warm-up, nothing is.
+    assert not recovered("curriculum", state.replace(step=state.step - 1))[1].any()
+
+    state = recover_of("curriculum")(state)
+    sums = seen("curriculum", state, last).sums
+    # Known: logit 0 of a positive, -3 of a negative. Recovered: 2 of the batch's 4 unknown cells.
+    known = (math.log(2) + math.log1p(math.exp(-3))) / 2
+    assert float(sums["loss_known"]) == pytest.approx(known, rel=1e-5)
+    assert float(sums["loss_recovered"]) == pytest.approx(
+        2 * math.log1p(math.exp(-2.2)) / 4, rel=1e-5
+    )
+    assert float(sums["loss"]) == pytest.approx(
+        float(sums["loss_known"] + sums["loss_recovered"]), rel=1e-5
+    )
+
+
+def test_the_ema_teacher_teaches_what_it_last_said_of_the_clean_image():
+    annotations = [[1, -1], [-1, 0], [-1, -1]]
+    clean = [[1.0, 2.0], [-1.0, 3.0]]  # the third row is not seen
+    before = {"image": [[7.0] * 2] * 2, "clean": [[9.0] * 2] * 2}
+    last = {"image": [[-4.0] * 2] * 2, "clean": clean}
+    start = whole_state(annotations, 2 * STEPS - 2, student=3.0, teacher=0.5)
+    state = seen("ema_teacher", start, before, last)
+    labels, weights = recovered("ema_teacher", state)
+    moved = 0.99 * 0.5 + 0.01 * 3.0  # theta' after the step before, at optim.ema_decay = 0.99
+    expected = [[1, sigmoid(2 * moved)], [sigmoid(-moved), 0], [0, 0]]
+    np.testing.assert_allclose(labels, expected, rtol=1e-5)
+    np.testing.assert_array_equal(weights, [[0, 1], [1, 0], [0, 0]])
+
+    # The student learns on the other view: logits 3 * -4, whose loss at q is 12 q up to e^-12.
+    state = recover_of("ema_teacher")(state)
+    sums = seen("ema_teacher", state, last).sums
+    taught_mean = 12 * (sigmoid(2 * moved) + sigmoid(-moved)) / 2
+    assert float(sums["loss_recovered"]) == pytest.approx(taught_mean, rel=1e-4)
+    assert float(sums["loss_known"]) == pytest.approx(12 / 2, rel=1e-4)
+
+    # Where nothing is augmented, as in the table's configuration, there is one view for both.
+    table = runpy.run_path(f"{commands.REPOSITORY}/configs/table.py")["get_config"]()
+    assert experiment.augmentation(table).is_identity
+    alone = seen("ema_teacher", start, {"image": clean})
+    np.testing.assert_allclose(alone.scores[:2], sigmoid(0.5 * np.array(clean)), rtol=1e-5)
+
+
+def test_co_occurrence_takes_what_known_positives_make_sure():
+    """Classes a, b, c: b is there with a and is not with c, in six images each.
+
+    P(b) = (6 + 1) / (12 + 2) = 1/2. At a known cell, which is left out itself, P(b | a) is
+    (5 + 1/2) / (5 + 1) and P(b | c) (0 + 1/2) / (5 + 1); at an unknown one 6.5 / 7 and 0.5 / 7.
+    P(a) = (7 + 1) / (8 + 2). Nothing is known of c's absence.
+    """
+    both, other, a, c, no_a, nothing = (
+        [1, 1, -1],
+        [-1, 0, 1],
+        [1, -1, -1],
+        [-1, -1, 1],
+        [0, -1, -1],
+        [-1, -1, -1],
+    )
+    state = whole_state([both] * 6 + [other] * 6 + [a, c, no_a, nothing], 2 * STEPS)
+    options = options_of("co_occurrence")
+    scores, visits = jax.jit(functools.partial(steps.recovery_scores, options=options))(state)
+    np.testing.assert_allclose(
+        scores[:, 1], [5.5 / 6] * 6 + [0.5 / 6] * 6 + [6.5 / 7, 0.5 / 7, 0.5, 0.5], rtol=1e-5
+    )
+    # P(a | b) at six known cells, P(a) elsewhere: c was never seen beside a known a.
+    np.testing.assert_allclose(scores[:, 0], [5.8 / 6] * 6 + [0.8] * 10, rtol=1e-5)
+    np.testing.assert_array_equal(visits, [1] * 15 + [0])
+
+    thresholds = jax.jit(functools.partial(steps.recovery_thresholds, options=options))
+    positive, negative = thresholds(state, scores, visits)
+    # b: every known cell from the first of 1024 edges above 0.5 / 6 on is positive, every one below
+    # the last edge under 5.5 / 6 negative. a: 7 of 8 from 0.8 on are too few, 6 of 6 above are not.
+    np.testing.assert_allclose(positive[:2], [820 / 1024, 86 / 1024])
+    np.testing.assert_allclose(negative[1], 938 / 1024)
+    assert positive[2] > 1
+    assert (negative[jnp.array([0, 2])] < 0).all()
+
+    labels, weights = recovered("co_occurrence", state)
+    expected = np.zeros((16, 3))
+    expected[12, 1] = expected[13, 1] = 1  # 6.5 / 7 a positive, 0.5 / 7 a negative, 1/2 is both
+    np.testing.assert_array_equal(weights, expected)
+    known = np.maximum(np.asarray(state.annotations), 0)
+    known[12, 1] = 1
+    np.testing.assert_array_equal(labels, known)
+    assert not recovered("co_occurrence", state.replace(step=jnp.int32(2 * STEPS - 1)))[1].any()
+
+
+def test_prototypes_take_what_is_as_like_them_as_known_positives():
+    """Class 0 has the prototype (1, 0), class 1 none yet, so that all likenesses are 1/2.
+
+    (3, 4) and (-3, 4) have cosines of 0.6 and -0.6: likenesses of 0.8 and 0.2; (24, 7) and (-24, 7)
+    of 0.98 and 0.02.
+    """
+    annotations = [[1, 1]] * 6 + [[0, 0]] * 6 + [[-1, -1]] * 4
+    features = [[[3, 4], [0, 2]]] * 6 + [[[-3, 4], [1, 1]]] * 6
+    features += [[[24, 7], [0, 2]], [[-24, 7], [1, 1]], [[0, 5], [0, 2]]]  # not the last row
+    prototypes = {"prototypes": [[1, 0], [0, 0]]}
+    state = seen(
+        "prototypes",
+        whole_state(annotations, 2 * STEPS - 1, memory=prototypes),
+        {"image": features},
+    )
+    likeness = [0.8] * 6 + [0.2] * 6 + [0.98, 0.02, 0.5]
+    np.testing.assert_allclose(state.scores[:15, 0], likeness, atol=1e-6)
+    np.testing.assert_allclose(state.scores[:15, 1], 0.5, atol=1e-6)
+    # 0.99 of the old one and 0.01 of the mean; the first mean as it is.
+    np.testing.assert_allclose(state.memory["prototypes"], [[1.02, 0.04], [0, 2]], rtol=1e-5)
+
+    options = options_of("prototypes")
+    thresholds = jax.jit(functools.partial(steps.recovery_thresholds, options=options))
+    positive, negative = thresholds(state, state.scores, state.visits)
+    np.testing.assert_allclose([positive[0], negative[0]], [205 / 1024, 819 / 1024])
+    labels, weights = recovered("prototypes", state)
+    np.testing.assert_array_equal(weights, [[0, 0]] * 12 + [[1, 0], [1, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(
+        labels, [[1, 1]] * 6 + [[0, 0]] * 6 + [[1, 0], [0, 0], [0, 0], [0, 0]]
+    )
+
+
+def test_where_no_threshold_is_right_enough_a_transfer_is_known_labels_alone():
+    """Half of the images with a have b: no threshold has 90 % on one side."""
+    rows = [[1, 1], [1, 0]] * 3 + [[1, -1]]
+    state = whole_state(rows, 2 * STEPS)
+    assert not recovered("co_occurrence", state)[1].any()
+    features = np.random.default_rng(0).normal(size=(7, 2, 2))
+    features[:6] = [[1, 1], [1, 1]]  # known positives and negatives look the same
+    start = whole_state(rows, 2 * STEPS - 1, memory={"prototypes": [[1, 0], [0, 1]]})
+    state = seen("prototypes", start, {"image": features})
+    assert not recovered("prototypes", state)[1].any()
+    for name in ("co_occurrence", "prototypes"):
+        assert "nothing is recovered" in methods.find(name).note
+        # `taught` has a state of which nothing was recovered.
+        assert taught(name, 5)[0] == taught("known_bce", 5)[0]
+
+
+def test_statistics_alone_teach_the_posterior_of_the_known_labels():
+    """Two equally likely kinds of images, with classes of (0.8, 0.8, 0.2) and (0.2, 0.4, 0.6).
+
+    With the first class the kinds are 0.8 to 0.2; without the second and with the third, 0.2 * 0.2
+    to 0.6 * 0.6, they are 0.1 to 0.9.
+    """
+    kinds = np.array([[0.8, 0.8, 0.2], [0.2, 0.4, 0.6]])
+    memory = {
+        "frequencies": kinds.mean(axis=0),
+        "mixture_prior": np.log([0.5, 0.5]),
+        "mixture_logits": np.log(kinds / (1 - kinds)),
     }
-    for name, found in expected.items():
-        o = options_of(name)
-        assert o.recovery_mode == "epoch"
-        assert not o.loss_statistics
-        assert not o.evaluate_statistics
-        assert found == (
-            o.source,
-            o.teacher,
-            o.thresholds,
-            o.positive_threshold,
-            o.negative_threshold,
-            o.soft,
-            o.momentum,
-            o.loss_name,
-        ), name
+    annotations = [[1, -1, -1], [-1, 0, 1], [-1, -1, -1]]
+    state = whole_state(annotations, STEPS, memory=memory)
+    labels, weights = recovered("statistics", state)
+    # 0.8 * 0.8 + 0.2 * 0.4, 0.8 * 0.2 + 0.2 * 0.6, 0.1 * 0.8 + 0.9 * 0.2
+    np.testing.assert_allclose(labels, [[1, 0.72, 0.28], [0.26, 0, 1], [0, 0, 0]], rtol=1e-5)
+    np.testing.assert_array_equal(weights, [[0, 1, 1], [1, 0, 0], [0, 0, 0]])
+    assert not recovered("statistics", state.replace(step=jnp.int32(STEPS - 1)))[1].any()
+
+    # At logits of 0 a positive costs log 2, a negative a quarter of it: 1/4 + 3/4 q at q. Of three
+    # known labels two are positive; of six unknown cells three are taught; their weight is 1/2.
+    state = recover_of("statistics")(state)
+    sums = seen("statistics", state, {"image": [[0.0] * 3] * 3}).sums
+    known, unknown = 2.25 / 3, (0.75 + 0.75 * (0.72 + 0.28 + 0.26)) / 6
+    assert float(sums["loss"]) == pytest.approx((known + 0.5 * unknown) * math.log(2), rel=1e-5)
+
+
+def test_methods_that_recover_by_the_epoch_have_no_label_statistics_besides():
+    for name in ("curriculum", "ema_teacher", "co_occurrence", "prototypes", "statistics"):
+        options = options_of(name)
+        assert options.recovery_mode == "epoch"
+        assert not options.loss_statistics
+        assert not options.evaluate_statistics
+        assert not options.hands_out_others
+        assert options.loss_name == ("asl" if name == "statistics" else "bce")
 
 
 def test_every_number_of_the_configuration_arrives():
