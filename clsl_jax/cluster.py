@@ -115,6 +115,22 @@ def agree(work: Callable[[], Result]) -> Result:
     return result
 
 
+def from_first(work: Callable[[], str]) -> str:
+    """Returns `work()` of process 0, on every process; if it cannot be done there, all fail.
+
+    Args:
+      work: without collectives; every process must call this.
+    """
+    text = agree(lambda: work() if jax.process_index() == 0 else "")
+    if jax.process_count() == 1:
+        return text
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
+    sent = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        sent[:] = np.frombuffer(text.encode(), np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(sent)).decode()
+
+
 def check_alike(facts: Mapping[str, str]) -> None:
     """Makes sure that every process works on the same thing.
 

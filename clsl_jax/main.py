@@ -31,9 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run; made if it does not exist.")
     flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
     flags.DEFINE_bool("distributed", False, "Join the other processes that train this run.")
-    flags.DEFINE_integer(
-        "stopped_status", 0, "Exit status of a training that SIGTERM stopped.", 0, 255
-    )
+    flags.DEFINE_integer("stopped_status", 0, "Exit status where SIGTERM stopped it.", 0, 255)
     flags.DEFINE_string("weights", None, "evaluate: a torch checkpoint instead of the run's own.")
 
 
@@ -70,11 +68,9 @@ def _run(values: flags.FlagValues, config: ml_collections.ConfigDict | None) -> 
     cluster.meet("has started")
     if values.weights:
         torch_checkpoint.evaluate_checkpoint(config, values.workdir, values.weights)
-    elif values.mode == "evaluate":
-        train.evaluate_only(config, values.workdir)
-    elif train.train_and_evaluate(config, values.workdir) is None:
-        return values.stopped_status
-    return None
+        return None
+    work = train.evaluate_only if values.mode == "evaluate" else train.train_and_evaluate
+    return values.stopped_status if work(config, values.workdir) is None else None
 
 
 def cli() -> None:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -58,12 +58,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
             run.close()
 
 
-def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dict[str, Any]:
+def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dict[str, Any] | None:
     """Evaluates the last and the best checkpoint of `workdir` again; writes `evaluation.json`.
 
     Args:
       config: must agree with the one of the run where numbers depend on it; None takes that one.
       workdir: of a run of `train_and_evaluate`.
+
+    Returns:
+      What `evaluation.json` holds; None if SIGTERM stopped it.
 
     Raises:
       InputError: if there is no such run or no sound checkpoint, or if the workdir cannot be held:
@@ -72,18 +75,24 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
     # Before anything asks JAX for its processes, which starts it; what is wrong is told below.
     with contextlib.suppress(InputError):
         sharding.divide_cpu(Workdir.stored_config(workdir).cpu_devices)
-    stored = cluster.agree(lambda: Workdir.stored_config(workdir))
+    # Where each process has a workdir of its own, that of process 0 alone has it.
+    stored = config_lib.from_json(
+        cluster.from_first(lambda: config_lib.to_json(Workdir.stored_config(workdir))), workdir
+    )
     if config is not None:
         config_lib.validate(config)
         config_lib.check_resume(stored, config, workdir)
     config = stored if config is None else config
-    with Workdir(workdir) as where:
+    with Workdir(workdir) as where, PreemptionGuard() as guard:
         log = RunLog(workdir)
         built = _build(config, where, log)
-        run = _Run(config, built, where, log, None, read_only=True)
+        run = _Run(config, built, where, log, guard, read_only=True)
         try:
             with _unwritable(workdir):
                 return run.evaluate()
+        except Preempted as stopped:
+            log.console.print(f"{stopped} Run the same command again.")
+            return None
         finally:
             run.close()
 
@@ -136,7 +145,7 @@ class _Run:
         built: Experiment,
         workdir: Workdir,
         log: RunLog,
-        guard: PreemptionGuard | None,
+        guard: PreemptionGuard,
         read_only: bool = False,
     ) -> None:
         self.config, self.experiment, self.workdir = config, built, workdir
@@ -151,9 +160,13 @@ class _Run:
             keep=config.checkpoint.keep,
             read_only=read_only,
         )
-        self.steps: CompiledSteps = compile_steps(
-            built, config, report=log.console.print, training=not read_only
-        )
+        try:
+            self.steps: CompiledSteps = compile_steps(
+                built, config, report=log.console.print, training=not read_only
+            )
+        except BaseException:
+            self.checkpointer.close()
+            raise
         # The full labels, for the diagnostic of recovery alone: only `steps.count` sees them.
         self.hidden = None
         if built.options.teaches:
@@ -175,7 +188,7 @@ class _Run:
 
     def train(self) -> dict[str, Any]:
         built = self.experiment
-        restored = self.checkpointer.restore_latest(built.abstract_state)
+        restored = self.checkpointer.restore_latest(built.abstract_state, accept=self._check_origin)
         if restored is None:
             state, step, epoch_done = built.new_state(self.log.console.print), 0, True
         else:
@@ -183,7 +196,6 @@ class _Run:
             epoch_done = meta["epoch_done"]
             self.unreadable = set(meta["unreadable"])
             self.faulty_steps = int(jax.device_get(state.faulty_steps))
-            self._check_origin(meta)
             self.log.console.print(f"Going on from step {step} of {built.total_steps}.")
         self._adopt()
         if built.options.recovery_mode == "epoch":
@@ -247,7 +259,7 @@ class _Run:
             return built.dataset
 
         def poll() -> None:
-            if self._stop_requested():
+            if self.guard.reached():
                 raise Preempted("Stopped by SIGTERM while features were computed.")
 
         return features.cached_features(
@@ -294,7 +306,7 @@ class _Run:
         title = f"epoch {epoch + 1}/{self.config.epochs}"
         with self.log.progress(title, end - step, built.batch_size) as bar:
             while step < end:
-                if self._stop_requested():
+                if self.guard.reached():
                     self._save(state, step, epoch_done=step % built.steps_per_epoch == 0)
                     self._stop(step)
                 batch = sharding.put_rows(built.mesh, self._readable(next(data)))
@@ -350,7 +362,7 @@ class _Run:
         values.update(found)
 
         def poll() -> None:
-            if self._stop_requested():
+            if self.guard.reached():
                 self._save(state, step, epoch_done=False)
                 self._stop(step)
 
@@ -402,7 +414,9 @@ class _Run:
             }
         return values
 
-    def _split_values(self, state: TrainState, name: str, poll: Any) -> dict[str, Any]:
+    def _split_values(
+        self, state: TrainState, name: str, poll: Callable[[], None]
+    ) -> dict[str, Any]:
         split = getattr(self.inputs, name)
         scores = self._predict(state, split, poll)
         values: dict[str, Any] = {}
@@ -419,7 +433,9 @@ class _Run:
         values[f"{name}/OF1"] = scored["threshold_0.5"]["OF1"]
         return values
 
-    def _predict(self, state: TrainState, split: Any, poll: Any = lambda: None) -> np.ndarray:
+    def _predict(
+        self, state: TrainState, split: sources.Split, poll: Callable[[], None]
+    ) -> np.ndarray:
         weights = evaluation_weights(state, ema=self.experiment.options.evaluate_ema)
         return evaluate.predict(
             split.images,
@@ -446,9 +462,6 @@ class _Run:
         return "  ".join(parts)
 
     # Stopping, saving, checking ---------------------------------------------------------------
-
-    def _stop_requested(self) -> bool:
-        return self.guard is not None and self.guard.reached()
 
     def _all_saved(self) -> None:
         """Makes sure that the last checkpoint is whole on disk; else ends the run."""
@@ -558,11 +571,12 @@ class _Run:
     # Results ----------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        restored = self.checkpointer.restore_latest(self.experiment.abstract_state)
+        restored = self.checkpointer.restore_latest(
+            self.experiment.abstract_state, accept=self._check_origin
+        )
         if restored is None:
             raise CheckpointError(f"{self.checkpoints} holds no checkpoint: train first.")
         state, meta, step = restored
-        self._check_origin(meta)
         self.inputs = self._inputs(state)
         self.meta = meta
         self.unreadable = set(meta["unreadable"])
@@ -576,13 +590,18 @@ class _Run:
             at_hand={step: state},
             report=self.log.console.print,
         )
+
+        def poll() -> None:
+            if self.guard.reached():
+                raise Preempted("Stopped by SIGTERM in the last evaluation; everything is saved.")
+
         scores = {}
         for split in self.scored_splits:
-            scores["last", split] = self._predict(state, getattr(self.inputs, split))
+            scores["last", split] = self._predict(state, getattr(self.inputs, split), poll)
             scores["best", split] = (
                 scores["last", split]
                 if best_state is state
-                else self._predict(best_state, getattr(self.inputs, split))
+                else self._predict(best_state, getattr(self.inputs, split), poll)
             )
         if built.options.hands_out_others and step < built.total_steps:
             # What is counted and written is what would be handed out, not what is learned from.

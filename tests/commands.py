@@ -67,20 +67,23 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start_several(shared, workdir, *arguments, processes, devices, program=None):
-    """Starts so many processes of one run, each with so many devices, as on as many hosts."""
+def start_several(shared, workdir, *arguments, processes, devices, program=None, apart=False):
+    """Starts so many processes of one run, each with so many devices, as on as many hosts.
+
+    They share the workdir, or each has one of its own, `workdir-K`, if they are `apart`.
+    """
     address = f"127.0.0.1:{free_port()}"
     what = ["-c", program] if program else ["-m", "clsl_jax.main"]
-    command = [sys.executable, *what, f"--workdir={workdir}", *arguments]
     started = []
     for k in range(processes):
         settings = environment(shared, devices, processes)
         settings["JAX_COORDINATOR_ADDRESS"] = address
         settings["JAX_NUM_PROCESSES"], settings["JAX_PROCESS_ID"] = str(processes), str(k)
+        own = f"--workdir={workdir}-{k}" if apart else f"--workdir={workdir}"
         with open(f"{workdir}.{k}.log", "w", encoding="utf-8") as log:
             started.append(
                 subprocess.Popen(
-                    [*command, "--distributed"],
+                    [sys.executable, *what, own, *arguments, "--distributed"],
                     cwd=REPOSITORY,
                     env=settings,
                     stdout=log,

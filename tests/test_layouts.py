@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -40,8 +41,20 @@ STEPS = (
     "--config.recovery.positive_precision=0.3",
     "--config.recovery.negative_precision=0.8",
 )
-# Processes and devices of each. On 1x8 classes and wide layers are divided too.
-LAYOUTS = {"1x1": (1, 1), "1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2)}
+LAYOUTS = {"1x1": (1, 1), "1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2)}  # processes, devices of each
+# Among how many devices of a process classes and wide layers are divided.
+MODEL = {"1x1": 1, "1x8": 1, "2x4": 4, "4x2": 2}
+
+
+def of_layout(name):
+    """Arguments of a run on a layout."""
+    return (*STEPS, f"--config.mesh.model={MODEL[name]}", "--config.checkpoint.every_steps=0")
+
+
+def pictures_of(workdir):
+    """The argument of a run that drew so many."""
+    pictures = json.loads((workdir / "config.json").read_text())["evaluation"]["pictures"]
+    return f"--config.evaluation.pictures={pictures}"
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +63,10 @@ def runs(shared, tmp_path_factory):
     found = {}
     for name, (processes, devices) in LAYOUTS.items():
         workdir = tmp_path_factory.mktemp("run") / name
-        more = ("--config.mesh.model=2",) if name == "1x8" else ()
-        if name != "1x1":
-            more += ("--config.evaluation.pictures=2",)
+        more = () if name == "1x1" else ("--config.evaluation.pictures=2",)
         statuses, said = run_several(
-            shared, workdir, *STEPS, *more, "--config.checkpoint.every_steps=0",
-            processes=processes, devices=devices,
-        )  # fmt: skip
+            shared, workdir, *of_layout(name), *more, processes=processes, devices=devices
+        )
         assert statuses == [0] * processes, said[0]
         assert not any("epoch" in text for text in said[1:])
         found[name] = workdir
@@ -76,9 +86,31 @@ def start_parameters(shared):
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_any_layout_gives_the_same_numbers(runs, start_parameters, layout):
+    assert_close_runs(runs["1x1"], runs[layout], start_parameters)
+
+
+@pytest.mark.parametrize(("begun", "ended"), [("4x2", "1x1"), ("1x1", "2x4")])
+def test_a_run_goes_on_on_another_layout(shared, runs, start_parameters, tmp_path, begun, ended):
+    """Its last five steps on other processes and devices than the first fifteen."""
+    workdir = tmp_path / "run"
+    shutil.copytree(runs[begun], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    assert newest_step(workdir) == 15
+    (workdir / "results.json").unlink()
+    processes, devices = LAYOUTS[ended]
+    statuses, said = run_several(
+        shared, workdir, *of_layout(ended), pictures_of(workdir),
+        processes=processes, devices=devices,
+    )  # fmt: skip
+    assert statuses == [0] * processes, said[0]
+    assert "Going on from step 15 of 20" in said[0]
+    assert_close_runs(runs["1x1"], workdir, start_parameters)
+
+
+def assert_close_runs(expected, found, start_parameters):
     """To a thousandth of an array's largest entry, weights of how far they have come."""
-    step, one = saved_arrays(runs["1x1"])
-    other_step, other = saved_arrays(runs[layout])
+    step, one = saved_arrays(expected)
+    other_step, other = saved_arrays(found)
     assert step == other_step == 20
     assert one.keys() == other.keys()
     assert one["['recovered_weight']"].sum() > 50
@@ -96,9 +128,10 @@ def test_any_layout_gives_the_same_numbers(runs, start_parameters, layout):
     ways = [np.linalg.norm(one[key] - start) for key, start in start_parameters.items()]
     assert np.median(ways) > 1e-5  # far above rounding
     losses = [
-        [row["train/loss"] for row in read_log(runs[name] / "log.jsonl")]
-        for name in ("1x1", layout)
+        [row["train/loss"] for row in read_log(workdir / "log.jsonl")]
+        for workdir in (expected, found)
     ]
+    assert len(losses[0]) == 4
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
@@ -111,8 +144,9 @@ def test_a_checkpoint_is_evaluated_alike_on_another_layout(shared, runs, tmp_pat
     shutil.copytree(runs[saved], workdir)
     processes, devices = LAYOUTS[restored]
     statuses, said = run_several(
-        shared, workdir, "--mode=evaluate", processes=processes, devices=devices
-    )
+        shared, workdir, "--mode=evaluate", *of_layout(restored), pictures_of(workdir),
+        processes=processes, devices=devices,
+    )  # fmt: skip
     assert statuses == [0] * processes, said[0]
     before, after = (
         json.loads((workdir / name).read_text()) for name in ("results.json", "evaluation.json")
@@ -125,15 +159,52 @@ def test_a_checkpoint_is_evaluated_alike_on_another_layout(shared, runs, tmp_pat
         assert (runs[saved] / name).read_bytes() == (workdir / name).read_bytes()
 
 
+RESTORED = """
+import sys
+import jax, numpy as np
+from clsl_jax import cluster, command_line, evaluate, experiment
+from clsl_jax.checkpoint import Checkpointer
+
+cluster.join()
+workdir, *arguments = (x.removeprefix("--workdir=") for x in sys.argv[1:-1])
+built = experiment.build(command_line.config_of(arguments))
+checkpointer = Checkpointer(f"{workdir}/checkpoints", keep=2, read_only=True)
+state, _, _ = checkpointer.restore_latest(built.abstract_state)
+leaves, _ = jax.tree_util.tree_flatten_with_path(evaluate.gather(state))
+if jax.process_index() == 0:
+    np.savez(f"{workdir}/restored.npz", **{jax.tree_util.keystr(k): x for k, x in leaves})
+cluster.leave(0)
+"""
+
+
+@pytest.mark.parametrize(("saved", "restored"), [("4x2", "1x8"), ("1x1", "2x4")])
+def test_a_checkpoint_has_the_same_bits_on_another_layout(shared, runs, tmp_path, saved, restored):
+    workdir = tmp_path / "run"
+    shutil.copytree(runs[saved], workdir)
+    processes, devices = LAYOUTS[restored]
+    statuses, said = run_several(
+        shared, workdir, *of_layout(restored),
+        processes=processes, devices=devices, program=RESTORED,
+    )  # fmt: skip
+    assert statuses == [0] * processes, said[0]
+    _, arrays = saved_arrays(runs[saved])
+    with np.load(workdir / "restored.npz") as found:
+        assert len(found.files) >= 50
+        for key in found.files:
+            name = "".join(f"['{part}']" for part in re.findall(r"\w+", key))
+            np.testing.assert_array_equal(found[key], arrays[name], err_msg=key)
+
+
 def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path):
-    """SIGKILL to one, three times, SIGTERM to one, and the run ends with the same bits."""
+    """SIGKILL to one, four times, SIGTERM to one, and the run ends with the same bits."""
     chance = random.Random(0)
     workdir = tmp_path / "run"
     (workdir / "checkpoints").mkdir(parents=True)
     processes, devices = LAYOUTS["2x4"]
+    arguments = (*STEPS, f"--config.mesh.model={MODEL['2x4']}")
 
     def started_until(condition):
-        started = start_several(shared, workdir, *STEPS, processes=processes, devices=devices)
+        started = start_several(shared, workdir, *arguments, processes=processes, devices=devices)
         wait_for(condition, *started)
         return started
 
@@ -144,11 +215,15 @@ def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path)
         return lambda: newest_step(workdir) > before
 
     # While it compiles, then just after a next checkpoint: a step, an evaluation, the next save.
-    for moment in ("start", "checkpoint", "checkpoint"):
+    for moment in ("start", "checkpoint", "checkpoint", "alone"):
         saved = saved_again(newest_step(workdir))
         started = started_until(compiling if moment == "start" else saved)
         time.sleep(chance.uniform(0, 0.3))
-        chance.choice(started).send_signal(signal.SIGKILL)
+        killed = chance.choice(started)
+        killed.send_signal(signal.SIGKILL)
+        if moment == "alone":  # nothing takes care of the others: they end by themselves
+            others = [process.wait(timeout=200) for process in started if process is not killed]
+            assert 0 not in others
         time.sleep(chance.uniform(0, 1))
         for process in started:  # what srun, JobSet or local.sh do with the other one
             process.kill()
@@ -158,10 +233,36 @@ def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path)
     assert [p.wait(timeout=120) for p in started] == [0, 0]
     assert "Stopped by SIGTERM after step" in read(f"{workdir}.0.log")
     assert newest_step(workdir) < 20
-    statuses, said = run_several(shared, workdir, *STEPS, processes=processes, devices=devices)
+    statuses, said = run_several(shared, workdir, *arguments, processes=processes, devices=devices)
     assert statuses == [0] * processes, said[0]
     assert "Going on from step" in said[0]
     assert_same_run(runs["2x4"], workdir)
+
+
+def test_processes_with_workdirs_of_their_own(shared, tmp_path):
+    """As on hosts without a common disk, but for the checkpoints: what process 0 has is enough."""
+    workdir, how = tmp_path / "run", {"processes": 2, "devices": 1, "apart": True}
+    arguments = (
+        *STEPS,
+        "--config.epochs=2",
+        f"--config.checkpoint.dir={tmp_path / 'checkpoints'}",
+    )
+    statuses, said = run_several(shared, workdir, *arguments, **how)
+    assert statuses == [0, 0], said[0]
+    results = (tmp_path / "run-0" / "results.json").read_bytes()
+    assert not (tmp_path / "run-1" / "config.json").exists()
+    statuses, said = run_several(shared, workdir, "--mode=evaluate", **how)
+    assert statuses == [0, 0], said[0]
+    evaluated = json.loads((tmp_path / "run-0" / "evaluation.json").read_bytes())
+    assert evaluated["results"] == json.loads(results)["results"]
+
+    # On another machine in the place of the first one.
+    shutil.rmtree(tmp_path / "run-0")
+    shutil.rmtree(tmp_path / "checkpoints" / "10")
+    statuses, said = run_several(shared, workdir, *arguments, **how)
+    assert statuses == [0, 0], said[0]
+    assert "Going on from step 5 of 10" in said[0]
+    assert (tmp_path / "run-0" / "results.json").read_bytes() == results
 
 
 def test_a_second_run_in_the_workdir_is_refused_by_all_processes(shared, runs, tmp_path):

@@ -374,18 +374,32 @@ def test_sigterm_in_evaluation(shared, finished, tmp_path):
     """The command itself, but that the signal is sent just where epoch 2 is evaluated.
 
     Started again, it goes on with that evaluation, so that the second signal comes where epoch 3 is
-    evaluated.
+    evaluated, the third at epoch 4, the last of all, and the next where results are computed.
     """
     workdir = tmp_path / "run"
-    for arguments, expected, step in (((), 0, 12), (("--stopped_status=75",), 75, 18)):
+    for arguments, expected, step, rows in (
+        ((), 0, 12, 1),
+        (("--stopped_status=75",), 75, 18, 2),
+        ((), 0, 24, 3),
+        (("--stopped_status=75",), 75, 24, 4),
+    ):
         status, out, err = run(shared, workdir, *arguments, program=SIGNALLED)
         assert status == expected, err
-        assert f"Stopped by SIGTERM after step {step}" in out
+        where = "in the last evaluation" if rows == 4 else f"after step {step}"
+        assert f"Stopped by SIGTERM {where}" in out
         assert newest_step(workdir) == step
-        assert len(read_log(workdir / "log.jsonl")) == step // 6 - 1
+        assert len(read_log(workdir / "log.jsonl")) == rows
+        assert not (workdir / "results.json").exists()
     status, _, err = run(shared, workdir)
     assert status == 0, err
     assert_same_run(finished[0], workdir)
+    # An evaluation alone predicts one split twice, by the last weights and the best, or two.
+    status, out, err = run(
+        shared, workdir, "--mode=evaluate", "--stopped_status=75", program=SIGNALLED, tiny=False
+    )
+    assert status == 75, err
+    assert "Stopped by SIGTERM in the last evaluation" in out
+    assert not (workdir / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone"])
