@@ -205,43 +205,50 @@ class Checkpointer:
             force=True,
         )
 
-    def restore(self, abstract_state: Any, step: int) -> tuple[Any, dict[str, Any]]:
+    def restore(
+        self,
+        abstract_state: Any,
+        step: int,
+        *,
+        accept: Callable[[Mapping[str, Any]], None] = lambda meta: None,
+    ) -> tuple[Any, dict[str, Any]]:
         """Returns (state, meta) of one step.
 
         Args:
           abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, or `LEFT_OUT` in place of
             arrays that are not read: they stay that, and nothing is said of them.
           step: one of `steps()`.
+          accept: is given `meta` before the state is read, and raises `InputError` if it is not to
+            be: of a run of other data, say, whose state has other shapes.
 
         Raises:
           CheckpointError: if it is damaged or of another model or format.
+          InputError: of `accept`.
         """
         unusable = f"Checkpoint {self._directory / str(step)} cannot be used"
 
-        def read() -> tuple[Any, dict[str, Any]]:
-            try:
-                meta = self._manager.restore(
-                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-                ).meta
-                if meta.get("format") != FORMAT_VERSION:
-                    raise CheckpointError(
-                        f"format {meta.get('format')!r}, this program reads {FORMAT_VERSION}"
-                    )
-                how = ocp.args.PyTreeRestore(
-                    abstract_state,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
-                )
-                state = self._manager.restore(step, args=ocp.args.Composite(state=how)).state
-            except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-                raise CheckpointError(f"{unusable}: {_reason(error)}") from error
-            return state, meta
+        def read(**args: Any) -> Any:
+            def restored() -> Any:
+                try:
+                    return self._manager.restore(step, args=ocp.args.Composite(**args))
+                except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
+                    raise CheckpointError(f"{unusable}: {_reason(error)}") from error
 
-        try:  # all processes go on from it, or none
-            state, meta = cluster.agree(read)
-        except CheckpointError:
-            raise
-        except InputError as error:  # of another process
-            raise CheckpointError(f"{unusable}: {error}") from error
+            try:  # all processes go on from it, or none
+                return cluster.agree(restored)
+            except CheckpointError:
+                raise
+            except InputError as error:  # of another process
+                raise CheckpointError(f"{unusable}: {error}") from error
+
+        meta = read(meta=ocp.args.JsonRestore()).meta
+        if meta.get("format") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{unusable}: format {meta.get('format')!r}, this program reads {FORMAT_VERSION}"
+            )
+        cluster.agree(lambda: accept(meta))
+        how = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        state = read(state=ocp.args.PyTreeRestore(abstract_state, restore_args=how)).state
         leaves = jax.tree.leaves(state)
         found = checksums([leaf for leaf in leaves if leaf is not LEFT_OUT])
         pairs = itertools.zip_longest(meta["checksums"], leaves)
@@ -251,20 +258,26 @@ class Checkpointer:
             raise CheckpointError(f"{unusable}: {wrong} arrays are not what was saved (checksum)")
         return state, meta
 
-    def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
+    def restore_latest(
+        self,
+        abstract_state: Any,
+        *,
+        accept: Callable[[Mapping[str, Any]], None] = lambda meta: None,
+    ) -> tuple[Any, dict[str, Any], int] | None:
         """Returns (state, meta, step) of the newest sound checkpoint, or None if there is none.
 
         A damaged one is named in the log, and the one before it is tried; where this may write, the
-        damaged one is set aside as `damaged-STEP`.
+        damaged one is set aside as `damaged-STEP`. `accept` is that of `restore`.
 
         Raises:
           CheckpointError: if there are checkpoints and all are damaged.
+          InputError: of `accept`.
         """
         steps = self.steps()
         errors = []
         for step in reversed(steps):
             try:
-                state, meta = self.restore(abstract_state, step)
+                state, meta = self.restore(abstract_state, step, accept=accept)
             except CheckpointError as error:
                 errors.append((step, str(error)))
                 logging.warning("%s. Trying the one before it.", error)

@@ -55,8 +55,9 @@ def evaluate_checkpoint(
     config.recovery.source = "scores"
     sharding.divide_cpu(config.cpu_devices)
     state_dict = cluster.agree(lambda: read_weights(path))
-    with Workdir(workdir) as where, writing_to(workdir):
-        log = RunLog(workdir)
+    with Workdir(workdir) as where:
+        with writing_to(workdir):
+            log = RunLog(workdir)
         built = cluster.agree(lambda: experiment.build(config, report=log.console.print))
         weights = _weights(built, config, state_dict, path)
         compiled = compile_steps(built, config, report=log.console.print, training=False)
@@ -70,21 +71,22 @@ def evaluate_checkpoint(
                 batch_size=built.eval_batch_size,
             )
             scores["last", name] = scores["best", name] = found
-        return results.write(
-            "evaluation.json",
-            config=config,
-            built=built,
-            workdir=where,
-            log=log,
-            scores=scores,
-            epochs={"last": 0, "best": 0},
-            recovery={},
-            state=None,
-            unreadable=[],
-            mask_sha256=partial.matrix_sha256(built.mask),
-            explain=lambda images: compiled.explain(weights, images),
-            source=os.fspath(path),
-        )
+        with writing_to(workdir):
+            return results.write(
+                "evaluation.json",
+                config=config,
+                built=built,
+                workdir=where,
+                log=log,
+                scores=scores,
+                epochs={"last": 0, "best": 0},
+                recovery={},
+                state=None,
+                unreadable=[],
+                mask_sha256=partial.matrix_sha256(built.mask),
+                explain=lambda images: compiled.explain(weights, images),
+                source=os.fspath(path),
+            )
 
 
 def _weights(

@@ -13,6 +13,7 @@ import pytest
 
 from clsl_jax import checkpoint, sharding
 from clsl_jax.checkpoint import LEFT_OUT, Checkpointer, CheckpointError, checksums
+from clsl_jax.errors import InputError
 
 
 def make_state(seed=0, devices=8):
@@ -329,6 +330,28 @@ def test_another_models_checkpoint_is_refused(tmp_path, change):
             other[name] = sharding.put_replicated(sharding.make_mesh(), array)
     with pytest.raises(CheckpointError, match="cannot be used"):
         checkpointer.restore(abstract(other), 1)
+    checkpointer.close()
+
+
+def test_what_is_not_accepted_is_not_read(tmp_path):
+    """What a reader asks of `meta` comes before the arrays, whose shapes may be others too."""
+    checkpointer = Checkpointer(str(tmp_path))
+    for step in (1, 2):
+        save(checkpointer, step, data="old")
+    other = {**make_state(), "weights": sharding.put_replicated(sharding.make_mesh(), np.zeros(3))}
+
+    def accept(meta):
+        if meta["data"] != "new":
+            raise InputError(f"It is of {meta['data']} data.")
+
+    with pytest.raises(InputError, match=r"It is of old data\.") as refused:
+        checkpointer.restore_latest(abstract(other), accept=accept)
+    assert not isinstance(refused.value, CheckpointError)
+    assert checkpointer.steps() == [1, 2]  # neither is taken for damaged
+    save(checkpointer, 3, data="new")
+    state, _, step = checkpointer.restore_latest(abstract(make_state()), accept=accept)
+    assert step == 3
+    assert_same(state, make_state(3))
     checkpointer.close()
 
 
