@@ -295,8 +295,8 @@ def _thresholds(
         positive_precision, negative_precision, min_count, min_known: as in `adaptive_thresholds`.
     """
     positives_above, entries_above = (_sums_from(x) for x in (positives, entries))
-    entries_below = entries_above[:, :1] - entries_above
-    negatives_below = entries_below - (positives_above[:, :1] - positives_above)
+    # Sums of their own: the few negatives below would be lost in a difference of large sums.
+    negatives_below, entries_below = (_sums_below(x) for x in (entries - positives, entries))
     enough = _enough(known, min_known)
 
     meets_positive = enough & _meets(positives_above, entries_above, positive_precision, min_count)
@@ -488,6 +488,11 @@ def _enough(known: jax.Array, min_known: jax.Array | int) -> jax.Array:
 def _sums_from(bins: jax.Array) -> jax.Array:
     """What each bin [C, bins] and those above it hold together."""
     return jnp.cumsum(bins[:, ::-1], axis=1)[:, ::-1]
+
+
+def _sums_below(bins: jax.Array) -> jax.Array:
+    """What the bins below each bin of [C, bins] hold together."""
+    return jnp.pad(jnp.cumsum(bins[:, :-1], axis=1), ((0, 0), (1, 0)))
 
 
 def _meets(

@@ -100,12 +100,13 @@ class StepOptions:
     def needs_statistics(self) -> bool:
         """Whether the state keeps the statistics of the known labels."""
         asked = self.evaluate_statistics or self.loss_statistics
-        return asked or self.source in ("statistics", "both")
+        return asked or (self.recovery_mode == "epoch" and self.source in ("statistics", "both"))
 
     @property
     def keeps_prototypes(self) -> bool:
         """Whether each class's known positives are averaged."""
-        return self.recovery_mode == "blend" or self.source == "prototypes"
+        recovers = self.recovery_mode == "epoch" and self.source == "prototypes"
+        return recovers or self.recovery_mode == "blend"
 
     @property
     def hands_out_others(self) -> bool:

@@ -515,6 +515,28 @@ def test_expected_thresholds_keep_their_promise_where_scores_are_calibrated():
         assert abs((~labels[scores[:, c] < negative[c], c]).mean() - 0.985) < 0.003
 
 
+def test_expected_thresholds_of_a_large_class_are_those_of_exact_sums():
+    """The few entries below an edge count as such, not as a difference of sums over a million."""
+    bins, rng = 1024, np.random.default_rng(5)
+    scores = rng.beta(2.0, 2.0, (1 << 20, 1)).astype(np.float32)
+    annotations = np.full(scores.shape, -1, np.int8)
+    annotations[:2, 0] = 0, 1
+    place = np.minimum(np.floor(scores[2:, 0] * bins), bins).astype(int)
+    entries = np.bincount(place, minlength=bins + 1)
+    negatives = entries * (1 - np.minimum((np.arange(bins + 1) + 0.5) / bins, 1.0))
+    below, right = np.cumsum(entries)[:-1], np.cumsum(negatives)[:-1]  # below edge k + 1
+    precision = right / np.maximum(below, 1)
+    for edge in (3, 5, 8, 12, 20):
+        # Between the precision below this edge and below the next.
+        target = float((precision[edge - 1] + precision[edge]) / 2)
+        assert precision[edge] < target < precision[edge - 1]
+        _, negative = jit_expected(
+            scores, annotations, np.ones(len(scores), np.int32),
+            positive_precision=0.9, negative_precision=target, bins=bins,
+        )  # fmt: skip
+        assert float(negative[0]) == edge / bins
+
+
 # matched_thresholds
 
 
