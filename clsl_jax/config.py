@@ -125,7 +125,7 @@ def base_config() -> ml_collections.ConfigDict:
     # none: known labels only | epoch: from a matrix of scores, at the end of each epoch | online:
     # from the scores of the batch | assume: unknown labels count as negatives | estimate: unknown
     # labels are parameters of their own | blend: images are blended with others that have a label.
-    c.recovery.mode = "epoch"
+    c.recovery.mode = "none"
     c.recovery.weight = 0.8  # lambda: weight of the recovered term
     # The weight grows linearly from 0 over so many epochs; epoch: after the warm-up.
     c.recovery.ramp_epochs = 0.0
@@ -426,10 +426,11 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
         problems.append(f"recovery.correction={r.correction!r} goes with recovery.mode=assume")
     if r.source != "scores" and r.mode not in ("epoch", "none"):
         problems.append(f"recovery.source={r.source!r} goes with recovery.mode=epoch")
-    for name, used in (("source", r.source == "prototypes"), ("mode", r.mode == "blend")):
+    from_prototypes = r.mode == "epoch" and r.source == "prototypes"
+    for name, used in (("source", from_prototypes), ("mode", r.mode == "blend")):
         if used and not config.model.srfl:
             problems.append(f"recovery.{name}={r[name]!r} needs the features of model.srfl=True")
-    if r.mode == "epoch" and r.source == "prototypes":
+    if from_prototypes:
         needed = {"thresholds": "adaptive", "calibration": "known", "soft": False}
         if any(r[name] != value for name, value in needed.items()):
             problems.append(
@@ -462,7 +463,7 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
     whole_batch = {
         "loss.expected_positives": bool(config.loss.expected_positives),
         "recovery.correction": r.correction not in ("none", "self_paced"),
-        "recovery.source=prototypes": r.source == "prototypes",
+        "recovery.source=prototypes": from_prototypes,
         "recovery.mode=estimate": r.mode == "estimate",
         "recovery.mode=blend": r.mode == "blend",
     }

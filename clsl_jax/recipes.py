@@ -59,6 +59,7 @@ def adaptive_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) 
       config: is changed.
       warmup_epochs: before the first recovery; the features have to have settled.
     """
+    config.recovery.mode = "epoch"
     config.recovery.thresholds = "adaptive"
     config.recovery.soft = False
     config.recovery.positive_precision = 0.95
@@ -80,6 +81,7 @@ def soft_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) -> N
       config: is changed.
       warmup_epochs: before the first recovery; the features have to have settled.
     """
+    config.recovery.mode = "epoch"
     config.recovery.thresholds = "none"
     config.recovery.calibration = "expected"
     config.recovery.positive_precision = 0.9
