@@ -35,7 +35,7 @@ from rich.console import Console
 from clsl_jax import atomic, command_line, methods
 from clsl_jax import config as config_lib
 from clsl_jax.data import partial
-from clsl_jax.errors import InputError, writing_to
+from clsl_jax.errors import InputError, writing
 from clsl_jax.workdir import Workdir
 
 CELL_NAME, FAILURE_NAME, OUTPUT_NAME = "cell.json", "failure.txt", "output.txt"
@@ -113,11 +113,15 @@ def cells(study: ml_collections.ConfigDict) -> list[Cell]:
     """Returns the grid in the order in which it is run: all methods of a seed before the next.
 
     Raises:
-      InputError: an unknown method, a baseline that is none of the methods or that no other
-        method can be compared with, a known fraction that is none, or an empty grid.
+      InputError: an unknown method, a variant with the name of another, a baseline that is none
+        of the methods or that no other method can be compared with, a known fraction that is none,
+        or an empty grid.
     """
-    named = {name: (method, "") for name, method in zip(study.methods, study.methods, strict=True)}
-    named |= {name: (method, extra) for name, method, extra in study.variants}
+    named = {name: (name, "") for name in study.methods}
+    for name, method, extra in study.variants:
+        if name in named or name in methods.METHODS:
+            raise InputError(f"A variant has a name of its own: {name!r} is there already.")
+        named[name] = method, extra
     for name in named:
         if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name):
             raise InputError(f"A method's name is a directory: {name!r} has other characters.")
@@ -158,9 +162,9 @@ def cells(study: ml_collections.ConfigDict) -> list[Cell]:
 
 def _known_fraction(value: Any) -> float:
     with contextlib.suppress(ValueError):
-        if 0 <= float(value) <= 1:
+        if 0 < float(value) <= 1:
             return float(value)
-    raise InputError(f"labels.known_fraction={value}: expected a number from 0 to 1.")
+    raise InputError(f"labels.known_fraction={value}: expected a number greater than 0, at most 1.")
 
 
 def _parsed(settings: Sequence[str]) -> dict[str, str]:
@@ -283,14 +287,13 @@ def run_cells(
       grid: all cells.
       workdir: of the study.
       console: takes a line for each cell.
-      shard: (i, n): of the grid, cells i, i + n, i + 2n, ...
+      shard: (i, n): of the grid, those of `shard_of`.
 
     Raises:
       InputError: a cell was run before with other settings.
       Stopped: on SIGTERM.
     """
-    index, count = shard
-    mine = list(grid)[index::count]
+    mine = shard_of(grid, *shard)
     todo = [cell for cell in mine if not is_finished(cell, workdir)]
     console.print(f"{len(mine)} cells, {len(mine) - len(todo)} of them finished before.")
     failed = {}
@@ -306,6 +309,21 @@ def run_cells(
             if cause:
                 failed[cell] = cause
     return failed
+
+
+def shard_of(grid: Sequence[Cell], index: int, count: int) -> list[Cell]:
+    """Returns the cells of one of `count` jobs, in the order of the grid.
+
+    The cells of a method go round all jobs, and each method's begin one job further than those of
+    the method before: no job, and so no machine, has a method for itself.
+    """
+    turn = {name: k for k, name in enumerate(dict.fromkeys(cell.method for cell in grid))}
+    mine = []
+    for cell in grid:
+        if turn[cell.method] % count == index:
+            mine.append(cell)
+        turn[cell.method] += 1
+    return mine
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -406,15 +424,15 @@ def work(arguments: Sequence[str]) -> None:
     shard = parse_shard(values.shard)
     console = command_line.console(soft_wrap=True)
     failed: dict[Cell, str] = {}
-    if values.mode == "run":
-        with writing_to(values.workdir):
+    with writing(values.workdir, ": make room or make it writable, and run the same command again"):
+        if values.mode == "run":
             os.makedirs(values.workdir, exist_ok=True)
-        try:
-            failed = run_cells(grid, values.workdir, console, shard)
-        except Stopped:
-            console.print("Stopped by SIGTERM. Run the same command to go on.")
-            return
-    study_report.write(study, grid, values.workdir, console)
+            try:
+                failed = run_cells(grid, values.workdir, console, shard)
+            except Stopped:
+                console.print("Stopped by SIGTERM. Run the same command to go on.")
+                return
+        study_report.write(study, grid, values.workdir, console)
     if failed:
         lines = "\n  ".join(f"{cell.directory}: {cause}" for cell, cause in failed.items())
         raise InputError(f"{len(failed)} cells failed; the next call tries them again:\n  {lines}")

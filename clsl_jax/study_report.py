@@ -186,12 +186,11 @@ def write(
         "t-test), with the number of pairs where these are fewer than the seeds."
     )
     sections = ["# Study", f"{len(found)} of {len(grid)} cells finished. {about}"]
-    latex = []
+    latex, dagger = [], "† published, in its authors' setting, not run here; source in the table."
     for title, rows in _main_tables(summary, study):
-        sections += [f"## {title}", _markdown(rows)]
-        latex.append(_latex(rows, f"{title}. {about}"))
-    if study.published:
-        sections.append("† published, in its authors' setting, not run here; source in the table.")
+        published = any("†" in row[0] for row in rows)
+        sections += [f"## {title}", _markdown(rows), *([dagger] if published else [])]
+        latex.append(_latex(rows, f"{title}. {about}" + (f" {dagger}" if published else "")))
     sections += _details(summary) + _changes(classes, study.baseline)
     sections += ["## Methods", _markdown(_method_rows(grid))]
     sections += _failures(grid, workdir)

@@ -83,17 +83,23 @@ def test_a_cell_is_under_the_labels_that_it_knows(monkeypatch):
     assert made[1] in study.cells(make_study(**changes, known_fractions=(0.9,)))
 
 
-def test_shards_part_the_grid(tmp_path, monkeypatch):
-    """Each of three jobs runs every third cell, so that none has the dear ones alone."""
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_shards_part_the_grid(tmp_path, monkeypatch, count):
+    """No job has a method for itself, whatever their numbers; none has many more cells."""
     grid = study.cells(make_study())
     ran = []
     monkeypatch.setattr(study.Runner, "run", lambda runner, cell: ran.append(cell))
     console = Console(file=io.StringIO())
-    for index in range(3):
+    shards = []
+    for index in range(count):
         ran.clear()
-        shard = study.parse_shard(f"{index}/3")
+        shard = study.parse_shard(f"{index}/{count}")
         assert study.run_cells(grid, str(tmp_path), console, shard) == {}
-        assert [grid.index(cell) for cell in ran] == [k for k in range(8) if k % 3 == index]
+        assert {cell.method for cell in ran} == {"known_asl", "clsl"}
+        assert sorted(ran, key=grid.index) == ran
+        shards.append(list(ran))
+    assert sorted((cell for shard in shards for cell in shard), key=grid.index) == grid
+    assert max(map(len, shards)) - min(map(len, shards)) <= 2
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "a/2", "0/0", "-1/2", "1/2/3"])
@@ -110,6 +116,9 @@ def test_a_shard_that_is_none_is_refused(text):
         ({"settings": ("epoch=3",)}, "no configuration key 'epoch'.*epochs"),
         ({"settings": ("epochs",)}, "expected key=value"),
         ({"variants": (("../x", "clsl", ""),)}, "'../x' has other characters"),
+        ({"variants": (("hill", "clsl", ""),)}, "name of its own: 'hill' is there already"),
+        ({"variants": (("x", "clsl", ""), ("x", "clsl", "epochs=9"))}, "'x' is there already"),
+        ({"variants": (("x", "clsl", "labels.known_fraction=0"),)}, "known_fraction=0: expected a"),
         ({"variants": (("x", "clsl", "labels.known_fraction=x"),)}, "known_fraction=x: expected a"),
         ({"variants": (("x", "clsl", "labels.known_fraction=2"),)}, "known_fraction=2: expected a"),
         (
@@ -662,7 +671,9 @@ def test_a_study_from_grid_to_tables(shared, tmp_path):
     names = ("study.tex", "summary.csv", "per_class.csv")
     assert all((work / name).stat().st_size > 100 for name in names)
     the_report_is_what_the_files_say(tmp_path, [path.parent for path in results])
-    assert "interpolated AP, weights of the best epoch" in (work / "study.tex").read_text()
+    latex = (work / "study.tex").read_text()
+    assert "interpolated AP, weights of the best epoch" in latex
+    assert "published, in its authors' setting, not run here" in latex
 
     # The predictions that are kept are the best epoch's: they say nothing of another.
     with open(cell / "cell.json", encoding="utf-8") as file:
