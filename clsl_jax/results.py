@@ -317,7 +317,7 @@ def _print(
     workdir: Workdir,
     name: str,
     *,
-    tables: Any,
+    tables: _Tables | None,
     pictured: bool,
 ) -> None:
     rows = []
