@@ -1,9 +1,12 @@
 """Ahead-of-time compilation of a run's functions, each exactly once, with a memory report."""
 
+import contextlib
 import dataclasses
 import math
+import os
+import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -167,7 +170,27 @@ def _room(built: Experiment, config: ml_collections.ConfigDict) -> int:
     if config.memory_gb:
         return int(config.memory_gb * 2**30)
     device = next(d for d in built.mesh.devices.flat if d.process_index == jax.process_index())
+    if device.platform == "cpu":
+        return host_memory() // jax.local_device_count()
     return int((device.memory_stats() or {}).get("bytes_limit", 0))
+
+
+def host_memory(
+    groups: Sequence[str] = (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ),
+) -> int:
+    """Returns the bytes of memory that this machine has, or its container may use.
+
+    Args:
+      groups: files with a limit of the control group, of both versions of these.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in groups:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
+            limits.append(int(pathlib.Path(path).read_text(encoding="utf-8")))
+    return min(limits)
 
 
 def _diagnosed(built: Experiment) -> int:

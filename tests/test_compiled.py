@@ -1,5 +1,6 @@
 """What is said before the first step where the train step does not fit into memory."""
 
+import jax
 import pytest
 import test_config
 
@@ -71,3 +72,22 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_pat
     assert 0 < fits < 64
     config.batch_size = fits
     compile_steps(experiment.build(config), config)
+
+
+def test_a_cpu_has_its_share_of_what_the_host_may_use(tmp_path, monkeypatch):
+    with open("/proc/meminfo", encoding="utf-8") as file:
+        total = 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemTotal:"))
+    assert compiled.host_memory(()) == total
+    limit, unlimited = tmp_path / "memory.max", tmp_path / "unlimited"
+    limit.write_text("123456789\n")
+    unlimited.write_text("max\n")
+    assert compiled.host_memory((str(unlimited), str(tmp_path / "none"))) == total
+    assert compiled.host_memory((str(unlimited), str(limit))) == 123456789
+
+    monkeypatch.setenv("CLSL_CACHE_DIR", str(tmp_path))
+    config = test_config.load("scenes")
+    config.update_from_flattened_dict(SMALL)
+    built = experiment.build(config)
+    assert compiled._room(built, config) == compiled.host_memory() // len(jax.local_devices())
+    config.memory_gb = 2.0
+    assert compiled._room(built, config) == 2 * 2**30
