@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 _STALE_SECONDS = 24 * 3600
+_PARTIAL = ".partial-"
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     Raises:
       OSError: the file cannot be moved there.
     """
-    partial = f"{os.fspath(path)}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    partial = f"{os.fspath(path)}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
     try:
         yield partial
         with open(partial, "rb") as file:
@@ -30,6 +31,11 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
+
+
+def whole(path: str) -> str:
+    """Returns the path that is replaced where `path` may be the file beside it."""
+    return path.partition(_PARTIAL)[0]
 
 
 def sweep(paths: Iterable[pathlib.Path]) -> None:

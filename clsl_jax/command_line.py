@@ -71,6 +71,44 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
         raise InputError(f"Unexpected argument {arguments[0]!r}: write --flag=value.")
 
 
+def require(values: flags.FlagValues, name: str, kind: str, what: str) -> None:
+    """Raises InputError if a flag was not given; `kind` as in --out=FILE, `what` in words."""
+    if not values[name].value:
+        raise InputError(f"--{name}={kind} is missing: {what}.")
+
+
+def refuse_foreign(
+    values: flags.FlagValues, by: str, belongs_to: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises InputError if a flag was given that means nothing with the value of the flag `by`.
+
+    Args:
+      values: of all flags.
+      by: the flag that the others depend on.
+      belongs_to: values of `by` with which each of the other flags has a meaning.
+    """
+    for name, choices in belongs_to.items():
+        if values[name].present and values[by].value not in choices:
+            raise InputError(
+                f"--{name} has no meaning with --{by}={values[by].value}; it belongs to "
+                f"{', '.join(choices)}."
+            )
+
+
+def check_place(path: str) -> None:
+    """Refuses a place that no file can be written to, before any work is done.
+
+    Raises:
+      InputError: it has no folder, is a folder, or is not writable.
+    """
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise InputError(f"{path} cannot be written: there is no folder {folder}; make it first.")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        what = "it is a folder" if os.path.isdir(path) else f"{folder} is not writable for you"
+        raise InputError(f"{path} cannot be written: {what}; name another place.")
+
+
 def given_config(values: flags.FlagValues) -> ml_collections.ConfigDict | None:
     """Returns what --config=FILE gives; None without that flag.
 

@@ -10,14 +10,13 @@ Nothing is downloaded. `--config.model.embeddings=labels.npz` trains with the re
 Exit status: 0 done; 2 input that cannot be used.
 """
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
 
 from clsl_jax import command_line, npz
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing
 from clsl_jax.text import glove, names, transformer
 
 ENCODERS = ("glove", "bert", "sentence", "random")
@@ -63,16 +62,15 @@ def save_embeddings(
     Raises:
       InputError: the place cannot be written to.
     """
-    npz.write(
-        path,
-        {
-            "embeddings": embeddings,
-            "class_names": np.asarray([label.name for label in labels], np.str_),
-            "texts": np.asarray([label.text for label in labels], np.str_),
-            "encoder": np.asarray(encoder, np.str_),
-            "source_sha256": np.asarray(source_sha256, np.str_),
-        },
-    )
+    arrays = {
+        "embeddings": embeddings,
+        "class_names": np.asarray([label.name for label in labels], np.str_),
+        "texts": np.asarray([label.text for label in labels], np.str_),
+        "encoder": np.asarray(encoder, np.str_),
+        "source_sha256": np.asarray(source_sha256, np.str_),
+    }
+    with writing(path, ": name another place"):
+        npz.write(path, arrays)
 
 
 def load_embeddings(path: str, class_names: Sequence[str]) -> np.ndarray:
@@ -156,21 +154,11 @@ def define_flags() -> None:
 def _work(arguments: Sequence[str]) -> None:
     values = flags.FLAGS
     command_line.refuse_arguments(arguments)
-    for name, why in (
-        ("labels", "FILE with a class name a line"),
-        ("encoder", f"one of {', '.join(ENCODERS)}"),
-        ("out", "FILE.npz to write"),
-    ):
-        if not values[name].value:
-            raise InputError(f"--{name} is missing: {why}.")
-    for name, encoders in _BELONGS_TO.items():
-        if values[name].present and values.encoder not in encoders:
-            raise InputError(
-                f"--{name} has no meaning with --encoder={values.encoder}; it belongs to "
-                f"{', '.join(encoders)}."
-            )
-    if not os.path.isdir(os.path.dirname(os.path.abspath(values.out))):
-        raise InputError(f"--out={values.out}: there is no such folder; make it first.")
+    command_line.require(values, "labels", "FILE", "text with a class name a line")
+    command_line.require(values, "encoder", "NAME", f"one of {', '.join(ENCODERS)}")
+    command_line.require(values, "out", "FILE.npz", "the embeddings to write")
+    command_line.refuse_foreign(values, "encoder", _BELONGS_TO)
+    command_line.check_place(values.out)
     labels = names.read_labels(values.labels)
     embeddings, encoder, digest = _embed(labels, values)
     if values.unit_variance:

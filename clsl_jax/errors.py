@@ -37,21 +37,10 @@ def writing(place: str | os.PathLike, advice: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{place} cannot be written ({error.strerror or error}){advice}."
+            f"{place} cannot be written to ({error.strerror or error}){advice}."
         ) from None
 
 
-@contextlib.contextmanager
-def writing_to(workdir: str) -> Iterator[None]:
-    """Says in one message that a command's workdir cannot be written to.
-
-    Raises:
-      InputError: in place of an OSError in the block.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"--workdir={workdir} cannot be written to ({error.strerror}): "
-            "name a directory of yours."
-        ) from None
+def writing_to(workdir: str) -> contextlib.AbstractContextManager[None]:
+    """Returns `writing` of a command's workdir."""
+    return writing(f"--workdir={workdir}", ": name a directory of yours")

@@ -122,8 +122,7 @@ def define_flags() -> None:
 def _work(arguments: Sequence[str]) -> None:
     values = flags.FLAGS
     command_line.refuse_arguments(arguments)
-    if not values.out:
-        raise InputError("--out=DIR is missing: the folder to write.")
+    command_line.require(values, "out", "DIR", "the folder to write")
     out = pathlib.Path(values.out)
     planted = write_example(
         out, images=values.images, unknown=values.unknown, faults=values.faults, seed=values.seed

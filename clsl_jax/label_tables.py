@@ -9,7 +9,6 @@ from pyarrow import csv
 
 from clsl_jax import atomic
 from clsl_jax.data.partial import UNKNOWN
-from clsl_jax.errors import writing
 from clsl_jax.recovery import recover_labels
 
 RECOVERED_NAME = "recovered.csv"
@@ -77,7 +76,7 @@ def write_labels(
       class_names: C names.
 
     Raises:
-      InputError: the file cannot be written.
+      OSError: the file cannot be written.
     """
     columns = [pa.array(column, mask=column == UNKNOWN) for column in labels.T]
     _write(path, columns, ids, splits, class_names)
@@ -111,5 +110,5 @@ def _write(
     if splits is not None:
         leading["split"] = pa.array(splits)
     table = pa.table([*leading.values(), *columns], [*leading, *class_names])
-    with writing(path, ""), atomic.replacing(path) as partial:
-        csv.write_csv(table, partial, csv.WriteOptions(quoting_style="needed"))
+    with atomic.replacing(path) as partial, open(partial, "wb") as file:
+        csv.write_csv(table, file, csv.WriteOptions(quoting_style="needed"))

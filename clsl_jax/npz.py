@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from clsl_jax import atomic
-from clsl_jax.errors import InputError, writing
+from clsl_jax.errors import InputError
 
 # What an archive may unpack into: so much, or so many times its own bytes. A few kilobytes of
 # deflated zeros could otherwise fill the memory.
@@ -37,15 +37,11 @@ def write(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     The bytes are a function of the arrays alone.
 
     Raises:
-      InputError: the place cannot be written to.
+      OSError: the place cannot be written to.
     """
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    with (
-        writing(path, ": name another place"),
-        atomic.replacing(path) as partial,
-        open(partial, "wb") as file,
-    ):
+    with atomic.replacing(path) as partial, open(partial, "wb") as file:
         file.write(buffer.getvalue())
 
 

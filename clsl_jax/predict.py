@@ -25,7 +25,7 @@ from clsl_jax import command_line, evaluate, experiment, label_tables, npz, shar
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import partial, pipeline, sources
-from clsl_jax.errors import InputError, writing
+from clsl_jax.errors import InputError, listed, writing
 from clsl_jax.models.clsl import CLSL
 from clsl_jax.train_state import evaluation_weights, weights_alone
 from clsl_jax.workdir import EMBEDDINGS_NAME, MASK_NAME, Workdir
@@ -200,7 +200,7 @@ def find_images(places: Sequence[str]) -> list[str]:
     if not found:
         raise InputError(
             f"There is no image in {', '.join(places)} (looked for names that end in "
-            f"{', '.join(sorted(endings)[:5])}, …)."
+            f"{listed(sorted(endings), 5)})."
         )
     return list(found)
 
@@ -210,30 +210,37 @@ class FileImages:
 
     Attributes:
       paths: of the files.
+      names: the same for people: bytes that are no UTF-8 are replaced.
       unreadable: {index: why}, of those asked for so far.
     """
 
     def __init__(self, paths: Sequence[str], image_size: int, *, upright: bool) -> None:
         """`image_size` in pixels; `upright` as in `images.decode_image`."""
         self.paths, self._image_size, self._upright = paths, image_size, upright
+        self.names = [_shown(path) for path in paths]
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-        path = self.paths[index]
+        name = self.names[index]
         try:
-            with open(path, "rb") as file:
+            with open(self.paths[index], "rb") as file:
                 encoded = file.read()
             image = images_lib.decode_square(
-                encoded, self._image_size, where=path, upright=self._upright
+                encoded, self._image_size, where=name, upright=self._upright
             )
         except (OSError, images_lib.CorruptImage) as error:
             strerror = getattr(error, "strerror", None)
-            self.unreadable[index] = f"{path}: {strerror}" if strerror else str(error)
+            self.unreadable[index] = f"{name}: {strerror}" if strerror else str(error)
             image = np.zeros((self._image_size, self._image_size, 3), np.uint8)
         return {"image": image, "row": np.int32(index)}
+
+
+def _shown(path: str) -> str:
+    """Returns a path as UTF-8 can hold it: a file's name may be any bytes."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def define_flags() -> None:
@@ -248,51 +255,40 @@ def define_flags() -> None:
 
 def _work(arguments: Sequence[str]) -> None:
     values = flags.FLAGS
-    if not values.workdir:
-        raise InputError("--workdir=DIR is missing: the directory of the run.")
-    if not values.out:
-        raise InputError("--out=FILE.csv is missing: the table to write.")
+    command_line.require(values, "workdir", "DIR", "the directory of the run")
+    command_line.require(values, "out", "FILE.csv", "the table to write")
     if not arguments:
         raise InputError("No images are named: add image files, or folders of them.")
     paths = find_images(arguments)
     for path in filter(None, (values.out, values.pictures)):
-        _check_place(path)
+        command_line.check_place(path)
     console = command_line.console(soft_wrap=True)
     classifier = load_classifier(values.workdir, weights=values.weights, report=console.print)
     images = FileImages(paths, classifier.image_size, upright=classifier.upright)
     probabilities = classifier.probabilities(images, batch_size=values.batch_size)
     probabilities[list(images.unreadable)] = np.nan
     names = classifier.class_names
-    label_tables.write_probabilities(
-        values.out, probabilities, ids=paths, splits=None, class_names=names
-    )
+    with writing(values.out, ": name another place"):
+        label_tables.write_probabilities(
+            values.out, probabilities, ids=images.names, splits=None, class_names=names
+        )
     console.print(
         f"{len(paths):,} images, {len(names)} classes, weights of epoch {classifier.epoch}"
     )
-    for path, row in zip(paths[:_SHOWN], probabilities, strict=False):
-        console.print(f"  {path}: {_described(row, names)}")
+    for name, row in zip(images.names[:_SHOWN], probabilities, strict=False):
+        console.print(f"  {name}: {_described(row, names)}")
     written = [values.out]
     readable = [i for i in range(len(paths)) if i not in images.unreadable]
     if values.pictures and readable:
         _draw(values.pictures, classifier, images, readable[: values.pictured])
         written.append(values.pictures)
-    console.print(f"Written: {', '.join(written)}")
+    console.print(f"Written: {', '.join(map(_shown, written))}")
     if images.unreadable:
         reasons = [images.unreadable[index] for index in sorted(images.unreadable)]
         more = len(reasons) - _SHOWN
         lines = [f"{len(reasons):,} of {len(paths):,} images cannot be read; their rows are empty:"]
         lines += reasons[:_SHOWN] + ([f"and {more:,} more"] if more > 0 else [])
         raise InputError("\n  ".join(lines))
-
-
-def _check_place(path: str) -> None:
-    """Refuses a place that nothing can be written to, before any work is done."""
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise InputError(f"{path} cannot be written: there is no folder {folder}; make it first.")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        what = "it is a folder" if os.path.isdir(path) else f"{folder} is not writable for you"
-        raise InputError(f"{path} cannot be written: {what}; name another place.")
 
 
 def _described(probabilities: np.ndarray, class_names: Sequence[str]) -> str:
@@ -320,7 +316,7 @@ def _draw(path: str, classifier: Classifier, images: FileImages, rows: Sequence[
             probabilities=probabilities,
             heat=heat,
             class_names=classifier.class_names,
-            names=[images.paths[row] for row in rows],
+            names=[images.names[row] for row in rows],
             title=f"New images, weights of epoch {classifier.epoch}",
         )
 

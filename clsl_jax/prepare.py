@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,8 +149,8 @@ def _training_command(name: str, out: pathlib.Path) -> str:
     config = _CONFIGS.get(name, "coco")
     named = "" if name in _CONFIGS else f"--config.data.name={name} "
     return (
-        f"python -m clsl_jax.main --config=configs/{config}.py {named}--config.data.dir={out} "
-        "--workdir=RUN"
+        f"python -m clsl_jax.main --config=configs/{config}.py {named}"
+        f"--config.data.dir={shlex.quote(str(out))} --workdir=RUN"
     )
 
 
@@ -213,7 +214,7 @@ def _store(
 ) -> pathlib.Path:
     content = verification.content_sha256(listing.class_names, splits, inspected)
     final = out / listing.name / _CONFIG / _VERSION
-    if final.is_dir() and stored.open_prepared(final).facts.get("content_sha256") != content:
+    if os.path.isdir(final) and stored.open_prepared(final).facts.get("content_sha256") != content:
         raise InputError(f"{final} holds other images or labels: delete it, or name another --out.")
 
     def facts(labels: Mapping[str, np.ndarray]) -> dict:
@@ -314,10 +315,10 @@ def read_listing(values: flags.FlagValues) -> Listing:
       InputError: files are missing, or say something that cannot be.
     """
     source = pathlib.Path(values.source)
-    if not source.exists():
+    if not os.access(source, os.R_OK):
         own = values.dataset == "table"
         what = "the table, or the folder that it is in" if own else "the folder of the set"
-        raise InputError(f"--source={source}: no such file or folder; expected {what}.")
+        raise InputError(f"--source={source} does not exist or may not be read; expected {what}.")
     class_names = pathlib.Path(values.class_names) if values.class_names else None
     if values.dataset in ("voc2007", "voc2012"):
         return voc.read_voc(source, year=values.dataset[3:], test=values.voc_test)
@@ -348,19 +349,11 @@ def _work(arguments: Sequence[str]) -> None:
     values = flags.FLAGS
     command_line.refuse_arguments(arguments)
     check_only = values["check-only"].value
-    for name, why in (
-        ("dataset", f"one of {', '.join(PREPARED_NAMES)}"),
-        ("source", "the folder that holds its files"),
-        ("out", "the directory to prepare it in"),
-    ):
-        if not values[name].value and not (name == "out" and check_only):
-            raise InputError(f"--{name} is missing: {why}.")
-    for name, datasets in _BELONGS_TO.items():
-        if values[name].present and values.dataset not in datasets:
-            raise InputError(
-                f"--{name} has no meaning with --dataset={values.dataset}; it belongs to "
-                f"{', '.join(datasets)}."
-            )
+    command_line.require(values, "dataset", "NAME", f"one of {', '.join(PREPARED_NAMES)}")
+    command_line.require(values, "source", "DIR", "the folder that holds its files")
+    if not check_only:
+        command_line.require(values, "out", "DIR", "the directory to prepare it in")
+    command_line.refuse_foreign(values, "dataset", _BELONGS_TO)
     for name, allowed in (("leave_out", LEAVE_OUT), ("cells", tuple(table.WORDS))):
         if unknown := set(values[name].value) - set(allowed):
             raise InputError(

@@ -11,7 +11,17 @@ import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import cluster, evaluate, experiment, features, metrics, results, sharding, steps
+from clsl_jax import (
+    atomic,
+    cluster,
+    evaluate,
+    experiment,
+    features,
+    metrics,
+    results,
+    sharding,
+    steps,
+)
 from clsl_jax import config as config_lib
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.compiled import CompiledSteps, compile_steps
@@ -124,9 +134,10 @@ def _unwritable(workdir: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (*_NO_ROOM, *_NOT_ALLOWED):
             raise
+        place = atomic.whole(error.filename or workdir)
         remedy = "Make room" if error.errno in _NO_ROOM else "Make it writable for you"
         raise InputError(
-            f"{error.filename or workdir} cannot be written ({error.strerror}). {remedy} and run "
+            f"{place} cannot be written ({error.strerror}). {remedy} and run "
             "the same command again: it goes on from the last checkpoint."
         ) from error
 

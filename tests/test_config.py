@@ -7,6 +7,8 @@ import ml_collections
 import pytest
 
 from clsl_jax import config as config_lib
+from clsl_jax import corrections, losses, metrics
+from clsl_jax.data import partial, scenes, sources
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs")
 
@@ -57,6 +59,22 @@ def test_keys_that_do_not_go_together(key, value, expected):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(config_lib.ConfigError, match=expected):
         config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("data.strength", scenes.STRENGTHS),
+        ("data.cache", sources.CACHES),
+        ("data.without_labels", sources.WITHOUT_LABELS),
+        ("labels.protocol", [*partial.PROTOCOLS, "file"]),
+        ("loss.scale", losses.SCALES),
+        ("recovery.correction", corrections.CORRECTIONS),
+        ("evaluation.convention", metrics.CONVENTIONS),
+    ],
+)
+def test_choices_are_what_the_modules_take(key, names):
+    assert sorted(config_lib._CHOICES[key]) == sorted(names)
 
 
 @pytest.mark.parametrize(

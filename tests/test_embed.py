@@ -528,6 +528,12 @@ def test_load_refuses_foreign_arrays(
     assert not hasattr(sys, "clsl_trap_sprung")
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> None:
+    path, values = str(tmp_path / "none" / "labels.npz"), np.zeros((4, 3), np.float32)
+    with pytest.raises(InputError, match=r"labels\.npz cannot be written .*: name another place"):
+        embed.save_embeddings(path, values, LABELS, encoder="", source_sha256="")
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_load_of_a_damaged_file_is_one_kind_of_error(
@@ -595,14 +601,14 @@ def test_command_random_and_unit_variance(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "--labels is missing"),
-        (("--labels={labels}",), "--encoder is missing"),
-        (("--labels={labels}", "--encoder=random"), "--out is missing"),
+        ((), "--labels=FILE is missing"),
+        (("--labels={labels}",), "--encoder=NAME is missing"),
+        (("--labels={labels}", "--encoder=random"), "--out=FILE.npz is missing"),
         (("--labels={labels}", "--encoder=clip", "--out={out}"), "clip"),
         (("--labels={labels}", "--encoder=random", "--out={out}", "--combine=sum"), "--combine"),
         (("--labels={labels}", "--encoder=bert", "--out={out}"), "--source=DIR is missing"),
         (("--labels=/nowhere", "--encoder=random", "--out={out}"), "/nowhere cannot be read"),
-        (("--labels={labels}", "--encoder=random", "--out=/nowhere/a.npz"), "no such folder"),
+        (("--labels={labels}", "--encoder=random", "--out=/nowhere/a.npz"), "no folder /nowhere"),
         (("--labels={labels}", "--encoder=random", "--out={out}", "extra"), "'extra'"),
         (("--labels={labels}", "--encoder=random", "--out={out}", "--wdth=3"), "wdth"),
     ],

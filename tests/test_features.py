@@ -10,6 +10,7 @@ import optax
 import pytest
 import test_steps
 from commands import run
+from memory_images import MemoryImages
 
 from clsl_jax import features, sharding, steps, train_state
 from clsl_jax.data import images, sources
@@ -47,7 +48,7 @@ def make_dataset(seed=0):
         labels = (np.random.default_rng(count).random((count, C)) < 0.4).astype(np.int8)
         return sources.Split(
             name=name,
-            images=images.MemoryImages(make_images(count, seed)),
+            images=MemoryImages(make_images(count, seed)),
             labels=labels,
             difficult=np.zeros((count, C), bool),
             ids=[f"{name}-{i}" for i in range(count)],
@@ -186,7 +187,7 @@ def test_features_are_computed_once(compute, tmp_path):
     assert len(list((tmp_path / "features").iterdir())) == 9
 
 
-class Damaged(images.MemoryImages):
+class Damaged(MemoryImages):
     def __getitem__(self, index):
         if index in (3, 4):
             raise images.CorruptImage(f"image {index} is damaged")

@@ -212,11 +212,6 @@ def test_threads_decode_and_resize_at_once():
     assert all(np.array_equal(f, expected[k % 8]) for k, f in enumerate(found))
 
 
-def test_memory_images_want_uint8():
-    with pytest.raises(ValueError, match="float32"):
-        images.MemoryImages(np.zeros((2, 4, 4, 3), np.float32))
-
-
 class _Holes:
     """Images of which some rows cannot be read."""
 

@@ -1,5 +1,7 @@
 """The launchers, as real processes; Slurm, gcloud, GPUs and the program itself are stand-ins."""
 
+import itertools
+import json
 import os
 import pathlib
 import re
@@ -8,10 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import commands
+import kubernetes_validate
 import pytest
 import yaml
+from kubeflow_trainer_api import models
 
 LAUNCH = pathlib.Path(commands.REPOSITORY, "launch")
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
@@ -24,6 +29,7 @@ case "$*" in
   -c*) exec "$REAL" "$@" ;;
   "-m pip install "*) echo "pip ${*:3}" >>"$CALLS"; exit "${PIP_STATUS:-0}" ;;
   "-m pip "*) exit 0 ;;
+  "-m clsl_jax.main"*) [[ -z ${PROGRAM:-} ]] || exec "$REAL" "$PROGRAM" "$@" ;;
 esac
 {
   printf '%s\n' "$@" "cache ${JAX_COMPILATION_CACHE_DIR:-none}"
@@ -34,6 +40,38 @@ echo program >>"$CALLS"
 read -r status rest <"$CALLS.statuses" || true
 echo "$rest" >"$CALLS.statuses"
 exit "${status:-0}"
+"""
+# Stands for the program where processes are controlled. Start T of process K writes K.T.pid, the signals it
+# gets to K.T.signals, and waits for K.T.status, which it ends with; SIGTERM it does as its file `on_term` says.
+CONTROLLED = r"""
+import os, pathlib, signal, sys, time
+
+place = pathlib.Path(os.environ["ORDERS"])
+k = os.environ.get("JAX_PROCESS_ID", "0")
+start = sum(1 for _ in place.glob(f"{k}.*.pid"))
+name = place / f"{k}.{start}"
+
+def got(signum, frame):
+    with open(f"{name}.signals", "a") as file:
+        print(signal.Signals(signum).name, file=file)
+    wish = (place / "on_term").read_text()
+    if wish != "ignore" and signum == signal.SIGTERM:
+        print(f"stopped {k}.{start}", flush=True)
+        os._exit(int(wish))
+
+signal.signal(signal.SIGTERM, got)
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, got)
+address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+pathlib.Path(f"{name}.arguments").write_text("\n".join([address, *sys.argv[3:]]))
+pathlib.Path(f"{name}.new").write_text(str(os.getpid()))
+os.rename(f"{name}.new", f"{name}.pid")
+for _ in range(6000):
+    if os.path.exists(f"{name}.status"):
+        print(f"ended {k}.{start}", flush=True)
+        os._exit(int(pathlib.Path(f"{name}.status").read_text()))
+    time.sleep(0.01)
+os._exit(99)
 """
 SRUN = r"""
 printf '%s\n' "$@" "cpus ${SRUN_CPUS_PER_TASK:-none}" >"$CALLS.srun"
@@ -117,6 +155,7 @@ class Place:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def run(self, script, *arguments, **settings):
@@ -139,12 +178,28 @@ def place(tmp_path):
     return Place(tmp_path)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_are_bash(script):
-    done = subprocess.run(
-        ["bash", "-n", str(LAUNCH / script)], capture_output=True, text=True, check=False
+def _linter(name):
+    """The path of a linter that requirements-dev.txt brings, beside this interpreter."""
+    return pathlib.Path(sys.executable).parent / name
+
+
+def _lint(*command):
+    return subprocess.run(
+        command, cwd=LAUNCH.parent, capture_output=True, text=True, check=False, timeout=60
     )
-    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", [*(f"launch/{name}" for name in SCRIPTS), ".ci/run"])
+def test_scripts_pass_shellcheck(script):
+    done = _lint(_linter("shellcheck"), "--external-sources", script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_shellcheck_finds_what_is_wrong(tmp_path):
+    _program(tmp_path / "wrong.sh", 'rm "$1" $2\n')
+    done = _lint(_linter("shellcheck"), str(tmp_path / "wrong.sh"))
+    assert done.returncode == 1
+    assert "SC2086" in done.stdout
 
 
 # Slurm.
@@ -289,11 +344,21 @@ def test_environment_tells_what_another_try_can_mend(place):
 
 
 # One machine.
-@pytest.mark.parametrize("arguments", [["--processes", "0"], ["--processes=two"], ["--processes"]])
-def test_local_needs_a_number_of_processes(place, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "0"], "--processes needs a number from 1 on, found '0'"),
+        (["--processes=two"], "--processes needs a number from 1 on, found 'two'"),
+        (["--restarts=1", "--processes"], "--processes needs a number from 1 on, found ''"),
+        (["--processes=2", "--restarts", "-1"], "--restarts needs a number from 0 on, found '-1'"),
+        (["--restarts="], "--restarts needs a number from 0 on, found ''"),
+        (["--restarts", "010"], "--restarts needs a number from 0 on, found '010'"),
+    ],
+)
+def test_local_needs_numbers(place, arguments, message):
     status, _, err = place.run("local.sh", *arguments)
     assert status == 2
-    assert "--processes needs a number" in err
+    assert message in err
     assert not place.calls(".program")
 
 
@@ -337,6 +402,212 @@ def test_local_refuses_gpus_that_cannot_be_shared(place, settings, message):
     assert status == 2
     assert message in err
     assert not place.calls(".program0")
+
+
+class Controlled:
+    """local.sh with processes that end when they are told to."""
+
+    def __init__(self, place):
+        self._place = place
+        self._orders = place.root / "orders"
+        self._orders.mkdir()
+        self.on_term("0")
+        program = place.root / "program.py"
+        program.write_text(CONTROLLED, encoding="utf-8")
+        place.settings |= {"ORDERS": str(self._orders), "PROGRAM": str(program)}
+        self.script = None
+
+    def start(self, *arguments):
+        # As from a terminal, whatever this process does with Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.script = self._place.start("local.sh", *arguments, "--workdir=runs/my run")
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_term(self, wish):
+        """Every process ends with this status on SIGTERM, or `ignore`s it."""
+        (self._orders / "on_term").write_text(wish)
+
+    def wait_for(self, *names):
+        """Waits until these run, such as "1.0", the first start of process 1."""
+        paths = [self._orders / f"{name}.pid" for name in names]
+        commands.wait_for(lambda: all(path.exists() for path in paths), self.script, seconds=60)
+
+    def end(self, **statuses):
+        """Lets processes end, such as `p1_0=7`."""
+        for name, status in statuses.items():
+            path = self._orders / f"{name[1:].replace('_', '.')}.status"
+            path.with_suffix(".new").write_text(str(status))
+            path.with_suffix(".new").rename(path)
+
+    def kill(self, name, signum=signal.SIGKILL):
+        os.kill(int(commands.read(self._orders / f"{name}.pid")), signum)
+
+    def finish(self):
+        """Waits for the script; returns (exit status, stdout), and no process may be left."""
+        out, err = self.script.communicate(timeout=60)
+        assert err.replace("Killed", "") == err or self.script.returncode
+        assert self.running() == []
+        return self.script.returncode, out
+
+    def running(self):
+        return [name for name in self.started() if self._runs(name)]
+
+    def _runs(self, name):
+        try:
+            self.kill(name, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def started(self):
+        return sorted(path.stem for path in self._orders.glob("*.pid"))
+
+    def told(self, name, what):
+        path = self._orders / f"{name}.{what}"
+        return commands.read(path).splitlines() if path.exists() else []
+
+    def log(self, k):
+        return commands.read(self._place.repository / "runs" / f"my run.process-{k}.log")
+
+    def close(self):
+        for name in self.running():
+            self.kill(name)
+        if self.script is not None and self.script.poll() is None:
+            self.script.kill()
+            self.script.communicate()
+
+
+@pytest.fixture
+def controlled(place):
+    controlled = Controlled(place)
+    yield controlled
+    controlled.close()
+
+
+def test_local_stops_the_others_ten_seconds_after_one_failed(controlled):
+    controlled.on_term("ignore")  # as one that waits for the others in a collective
+    controlled.start("--processes", "3")
+    controlled.wait_for("0.0", "1.0", "2.0")
+    controlled.end(p1_0=7)
+    began = time.monotonic()
+    commands.wait_for(lambda: "1.0" not in controlled.running(), controlled.script)
+    while time.monotonic() < began + 9:
+        assert controlled.running() == ["0.0", "2.0"]
+        time.sleep(0.2)
+    assert controlled.finish()[0] == 7
+    assert time.monotonic() - began < 14
+
+
+def test_local_lets_the_others_say_their_last_words(controlled):
+    controlled.start("--processes=2")
+    controlled.wait_for("0.0", "1.0")
+    controlled.kill("0.0")
+    commands.wait_for(lambda: controlled.running() == ["1.0"], controlled.script)
+    controlled.end(p1_0=6)
+    assert controlled.finish() == (137, "")  # of the one that failed first: 128 + SIGKILL
+    assert controlled.log(1) == "ended 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [((0, 0), 0), ((0, 3), 3), ((4, 0), 4), ((134, 2), 2)],  # refused, whatever that did to others
+)
+def test_local_keeps_the_exit_status(controlled, statuses, status):
+    controlled.start("--processes=2")
+    controlled.wait_for("0.0", "1.0")
+    controlled.end(p0_0=statuses[0], p1_0=statuses[1])
+    assert controlled.finish() == (status, "ended 0.0\n")
+    assert controlled.log(1) == "ended 1.0\n"
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("status", [0, 75])
+def test_local_passes_a_signal_to_all(controlled, processes, signum, status):
+    controlled.on_term(str(status))
+    controlled.start(f"--processes={processes}", "--restarts=5")
+    names = [f"{k}.0" for k in range(processes)]
+    controlled.wait_for(*names)
+    if signum == signal.SIGINT:  # a terminal sends it to every process of the foreground
+        os.killpg(controlled.script.pid, signum)
+    else:
+        controlled.script.send_signal(signum)
+    assert controlled.finish() == (status, "stopped 0.0\n")
+    assert controlled.started() == names  # and none anew, whatever the status
+    assert [controlled.told(name, "signals") for name in names] == [["SIGTERM"]] * processes
+
+
+def test_local_passes_every_signal_on(controlled):
+    controlled.on_term("ignore")
+    controlled.start("--processes=2")
+    controlled.wait_for("0.0", "1.0")
+    for times in (1, 2):
+        controlled.script.send_signal(signal.SIGTERM)
+        commands.wait_for(
+            lambda: all(len(controlled.told(name, "signals")) == times for name in ("0.0", "1.0")),  # noqa: B023
+            controlled.script,
+        )
+    controlled.end(p0_0=0, p1_0=0)
+    assert controlled.finish()[0] == 0
+
+
+ANEW = "The processes ended with status {}; starting them anew.\n"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_local_starts_anew_what_broke(controlled, processes):
+    controlled.start("--restarts", "3", f"--processes={processes}")
+    for start, status in enumerate((1, 75, 137, 0)):
+        names = [f"{k}.{start}" for k in range(processes)]
+        controlled.wait_for(*names)
+        assert controlled.running() == names
+        controlled.end(**{f"p{k}_{start}": status for k in range(processes)})
+    said = "".join(f"ended 0.{t}\n" + ANEW.format(n) for t, n in enumerate((1, 75, 137)))
+    assert controlled.finish() == (0, said + "ended 0.3\n")
+    arguments = [controlled.told(f"0.{start}", "arguments") for start in range(4)]
+    start = ["--config=configs/scenes.py", "--workdir=runs/my run"]
+    if processes == 1:
+        assert arguments == [["", *start]] * 4
+        return
+    assert [line[1:] for line in arguments] == [["--distributed", *start]] * 4
+    assert all(line[0].startswith("127.0.0.1:") for line in arguments)
+    assert controlled.told("1.3", "arguments") == arguments[3]
+    assert controlled.log(1) == "".join(f"ended 1.{start}\n" for start in range(4))
+
+
+def test_local_starts_all_anew_where_one_was_killed(controlled):
+    controlled.start("--processes=2", "--restarts=1")
+    controlled.wait_for("0.0", "1.0")
+    controlled.kill("1.0")
+    commands.wait_for(lambda: controlled.running() == ["0.0"], controlled.script)
+    controlled.end(p0_0=134)
+    controlled.wait_for("0.1", "1.1")
+    controlled.end(p0_1=0, p1_1=0)
+    assert controlled.finish() == (0, "ended 0.0\n" + ANEW.format(137) + "ended 0.1\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--restarts=9"], 0), (["--restarts=9"], 2), ([], 1), (["--restarts=0"], 75)],
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_local_starts_nothing_anew(controlled, processes, arguments, status):
+    controlled.start(*arguments, f"--processes={processes}")
+    controlled.wait_for(*(f"{k}.0" for k in range(processes)))
+    controlled.end(**{f"p{k}_0": status for k in range(processes)})
+    assert controlled.finish() == (status, "ended 0.0\n")
+    assert controlled.started() == [f"{k}.0" for k in range(processes)]
+
+
+def test_local_starts_anew_only_so_often(controlled):
+    controlled.start("--restarts=2")
+    for start, status in enumerate((9, 8, 7)):
+        controlled.wait_for(f"0.{start}")
+        controlled.end(**{f"p0_{start}": status})
+    assert controlled.finish()[0] == 7
+    assert controlled.started() == ["0.0", "0.1", "0.2"]
 
 
 # TPU hosts.
@@ -445,27 +716,100 @@ def test_tpu_vm_tells_what_it_does_not_send(hosts):
 
 
 # Kubernetes.
-def _jobset(gpus):
-    """gke.yaml as it stands, or with the parts for GPUs in place of those for TPUs."""
-    lines = (LAUNCH / "gke.yaml").read_text(encoding="utf-8").splitlines()
-    if gpus:
-        within = False
-        for number, line in enumerate(lines):
-            within = "# [GPU]" in line or (within and re.match(r" *# +\S", line) is not None)
-            if "[TPU]" in line:
-                lines[number] = ""
-            elif line.endswith("# [GPU]") or (within and "# [GPU]" not in line):
-                lines[number] = line.replace("# ", "", 1)
-    return yaml.safe_load("\n".join(lines))
+KUBERNETES = "1.37"
+MANIFESTS = {"tpu": "gke.yaml", "gpu": "gke-gpu.yaml"}
 
 
-@pytest.mark.parametrize("gpus", [False, True])
-def test_jobset_names_what_it_has(gpus):
-    jobset = _jobset(gpus)
+def _manifest(name):
+    return list(yaml.safe_load_all((LAUNCH / name).read_text(encoding="utf-8")))
+
+
+def _jobset(kind):
+    (jobset,) = _manifest(MANIFESTS[kind])
+    return jobset
+
+
+def _pod(jobset):
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    return replicated["template"]["spec"]["template"]["spec"]
+
+
+def _without_defaults(given, found):
+    """What is `found`, less the keys that are not `given`; numbers as they were given."""
+    if isinstance(given, dict) and isinstance(found, dict):
+        return {k: _without_defaults(given[k], v) for k, v in found.items() if k in given}
+    if isinstance(given, list) and isinstance(found, list):
+        pairs = itertools.zip_longest(given, found)
+        return [_without_defaults(*pair) for pair in pairs]
+    return found
+
+
+def _check_jobset(jobset):
+    """Raises or fails if Kubernetes or JobSet does not know a key or a value of it."""
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
+    kubernetes_validate.validate({**job, **replicated["template"]}, KUBERNETES, strict=True)
+    model = models.JobsetV1alpha2JobSet
+    known = json.loads(model.from_dict(jobset).to_json())
+    assert _without_defaults(jobset, known) == jobset
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_jobset_is_what_kubernetes_knows(kind):
+    _check_jobset(_jobset(kind))
+
+
+@pytest.mark.parametrize("where", ["pod", "jobset"])
+def test_what_kubernetes_does_not_know_is_found(where):
+    jobset = _jobset("tpu")
+    spec = _pod(jobset) if where == "pod" else jobset["spec"]
+    spec["restartPolice"] = "Never"
+    with pytest.raises((kubernetes_validate.ValidationError, AssertionError), match="Police"):
+        _check_jobset(jobset)
+
+
+def test_volumes_are_those_of_the_jobs():
+    claims, files = {}, None
+    for part in _manifest("gke-volumes.yaml"):
+        kubernetes_validate.validate(part, KUBERNETES, strict=True)
+        if part["kind"] == "PersistentVolumeClaim":
+            claims[part["metadata"]["name"]] = part["spec"]
+        else:
+            files = part["spec"]
+    assert all(claim["accessModes"] == ["ReadWriteMany"] for claim in claims.values())
+    for pod in (files, *(_pod(_jobset(kind)) for kind in MANIFESTS)):
+        volumes = [v["persistentVolumeClaim"] for v in pod["volumes"] if "emptyDir" not in v]
+        assert {volume["claimName"] for volume in volumes} == set(claims)
+        assert pod["securityContext"]["fsGroup"] == 1000
+        assert pod["containers"][0]["image"] == "IMAGE"
+
+
+def test_the_jobs_differ_only_by_the_accelerator():
+    jobs = [_jobset(kind) for kind in MANIFESTS]
+    for job in jobs:
+        (container,) = _pod(job)["containers"]
+        del _pod(job)["nodeSelector"], container["resources"]
+        container["env"] = container["env"][:2]
+        container.pop("securityContext", None)
+        container.pop("command", None)
+    assert jobs[0] == jobs[1]
+    (container,) = _pod(_jobset("gpu"))["containers"]
+    assert "securityContext" not in container  # the image's user
+
+
+def test_a_tpu_pod_runs_its_arguments():
+    (container,) = _pod(_jobset("tpu"))["containers"]
+    given = ["printf", "%s\n", "a b", "$HOME 'x'"]
+    done = _lint(*container["command"], *given)
+    assert (done.returncode, done.stdout) == (0, "a b\n$HOME 'x'\n")
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_jobset_names_what_it_has(kind):
+    jobset = _jobset(kind)
     name = jobset["metadata"]["name"]
     (replicated,) = jobset["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
-    pod = job["template"]["spec"]
+    job, pod = replicated["template"]["spec"], _pod(jobset)
     (container,) = pod["containers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
@@ -475,8 +819,9 @@ def test_jobset_names_what_it_has(gpus):
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
     assert rule["onExitCodes"]["values"] == [2]
-    assert "--stopped_status=75" in container["command"]
-    paths = [text.split("=", 1)[1] for text in container["command"] if re.search("=/", text)]
+    assert container["args"][:3] == ["python", "-m", "clsl_jax.main"]
+    assert "--stopped_status=75" in container["args"]
+    paths = [text.split("=", 1)[1] for text in container["args"] if re.search("=/", text)]
     assert paths
     for path in paths:
         assert any(path.startswith(mount + "/") for mount in mounts.values())
@@ -484,7 +829,7 @@ def test_jobset_names_what_it_has(gpus):
     assert job["parallelism"] == job["completions"]
     settings = {setting["name"]: setting.get("value") for setting in container["env"]}
     limits, selector = container["resources"]["limits"], pod["nodeSelector"]
-    if not gpus:
+    if kind == "tpu":
         assert list(limits) == ["google.com/tpu"]
         assert "cloud.google.com/gke-tpu-topology" in selector
         assert "JAX_COORDINATOR_ADDRESS" not in settings
@@ -499,3 +844,53 @@ def test_jobset_names_what_it_has(gpus):
     assert index["valueFrom"]["fieldRef"]["fieldPath"].endswith(
         "['batch.kubernetes.io/job-completion-index']"
     )
+
+
+# The image.
+DOCKERFILE = LAUNCH / "Dockerfile"
+
+
+def _instructions():
+    """(word, rest) of every instruction of the Dockerfile, continued lines joined."""
+    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]
+
+
+def test_dockerfile_passes_hadolint():
+    done = _lint(_linter("hadolint"), str(DOCKERFILE))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_image_has_what_it_copies_and_what_the_jobs_name():
+    sent = (LAUNCH / "Dockerfile.dockerignore").read_text(encoding="utf-8").split()
+    copied = []
+    for word, rest in _instructions():
+        if word == "COPY":
+            *sources, _ = rest.split()
+            copied += sources
+    for source in copied:
+        assert (LAUNCH.parent / source).exists()
+        assert f"!{source.split('/')[0]}" in sent
+    instructions = dict(_instructions())
+    assert instructions["USER"] == "1000:1000"
+    for kind in MANIFESTS:
+        (container,) = _pod(_jobset(kind))["containers"]
+        assert container["workingDir"] == instructions["WORKDIR"]
+        config = next(a for a in container["args"] if a.startswith("--config="))
+        assert config.split("=")[1].split("/")[0] in copied
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "target"),
+    [("cpu", "."), ("cuda12", ".[cuda12]"), ("cuda13", ".[cuda13]"), ("tpu", ".[tpu]")],
+)
+def test_image_installs_for_the_accelerator(place, accelerator, target):
+    _program(place.root / "bin" / "pip", 'echo "pip $*" >>"$CALLS"')
+    (step,) = (rest for word, rest in _instructions() if word == "RUN" and "pip" in rest)
+    settings = {**place.settings, "ACCELERATOR": accelerator}
+    subprocess.run(["sh", "-c", step], env=settings, check=True)
+    assert place.calls() == [f"pip install --no-cache-dir --editable {target} gcsfs"]
+    settings["ACCELERATOR"] = "gpu"
+    done = subprocess.run(["sh", "-c", step], env=settings, check=False, capture_output=True)
+    assert (done.returncode, len(place.calls())) == (2, 1)

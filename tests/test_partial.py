@@ -113,6 +113,13 @@ def test_all_knows_every_label_but_those_nobody_knows():
     assert partial.known_mask("all", labels, 0.1, 0).tolist() == [[True, False], [True, True]]
 
 
+@pytest.mark.parametrize("protocol", ["all", "single_positive"])
+def test_a_fraction_that_is_not_used_may_be_anything(protocol):
+    labels = np.array([[1, 0], [0, 1]], np.int8)
+    mask = partial.known_mask(protocol, labels, 0.0, 0)
+    assert mask.tolist() == partial.known_mask(protocol, labels, 0.5, 0).tolist()
+
+
 def test_annotate_by_hand():
     labels = np.array([[1, 0], [0, 1]], np.int8)
     mask = np.array([[True, False], [True, True]])

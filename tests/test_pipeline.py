@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_images import MemoryImages
 
 from clsl_jax.data import images, pipeline, transforms
 
@@ -13,7 +14,7 @@ AUGMENT = transforms.Augment(flip=True, cutout=0.5, color_jitter=0.3, translate=
 
 def _source(count, side=8):
     draws = np.random.RandomState(0).randint(0, 256, (count, side, side, 3)).astype(np.uint8)
-    return images.MemoryImages(draws)
+    return MemoryImages(draws)
 
 
 def _take(count, source, **options):

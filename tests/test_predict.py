@@ -116,12 +116,13 @@ def test_the_best_weights_of_another_place_without_the_data(finished, tmp_path, 
 def test_an_image_that_cannot_be_read_leaves_its_row_empty(shared, finished, tmp_path):
     workdir, new = finished
     whole = next(path for path in sorted(new.iterdir()) if path.is_file())
-    shutil.copy(whole, tmp_path / "b.png")
+    shutil.copy(whole, tmp_path / os.fsdecode(b"caf\xe9.png"))  # Latin-1, no UTF-8
     (tmp_path / "a.jpg").write_bytes(b"no image")
     (tmp_path / "._b.png").write_bytes(b"of a Macintosh")
     (tmp_path / "notes.txt").write_text("no image either")
     out = tmp_path / "out.csv"
-    status, printed, err = command(shared, f"--workdir={workdir}", f"--out={out}", tmp_path)
+    flags = (f"--workdir={workdir}", f"--out={out}", f"--pictures={tmp_path / 'sheet.png'}")
+    status, printed, err = command(shared, *flags, tmp_path)
     assert status == 2
     assert "1 of 2 images cannot be read; their rows are empty:" in err
     assert str(tmp_path / "a.jpg") in err
@@ -129,7 +130,9 @@ def test_an_image_that_cannot_be_read_leaves_its_row_empty(shared, finished, tmp
     assert f"{tmp_path / 'a.jpg'}: cannot be read" in printed
     _, first, second = table(out)
     assert first == [str(tmp_path / "a.jpg"), *[""] * 20]
-    assert second[0] == str(tmp_path / "b.png")
+    assert second[0] == str(tmp_path / "caf\ufffd.png")
+    assert f"{second[0]}: " in printed
+    assert (tmp_path / "sheet.png").exists()
     assert all(0 <= float(number) <= 1 for number in second[1:])
 
 

@@ -1,7 +1,10 @@
 """Preparing as such: broken images, copies, being killed, and what the command refuses."""
 
+import contextlib
 import json
 import os
+import resource
+import shlex
 import time
 
 import numpy as np
@@ -11,6 +14,7 @@ from preparing import coco_tree, command, picture, prepare, write
 from clsl_jax import prepare as prepare_lib
 from clsl_jax.data import inspection, shards, sources, stored
 from clsl_jax.data.formats.listing import ImageList, Listing
+from clsl_jax.errors import InputError
 
 
 def _listing(folder, contents, **options):
@@ -111,11 +115,11 @@ def test_check_only_writes_nothing(tmp_path):
     ("flags", "expected"),
     [
         (["--dataset=imagenet"], "imagenet"),
-        (["--dataset=voc2007", "--out=x"], "--source is missing"),
-        (["--dataset=voc2007", "--source=."], "--out is missing"),
+        (["--dataset=voc2007", "--out=x"], "--source=DIR is missing"),
+        (["--dataset=voc2007", "--source=."], "--out=DIR is missing"),
         (
-            ["--dataset=voc2007", "--source=/no/such", "--out=x"],
-            "no such file or folder; expected the folder of the set",
+            ["--dataset=voc2007", f"--source=/{'long' * 99}", "--out=x"],
+            "does not exist or may not be read; expected the folder of the set",
         ),
         (["--dataset=voc2007", "--source=.", "--out=x", "--cells=?"], "--cells has no meaning"),
         (["--dataset=table", "--source=.", "--out=x", "--cells=maybe"], "choose of yes/no"),
@@ -211,6 +215,59 @@ def test_a_shard_that_was_cut_off_is_written_again(tmp_path):
     assert again.ids.tolist() == [str(row) for row in range(30)]
     with pytest.raises(ValueError, match="no example"):
         shards.write_split(tmp_path, "none", [], lambda example: b"")
+
+
+@contextlib.contextmanager
+def _no_file_beyond(size):
+    """A limit on the size of files stands for the end of the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("resume", ["r", ""])
+def test_a_full_disk_is_one_error_and_leaves_nothing_that_looks_whole(tmp_path, resume):
+    def store(root, facts=lambda labels: {}):
+        return stored.prepare(
+            root,
+            name="n",
+            config="c",
+            version="1.0.0",
+            class_names=("a",),
+            splits={"train": _examples(100)},
+            facts=facts,
+            resume=resume,
+            shard_bytes=1000,
+        )
+
+    root = tmp_path / "full"
+    said = "n cannot be written to .*File too large.*: make room, or name another directory"
+    for size in (100, 2000):  # in the first shard; in its note, or a later one
+        with _no_file_beyond(size), pytest.raises(InputError, match=said):
+            store(root)
+    with contextlib.ExitStack() as full, pytest.raises(InputError, match=said):
+        # Facts are measured when all shards are there, before the files on the whole.
+        store(root, lambda labels: full.enter_context(_no_file_beyond(300)) or {})
+    assert [path.name for path in (root / "n").iterdir()] == [".incomplete-r"] * bool(resume)
+    found, expected = (stored.open_prepared(store(place)) for place in (root, tmp_path / "roomy"))
+    assert found.fingerprint == expected.fingerprint
+    for path in expected.directory.iterdir():
+        assert (found.directory / path.name).read_bytes() == path.read_bytes(), path.name
+    assert [path.name for path in (root / "n").iterdir()] == ["c"]
+
+
+def test_the_command_that_trains_can_be_copied(tmp_path):
+    files = {f"{row}.jpg": picture(row) for row in range(10)}
+    _, said = _prepare(_listing(tmp_path / "in", {"train": files}), tmp_path / "my sets")
+    words = shlex.split(said.splitlines()[-1])
+    assert f"--config.data.dir={tmp_path / 'my sets'}" in words
+    with pytest.raises(InputError, match="holds no prepared copy") as error:
+        sources.find_prepared("voc2007", tmp_path / "my sets")
+    command_ = str(error.value).split("`")[1]
+    assert f"--out={tmp_path / 'my sets'}" in shlex.split(command_)
 
 
 def test_what_is_gone_on_with_is_not_swept_away(tmp_path):

@@ -47,6 +47,15 @@ def test_what_is_wrong_is_named(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"instances_val2014.json: .* image 42 and category 12"):
         coco.read_coco(tmp_path)
+    first = content["categories"][0]
+    for change, expected in (
+        ({"name": "thing 1"}, "instances_val2014.json: 1 classes are listed twice: thing 1"),
+        ({"id": 1}, "instances_val2014.json: categories have the same id"),
+    ):
+        content["categories"][0] = {**first, **change}
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=expected):
+            coco.read_coco(tmp_path)
     path.write_text(json.dumps({"annotations": []}))
     with pytest.raises(ValueError, match="is it an instances file"):
         coco.read_coco(tmp_path)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from preparing import NUSWIDE_CONCEPTS, nuswide_tree, prepare
+from preparing import NUSWIDE_CONCEPTS, nuswide_tree, prepare, write
 
 from clsl_jax.data import images, sources
 from clsl_jax.data.formats import nuswide
@@ -53,6 +53,9 @@ def test_what_is_wrong_is_named(tmp_path):
         nuswide.read_nuswide(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match=r"Labels_concept07_Test.txt cannot be read"):
+        nuswide.read_nuswide(tmp_path)
+    write(tmp_path / "Concepts81.txt", "sky\nsky\n")
+    with pytest.raises(ValueError, match=r"Concepts81.txt: 1 classes are listed twice: sky\."):
         nuswide.read_nuswide(tmp_path)
     (tmp_path / "Concepts81.txt").unlink()
     with pytest.raises(ValueError, match=r"list of concepts: not found"):

@@ -185,6 +185,25 @@ def test_lists_of_labels(tmp_path):
     names = write(tmp_path / "names.txt", "tree\ndog\n")
     with pytest.raises(ValueError, match=r"row 2, column 'labels': 'dog\| cat'; 'cat' is not in"):
         table.read_own_table(path, columns=columns, may_miss=True, class_names=names)
+    write(names, "tree\ncat\ndog\ntree\n")
+    with pytest.raises(ValueError, match=r"names.txt: 1 classes are listed twice: tree\."):
+        table.read_own_table(path, columns=columns, may_miss=True, class_names=names)
+    with pytest.raises(ValueError, match="found none; give --source=FILE"):
+        table.read_own_table(tmp_path / ("long" * 99))
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "name"),
+    [
+        ("path,image,cat\na.jpg,1,0\n", table.Columns(image="path"), "image"),
+        ("image,labels\na.jpg,cat;split\n", table.Columns(labels="labels"), "split"),
+    ],
+)
+def test_a_class_is_not_called_as_a_column_of_what_a_run_writes(tmp_path, content, columns, name):
+    """Its recovered.csv would have two columns of one name, which nothing reads."""
+    path = write(tmp_path / "t.csv", content)
+    with pytest.raises(ValueError, match=f"t.csv: a class is called '{name}'.*another name"):
+        table.read_own_table(path, columns=columns, may_miss=True)
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def test_unknown_names_and_values_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", sources.PREPARED_NAMES)
 def test_a_set_that_is_not_prepared_says_what_is_missing(tmp_path, name):
-    for directory in (None, tmp_path, tmp_path / "nowhere"):
+    for directory in (None, tmp_path, tmp_path / "nowhere", tmp_path / ("long" * 99)):
         with pytest.raises(ValueError, match=name) as error:
             sources.load_dataset(name, directory=directory, image_size=64)
         assert "data.dir" in str(error.value)

@@ -409,8 +409,9 @@ def test_a_file_of_another_format_than_its_ending_says(tmp_path, intact, suffix)
 
 
 def test_paths_that_are_no_files_of_weights(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
-        read_weights(tmp_path / "missing.pth")
+    for name in ("missing.pth", f"{'long' * 99}.pth"):
+        with pytest.raises(InputError, match="does not exist or may not be read"):
+            read_weights(tmp_path / name)
     (tmp_path / "folder.pth").mkdir()
     with pytest.raises(InputError, match="is a directory"):
         read_weights(tmp_path / "folder.pth")

@@ -45,24 +45,6 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]: ...
 
 
-class MemoryImages:
-    """Images held decoded in memory."""
-
-    def __init__(self, images: np.ndarray):
-        """`images` is uint8 [N, S, S, 3]."""
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(
-                f"images: expected uint8 [N, S, S, 3], found {images.dtype} {list(images.shape)}"
-            )
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-        return {"image": self.images[index], "row": np.int32(index)}
-
-
 class Subset:
     """Some rows of other images, numbered anew from 0."""
 

@@ -90,10 +90,10 @@ def known_mask(protocol: str, labels: np.ndarray, fraction: float, seed: int) ->
         'sst': the same by NumPy's 53-bit uniforms, as in SST, SARB and HST;
         'uniform': the same by NumPy's present default generator (PCG64);
         'single_positive': one positive, chosen at random, per image that has one, and nothing else
-          (Cole et al., arXiv 2106.09708); `fraction` is not used.
+          (Cole et al., arXiv 2106.09708).
       labels: int [N, C]: 1 positive, 0 negative, -1 not known to anybody. Only 'single_positive'
         looks at the values beyond -1.
-      fraction: expected fraction of known entries, in (0, 1].
+      fraction: expected fraction of known entries, in (0, 1]; only those of `BY_FRACTION` use it.
       seed: in [0, 2**32).
 
     Returns:
@@ -107,7 +107,7 @@ def known_mask(protocol: str, labels: np.ndarray, fraction: float, seed: int) ->
         raise InputError(
             f"labels.protocol: {protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}"
         )
-    if not 0.0 < fraction <= 1.0:
+    if protocol in BY_FRACTION and not 0.0 < fraction <= 1.0:
         raise InputError(f"labels.known_fraction: {fraction!r} is not in (0, 1]")
     if not 0 <= seed < 2**32:
         raise InputError(f"mask seed: {seed!r} is not in [0, 2**32)")

@@ -99,12 +99,12 @@ def load_parts(split: str) -> Parts:
 
     Raises:
       ValueError: unknown split.
-      FileNotFoundError: the package was installed without its material.
+      InputError: the package was installed without its material.
     """
     if split not in SPLITS:
         raise ValueError(f"scenes: split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
     if not _MATERIAL.exists():
-        raise FileNotFoundError(f"{_MATERIAL} is missing: reinstall the package with its data")
+        raise InputError(f"{_MATERIAL} is missing: reinstall the package with its data.")
     with np.load(_MATERIAL) as material:
         garments = material["garments_test" if split == "test" else "garments_train"]
         low, high = _DIGIT_BOUNDS[split]

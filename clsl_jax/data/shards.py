@@ -5,6 +5,7 @@ Here a shard that is finished stays finished: a writer that starts again in the 
 on behind it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -80,6 +81,7 @@ def write_split(
 
     Raises:
       ValueError: there is no example.
+      OSError: the directory cannot be written to.
     """
     finished: list[dict[str, np.ndarray]] = []
     while (found := _finished(directory, split, len(finished))) is not None:
@@ -142,7 +144,8 @@ def _write_shard(
         example: Example | None = first
         while example is not None:
             record = serialize(example)
-            writer.write(record)
+            with _os_errors():
+                writer.write(record)
             num_bytes += len(record)
             labels.append(np.asarray(example.labels, np.int8))
             ids.append(example.id)
@@ -150,7 +153,8 @@ def _write_shard(
             digests.append(np.frombuffer(hashlib.sha256(content).digest(), np.uint8))
             example = next(waiting, None) if num_bytes < shard_bytes else None
     finally:
-        writer.close()
+        with _os_errors():
+            writer.close()
     shard = {
         "labels": np.stack(labels),
         "ids": np.array(ids),
@@ -161,6 +165,15 @@ def _write_shard(
     # Written last, in one step: a shard without its note is not finished.
     npz.write(os.fspath(_note(directory, split, number)), shard)
     return shard
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raises OSError for the RuntimeError by which ArrayRecord says that it cannot write."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).partition(";")[0]) from None
 
 
 def _from(examples: Iterable[Example] | Sequence[Example], start: int) -> Iterator[Example]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -137,20 +138,23 @@ def find_prepared(name: str, directory: str | os.PathLike | None) -> pathlib.Pat
     if not directory:
         raise InputError(
             f"data.name={name!r} needs data.dir: the directory that holds the prepared set "
-            f"({name}/VERSION/dataset_info.json). Make it by 'python -m clsl_jax.prepare "
-            f"--dataset={name} --source=... --out=DIR' and add --config.data.dir=DIR."
+            f"({name}/VERSION/dataset_info.json). Make it by `python -m clsl_jax.prepare "
+            f"--dataset={name} --source=... --out=DIR` and add --config.data.dir=DIR."
         )
     directory = pathlib.Path(directory)
-    if (directory / "dataset_info.json").is_file():
+    if os.path.isfile(directory / "dataset_info.json"):
         return directory
-    found = [path.parent for path in (directory / name).glob("**/dataset_info.json")]
+    home = directory / name
+    found = [p.parent for p in home.glob("**/dataset_info.json")] if os.path.isdir(home) else []
     found = [path for path in found if not any(part.startswith(".") for part in path.parts[-4:])]
     if not found:
-        state = "does not exist" if not directory.exists() else "holds no prepared copy of it"
+        state = "holds no prepared copy of it"
+        if not os.path.isdir(directory) or not os.access(directory, os.R_OK | os.X_OK):
+            state = "does not exist or may not be read"
         raise InputError(
             f"data.name={name!r}: data.dir={directory} {state} (looked for "
-            f"{directory / name}/VERSION/dataset_info.json). Prepare it with "
-            f"'python -m clsl_jax.prepare --dataset={name} --source=... --out={directory}', or use "
+            f"{home}/VERSION/dataset_info.json). Prepare it with `python -m clsl_jax.prepare "
+            f"--dataset={name} --source=... --out={shlex.quote(str(directory))}`, or use "
             "data.name=scenes, which needs no download."
         )
     return max(found, key=_version)

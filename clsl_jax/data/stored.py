@@ -29,11 +29,11 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import dataset_info, example_serializer
 from tensorflow_datasets.core import splits as tfds_splits
 
-from clsl_jax import atomic
+from clsl_jax import atomic, npz
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import shards
 from clsl_jax.data.shards import Example
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, writing
 
 DIFFICULT = 2
 INDEX_NAME = "index.npz"
@@ -75,15 +75,16 @@ def prepare(
       The prepared directory.
 
     Raises:
-      InputError: the directory cannot be written, or another process is at work on this content.
+      InputError: the directory cannot be written to, or another process is at work on this content.
     """
     home = pathlib.Path(root) / name
     final = home / config / version
-    if final.is_dir():
+    if os.path.isdir(final):
         return final
     features = _features(len(class_names))
     serialize = functools.partial(_serialize, features)
-    with _staging(home, resume) as staging:
+    room = ": make room, or name another directory"
+    with _staging(home, resume) as staging, writing(home, room):
         written = {
             split: shards.write_split(
                 staging,
@@ -180,7 +181,7 @@ def _write_metadata(
     arrays = {f"labels_{split}": done.labels for split, done in written.items()}
     arrays |= {f"ids_{split}": done.ids for split, done in written.items()}
     arrays |= {f"copies_{split}": _copies(done.digests) for split, done in written.items()}
-    np.savez_compressed(directory / INDEX_NAME, sizes=json.dumps(sizes), **arrays)
+    npz.write(os.fspath(directory / INDEX_NAME), {"sizes": np.asarray(json.dumps(sizes)), **arrays})
 
 
 def _copies(digests: np.ndarray) -> np.ndarray:
@@ -254,7 +255,7 @@ def open_prepared(directory: str | os.PathLike) -> Prepared:
       InputError: it is not a prepared directory, or a file of it is missing, cut off or unreadable.
     """
     directory = pathlib.Path(directory)
-    if not (directory / INDEX_NAME).is_file() or not (directory / "dataset_info.json").is_file():
+    if not all(os.path.isfile(directory / name) for name in (INDEX_NAME, "dataset_info.json")):
         raise InputError(
             f"{directory}: not a prepared data set (no dataset_info.json and {INDEX_NAME} in it)."
         )
@@ -266,7 +267,7 @@ def open_prepared(directory: str | os.PathLike) -> Prepared:
         raise _broken(directory, f"{INDEX_NAME} cannot be read ({error})") from error
     for name, size in sizes.items():
         path = directory / name
-        found = path.stat().st_size if path.exists() else "no file"
+        found = path.stat().st_size if os.path.exists(path) else "no file"
         if found != size:
             raise _broken(directory, f"{name} should have {size} bytes, found {found}")
     try:
@@ -284,7 +285,7 @@ def open_prepared(directory: str | os.PathLike) -> Prepared:
             ids,
             copies,
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OSError) as error:
         raise _broken(directory, f"metadata.json cannot be used ({error!r})") from error
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clsl_jax.data.inspection import DAMAGED, MISSING, UNREADABLE
+from clsl_jax.errors import listed
 
 # Lines of a list; report.json has all of them.
 _SHOWN = 10
@@ -124,8 +125,7 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
     for split, part in report["splits"].items():
         empty = [name for name, count in part["per_class"].items() if not count["positive"]]
         if empty:
-            more = ["…"] if len(empty) > _SHOWN else []
-            shown = ", ".join([*empty[:_SHOWN], *more])
+            shown = listed(empty, _SHOWN)
             classes = "1 class" if len(empty) == 1 else f"{len(empty):,} classes"
             lines.append(f"{classes} without a positive label in {split}: {shown}")
     return lines or ["No image is missing, unreadable, damaged or there twice."]

@@ -97,8 +97,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             f"{suffix or 'without an ending'!r}. Name such a file, or rename this one if its "
             "ending is wrong."
         )
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):
+        what = "is a directory" if os.path.isdir(path) else "does not exist or may not be read"
         raise InputError(f"{path}: the file of weights {what}; give the path of a file.")
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
     try:

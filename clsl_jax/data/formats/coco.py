@@ -86,7 +86,11 @@ def _load(source: pathlib.Path, images: str) -> tuple[pathlib.Path, dict[str, An
 
 
 def _categories(path: pathlib.Path, content: dict[str, Any]) -> list[tuple[int, str]]:
-    return sorted(_fields(path, content, "categories", id=int, name=str))
+    found = sorted(_fields(path, content, "categories", id=int, name=str))
+    listing.check_unique([name for _, name in found], str(path), "classes")
+    if len({number for number, _ in found}) < len(found):
+        raise InputError(f"{path}: categories have the same id.")
+    return found
 
 
 def _fields(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, listed
 
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
@@ -78,13 +78,13 @@ def existing(*candidates: pathlib.Path, what: str) -> pathlib.Path:
     """Returns the first path that exists.
 
     Raises:
-      InputError: none does; names `what` was looked for, and every place.
+      InputError: none does, or none may be read; names `what` was looked for, and every place.
     """
     for path in candidates:
-        if path.exists():
+        if os.path.exists(path):
             return path
     places = "\n  ".join(os.fspath(path) for path in candidates)
-    raise InputError(f"{what}: not found. Looked for\n  {places}")
+    raise InputError(f"{what}: not found, or it may not be read. Looked for\n  {places}")
 
 
 def read_lines(path: pathlib.Path) -> list[str]:
@@ -102,16 +102,15 @@ def read_lines(path: pathlib.Path) -> list[str]:
     return [line for line in map(str.strip, text.splitlines()) if line]
 
 
-def check_unique(names: Sequence[str], where: str) -> None:
+def check_unique(names: Sequence[str], where: str, what: str = "images") -> None:
     """Raises `InputError` if a name occurs twice, saying which."""
     if len(set(names)) < len(names):
         first: set[str] = set()
         twice = sorted({name for name in names if name in first or first.add(name)})
-        shown = ", ".join(twice[:5]) + (", …" if len(twice) > 5 else "")
-        raise InputError(f"{where}: {len(twice)} images are listed twice: {shown}.")
+        raise InputError(f"{where}: {len(twice)} {what} are listed twice: {listed(twice, 5)}.")
 
 
-def check_file_names(names: Sequence[str], where: str) -> None:
+def check_file_names(names: Sequence[str], where: str, what: str = "images") -> None:
     """Raises `InputError` if there is no name, one occurs twice, or one can be no file's."""
     if not names:
         raise InputError(f"{where} lists nothing.")
@@ -122,7 +121,7 @@ def check_file_names(names: Sequence[str], where: str) -> None:
             encoded = b"\0"
         if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
             raise InputError(f"{where}: {name[:50]!r} can be no file's name.")
-    check_unique(names, where)
+    check_unique(names, where, what)
 
 
 def without_labels(labels: np.ndarray) -> np.ndarray:

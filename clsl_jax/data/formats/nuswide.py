@@ -8,6 +8,7 @@ r"""NUS-WIDE from its official lists.
 The web has lost many of the images: those that are not on disk are left out and reported.
 """
 
+import os
 import pathlib
 
 import numpy as np
@@ -36,8 +37,9 @@ def read_nuswide(source: pathlib.Path) -> Listing:
         what="the list of concepts",
     )
     concepts = listing.read_lines(concepts_path)
-    listing.check_file_names(concepts, str(concepts_path))
-    folder = next((source / name for name in _IMAGE_FOLDERS if (source / name).is_dir()), source)
+    listing.check_file_names(concepts, str(concepts_path), "classes")
+    folders = (source / name for name in _IMAGE_FOLDERS)
+    folder = next(filter(os.path.isdir, folders), source)
     return Listing(
         name="nuswide",
         class_names=tuple(concepts),
@@ -69,7 +71,8 @@ def _image_list(
     labels = np.zeros((len(names), len(concepts)), np.int8)
     for column, concept in enumerate(concepts):
         labels[:, column] = _labels(truth / f"Labels_{concept}_{part}.txt", path, len(names))
-    nested = any((folder / name.split("/")[0]).is_dir() for name in names[:1000] if "/" in name)
+    above = [folder / name.split("/")[0] for name in names[:1000] if "/" in name]
+    nested = any(map(os.path.isdir, above))
     paths = [folder / (name if nested else name.rsplit("/", 1)[-1]) for name in names]
     return ImageList(paths, names, labels)
 

@@ -38,6 +38,8 @@ _SPLITS = {
     "dev": "validation",
     "test": "test",
 }
+# Columns of the tables that a run writes, beside those of its classes.
+_TAKEN = ("image", "split")
 # A column with more wrong cells than this is probably no class at all.
 _CELLS_SHOWN = 50
 
@@ -70,9 +72,10 @@ def find_table(source: pathlib.Path) -> pathlib.Path:
     Raises:
       InputError: there is none, or there are several.
     """
-    if source.is_file():
+    if os.path.isfile(source):
         return source
-    found = sorted(p for p in source.glob("*") if p.suffix.lower() in SUFFIXES)
+    inside = source.glob("*") if os.path.isdir(source) else ()
+    found = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise InputError(
@@ -135,6 +138,11 @@ def read_own_table(
     faults.raise_if_any()
     if not names:
         raise InputError(f"{table.path} has no class: no column is left for one.")
+    if taken := [name for name in _TAKEN if name in names]:
+        raise InputError(
+            f"{table.path}: a class is called {taken[0]!r}, as a column of the tables that a run "
+            "writes: give it another name."
+        )
     whole = ImageList(paths, ids, labels)
     return Listing(
         name="table",
@@ -258,7 +266,7 @@ def _read_lists(
     ]
     if class_names is not None:
         names = tuple(listing.read_lines(class_names))
-        listing.check_unique(names, str(class_names))
+        listing.check_unique(names, str(class_names), "classes")
     else:
         names = tuple(sorted({label for found in lists for label in found}))
     index = {name: place for place, name in enumerate(names)}
@@ -302,7 +310,7 @@ def _read_images(
             faults.add(
                 row, column, f"row {number} has the same image; expected one row for each image"
             )
-        elif not may_miss and not _is_file(paths[row]):
+        elif not may_miss and not os.path.isfile(paths[row]):
             expected = f"no such file; expected the path of an image below {folder}"
             faults.add(row, column, expected)
             missing += 1
@@ -312,15 +320,8 @@ def _read_images(
     return paths, ids
 
 
-def _is_file(path: pathlib.Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long for the file system
-        return False
-
-
 def _find_unreadable(paths: Sequence[pathlib.Path], column: int, faults: _Faults) -> None:
-    there = [row for row, path in enumerate(paths) if _is_file(path)]
+    there = [row for row, path in enumerate(paths) if os.path.isfile(path)]
     found = inspection.inspect_images([paths[row] for row in there], workers=os.cpu_count() or 1)
     for row, facts in zip(there, found, strict=True):
         if facts.state == inspection.UNREADABLE:

@@ -39,6 +39,7 @@ def read_vg500(source: pathlib.Path, *, class_names: pathlib.Path | None = None)
     notes = ["The partition files do not name the classes; --class_names=FILE would."]
     if class_names is not None:
         names, notes = tuple(listing.read_lines(class_names)), []
+        listing.check_unique(names, str(class_names), "classes")
         if len(names) != CLASSES:
             raise InputError(f"{class_names} holds {len(names)} class names, expected {CLASSES}.")
     labels_path = _partition_file(source, _LABELS)
@@ -49,8 +50,11 @@ def read_vg500(source: pathlib.Path, *, class_names: pathlib.Path | None = None)
     if not isinstance(positives, dict):
         raise InputError(f"{labels_path}: expected image names with lists of class numbers.")
     # Looked up once: asking the disk for each image in each folder takes minutes over a network.
-    folders = [source / name for name in _FOLDERS if (source / name).is_dir()] or [source]
-    place = {name: folder for folder in reversed(folders) for name in os.listdir(folder)}
+    folders = [source / name for name in _FOLDERS if os.path.isdir(source / name)] or [source]
+    try:
+        place = {name: folder for folder in reversed(folders) for name in os.listdir(folder)}
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
     return Listing(
         name="vg500",
         class_names=names,

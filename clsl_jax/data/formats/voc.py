@@ -9,6 +9,7 @@ A class whose objects in an image are all difficult is neither positive nor nega
 body parts that VOC nests inside objects (`<part><name>head`) are no objects.
 """
 
+import os
 import pathlib
 import xml.etree.ElementTree as ElementTree
 
@@ -87,18 +88,18 @@ def _names(root: pathlib.Path, image_set: str) -> list[str]:
 
 
 def _has_test_labels(root: pathlib.Path) -> bool:
-    if not (root / "ImageSets" / "Main" / "test.txt").exists():
+    if not os.path.exists(root / "ImageSets" / "Main" / "test.txt"):
         return False
     names = _names(root, "test")
     # The public test archive annotates the people of a few images only.
-    annotated = all((root / "Annotations" / f"{name}.xml").exists() for name in names)
+    annotated = all(os.path.exists(root / "Annotations" / f"{name}.xml") for name in names)
     return annotated or _class_files(root, "test", names) is not None
 
 
 def _image_set(root: pathlib.Path, image_set: str, notes: list[str]) -> ImageList:
     names = _names(root, image_set)
     files = [root / "Annotations" / f"{name}.xml" for name in names]
-    without = [path for path in files if not path.exists()]
+    without = [path for path in files if not os.path.exists(path)]
     from_files = _class_files(root, image_set, names)
     if not without:
         labels = np.stack([_labels(path) for path in files])
@@ -145,7 +146,7 @@ def _labels(path: pathlib.Path) -> np.ndarray:
 def _class_files(root: pathlib.Path, image_set: str, names: list[str]) -> np.ndarray | None:
     """Reads ImageSets/Main/CLASS_SET.txt, int8 [N, C]; None if they are not all there or empty."""
     paths = [root / "ImageSets" / "Main" / f"{name}_{image_set}.txt" for name in CLASS_NAMES]
-    if not all(path.exists() for path in paths):
+    if not all(map(os.path.exists, paths)):
         return None
     meaning = {"1": 1, "-1": 0, "0": stored.DIFFICULT}
     row_of = {name: row for row, name in enumerate(names)}
