@@ -4,10 +4,11 @@
         [--picture=FILE]
 
 Prints every method that was run with several seeds at one fraction, with the mean difference to the
-baseline and a two-sided t-test paired by seed; seed 0 of every method on `scenes` with moderate co-
-occurrence, over the known fraction; and how alike the two data sets rank the methods at 20 % known,
-with and without the default and those that take unknown labels for negatives. The picture has the
-default and known labels alone over the known fraction, and the gain of the one over the other.
+baseline and a two-sided t-test paired by seed; seed 0 of every method on `scenes` with moderate
+co-occurrence, over the known fraction; and how alike the two data sets rank the methods at 20 %
+known, with and without the default and those that take unknown labels for negatives. The picture
+has the default and known labels alone over the known fraction, and the gain of the one over the
+other.
 """
 
 import argparse

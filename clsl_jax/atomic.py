@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import time
@@ -34,8 +35,8 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 
 def whole(path: str) -> str:
-    """Returns the path that is replaced where `path` may be the file beside it."""
-    return path.partition(_PARTIAL)[0]
+    """Returns what a file that `replacing` made stands in for, and any other path as it is."""
+    return re.sub(rf"{re.escape(_PARTIAL)}\d+-[0-9a-f]{{8}}$", "", path)
 
 
 def sweep(paths: Iterable[pathlib.Path]) -> None:

@@ -85,6 +85,23 @@ def _checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
 
+def _agreed(read: Callable[[], Any], unusable: str) -> Any:
+    """Returns `read()`; all processes go on from a checkpoint, or none."""
+
+    def tried() -> Any:
+        try:
+            return read()
+        except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
+            raise CheckpointError(f"{unusable}: {_reason(error)}") from error
+
+    try:
+        return cluster.agree(tried)
+    except CheckpointError:
+        raise
+    except InputError as error:  # of another process
+        raise CheckpointError(f"{unusable}: {error}") from error
+
+
 class Checkpointer:
     """Saves and restores train states under `directory`.
 
@@ -227,28 +244,25 @@ class Checkpointer:
         """
         unusable = f"Checkpoint {self._directory / str(step)} cannot be used"
 
-        def read(**args: Any) -> Any:
-            def restored() -> Any:
-                try:
-                    return self._manager.restore(step, args=ocp.args.Composite(**args))
-                except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-                    raise CheckpointError(f"{unusable}: {_reason(error)}") from error
+        def read_meta() -> dict[str, Any]:
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            meta = self._manager.restore(step, args=args).meta
+            if meta.get("format") != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"format {meta.get('format')!r}, this program reads {FORMAT_VERSION}"
+                )
+            return meta
 
-            try:  # all processes go on from it, or none
-                return cluster.agree(restored)
-            except CheckpointError:
-                raise
-            except InputError as error:  # of another process
-                raise CheckpointError(f"{unusable}: {error}") from error
-
-        meta = read(meta=ocp.args.JsonRestore()).meta
-        if meta.get("format") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{unusable}: format {meta.get('format')!r}, this program reads {FORMAT_VERSION}"
+        def read_state() -> Any:
+            how = ocp.args.PyTreeRestore(
+                abstract_state,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
             )
+            return self._manager.restore(step, args=ocp.args.Composite(state=how)).state
+
+        meta = _agreed(read_meta, unusable)
         cluster.agree(lambda: accept(meta))
-        how = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        state = read(state=ocp.args.PyTreeRestore(abstract_state, restore_args=how)).state
+        state = _agreed(read_state, unusable)
         leaves = jax.tree.leaves(state)
         found = checksums([leaf for leaf in leaves if leaf is not LEFT_OUT])
         pairs = itertools.zip_longest(meta["checksums"], leaves)

@@ -131,7 +131,11 @@ def _check_memory(
         f"batch_size={built.batch_size} needs {needed / 2**30:.2f} GiB of a device's "
         f"{room / 2**30:.2f} GiB. {remedy}Or keep the batch with optim.accumulate="
         f"{2 * config.optim.accumulate} (or more), model.remat=blocks or model.dtype=bfloat16, or "
-        "use more devices."
+        + (
+            "use fewer cpu_devices; memory_gb says what a device may use, if that is not right."
+            if jax.default_backend() == "cpu"
+            else "use more devices."
+        )
     )
 
 

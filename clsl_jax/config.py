@@ -33,7 +33,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.epochs = 60
     c.cpu_devices = 1  # devices into which a CPU is divided; XLA uses more cores that way
 
-    c.memory_gb = 0.0  # memory a device may use; 0: all that it has (CPU: its share of the host's)
+    c.memory_gb = 0.0  # memory a device may use; 0: all it has (CPU: the host's, divided)
 
     c.mesh = ml_collections.ConfigDict()
     # Devices over which wide layers and everything with a size of C are divided; the others divide

@@ -1,8 +1,14 @@
 """The one kind of error that a user's input causes."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
+
+from clsl_jax import atomic
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class InputError(ValueError):
@@ -39,6 +45,29 @@ def writing(place: str | os.PathLike, advice: str) -> Iterator[None]:
         raise InputError(
             f"{place} cannot be written to ({error.strerror or error}){advice}."
         ) from None
+
+
+@contextlib.contextmanager
+def unwritable(place: str, then: str) -> Iterator[None]:
+    """Says in one message that there is no room, or no permission to write, in long work.
+
+    Args:
+      place: named where the error names no file.
+      then: what the same command does when it is run again.
+
+    Raises:
+      InputError: in place of such an OSError in the block; others are left as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_NO_ROOM, *_NOT_ALLOWED):
+            raise
+        remedy = "Make room" if error.errno in _NO_ROOM else "Make it writable for you"
+        raise InputError(
+            f"{atomic.whole(error.filename or place)} cannot be written ({error.strerror}). "
+            f"{remedy} and run the same command again: {then}."
+        ) from error
 
 
 def writing_to(workdir: str) -> contextlib.AbstractContextManager[None]:

@@ -6,11 +6,13 @@ python -m clsl_jax.main --config=configs/voc.py:released --workdir=DIR --mode=ev
     --weights=best_ema_model.pth --config.model.embeddings=labels.npz --config.data.dir=PREPARED
 
 The last one evaluates a checkpoint of the CLSL authors' program.
-Exit status: 0 done, or stopped by SIGTERM with everything saved; 2 input that cannot be used. A
-launcher that starts again only what has failed tells the first two apart by --stopped_status.
+Exit status: 0 done, or a training that SIGTERM stopped, with everything saved; 2 input that cannot
+be used; 143 an evaluation that SIGTERM stopped. A launcher that starts again only what has failed
+tells the first two apart by --stopped_status.
 """
 
 import os
+import signal
 import traceback
 from collections.abc import Sequence
 
@@ -69,8 +71,11 @@ def _run(values: flags.FlagValues, config: ml_collections.ConfigDict | None) -> 
     if values.weights:
         torch_checkpoint.evaluate_checkpoint(config, values.workdir, values.weights)
         return None
-    work = train.evaluate_only if values.mode == "evaluate" else train.train_and_evaluate
-    return values.stopped_status if work(config, values.workdir) is None else None
+    if values.mode == "evaluate":
+        stopped = train.evaluate_only(config, values.workdir) is None
+        return values.stopped_status or 128 + signal.SIGTERM if stopped else None
+    stopped = train.train_and_evaluate(config, values.workdir) is None
+    return values.stopped_status if stopped else None
 
 
 def cli() -> None:

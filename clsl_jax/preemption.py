@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
-    """Raised where the run stops because of SIGTERM; its state has been saved."""
+    """Raised where the run stops because of SIGTERM; the state of a training has been saved."""
 
 
 class PreemptionGuard:

@@ -350,7 +350,7 @@ def _work(arguments: Sequence[str]) -> None:
     command_line.refuse_arguments(arguments)
     check_only = values["check-only"].value
     command_line.require(values, "dataset", "NAME", f"one of {', '.join(PREPARED_NAMES)}")
-    command_line.require(values, "source", "DIR", "the folder that holds its files")
+    command_line.require(values, "source", "PATH", "the folder that holds its files")
     if not check_only:
         command_line.require(values, "out", "DIR", "the directory to prepare it in")
     command_line.refuse_foreign(values, "dataset", _BELONGS_TO)

@@ -8,7 +8,7 @@ Each cell is a run of `clsl_jax.main` in a process of its own, in a workdir of i
 cells are never run again, stopped ones go on where they were, failed ones are listed with their
 cause and tried again by the next call. Afterwards, and with --mode=report, the tables and figures
 are made of the cells that are finished (`study_report.py`). --shard=i/n is for n jobs side by side:
-job i runs every n-th cell from the i-th on.
+job i runs its share of the cells of every method.
 JAX_COMPILATION_CACHE_DIR=DIR lets jobs on machines of one kind share what they compile, on
 accelerators and on some CPUs.
 Exit status: 0 done, or stopped by SIGTERM; 2 input that cannot be used, or a cell failed.
@@ -35,7 +35,7 @@ from rich.console import Console
 from clsl_jax import atomic, command_line, methods
 from clsl_jax import config as config_lib
 from clsl_jax.data import partial
-from clsl_jax.errors import InputError, writing
+from clsl_jax.errors import InputError, unwritable
 from clsl_jax.workdir import Workdir
 
 CELL_NAME, FAILURE_NAME, OUTPUT_NAME = "cell.json", "failure.txt", "output.txt"
@@ -314,16 +314,11 @@ def run_cells(
 def shard_of(grid: Sequence[Cell], index: int, count: int) -> list[Cell]:
     """Returns the cells of one of `count` jobs, in the order of the grid.
 
-    The cells of a method go round all jobs, and each method's begin one job further than those of
-    the method before: no job, and so no machine, has a method for itself.
+    The cells are dealt out method by method: no job, and so no machine, has a method for itself.
     """
-    turn = {name: k for k, name in enumerate(dict.fromkeys(cell.method for cell in grid))}
-    mine = []
-    for cell in grid:
-        if turn[cell.method] % count == index:
-            mine.append(cell)
-        turn[cell.method] += 1
-    return mine
+    place = {name: k for k, name in enumerate(dict.fromkeys(cell.method for cell in grid))}
+    mine = set(sorted(grid, key=lambda cell: place[cell.method])[index::count])
+    return [cell for cell in grid if cell in mine]
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -343,7 +338,7 @@ def define_flags() -> None:
     """Defines the command's flags; importing this module defines none."""
     config_flags.DEFINE_config_file("config", None, "Configuration of the study.")
     flags.DEFINE_string("workdir", None, "Directory of the study; made if it does not exist.")
-    flags.DEFINE_string("shard", "0/1", "i/n: run every n-th cell from the i-th on.")
+    flags.DEFINE_string("shard", "0/1", "i/n: run the i-th, from 0 on, of n shares of the grid.")
     flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
 
 
@@ -367,8 +362,8 @@ def _is_published(entry: Any) -> bool:
 _ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("configs", "methods", "protocols", "settings"), (_is_text, "text")),
     "known_fractions": (
-        lambda entry: isinstance(entry, (int, float)) and 0 <= entry <= 1,
-        "number from 0 to 1",
+        lambda entry: isinstance(entry, (int, float)) and 0 < entry <= 1,
+        "number greater than 0, at most 1",
     ),
     "seeds": (lambda entry: isinstance(entry, int) and 0 <= entry < 2**32, "number from 0 on"),
     "variants": (_is_variant, '(name, method, "key=value ...")'),
@@ -424,7 +419,7 @@ def work(arguments: Sequence[str]) -> None:
     shard = parse_shard(values.shard)
     console = command_line.console(soft_wrap=True)
     failed: dict[Cell, str] = {}
-    with writing(values.workdir, ": make room or make it writable, and run the same command again"):
+    with unwritable(values.workdir, "finished cells are not run again"):
         if values.mode == "run":
             os.makedirs(values.workdir, exist_ok=True)
             try:

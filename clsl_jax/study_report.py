@@ -212,10 +212,10 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _latex(rows: Sequence[Sequence[str]], caption: str) -> str:
-    caption = re.sub(r"[%&_#$]", r"\\\g<0>", caption).replace("±", r"$\pm$")
+    caption = re.sub(r"[%&_#$]", r"\\\g<0>", caption)
     table = tabulate(rows, headers="firstrow", tablefmt="latex_booktabs", disable_numparse=True)
-    table = table.replace("±", r"$\pm$").replace("†", r"\dag{}")
-    return f"\\begin{{table}}\n\\caption{{{caption}}}\n{table}\n\\end{{table}}"
+    text = f"\\begin{{table}}\n\\caption{{{caption}}}\n{table}\n\\end{{table}}"
+    return text.replace("±", r"$\pm$").replace("†", r"\dag{}")
 
 
 def _groups(found: Iterable[Found]) -> dict[tuple[Setting, str], list[Found]]:

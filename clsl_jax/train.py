@@ -1,7 +1,6 @@
 """The training loop, from top to bottom: epochs of steps, recovery, evaluation, checkpoints."""
 
 import contextlib
-import errno
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,6 @@ import ml_collections
 import numpy as np
 
 from clsl_jax import (
-    atomic,
     cluster,
     evaluate,
     experiment,
@@ -27,7 +25,7 @@ from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.compiled import CompiledSteps, compile_steps
 from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.data.watched import Watched
-from clsl_jax.errors import InputError, listed
+from clsl_jax.errors import InputError, listed, unwritable
 from clsl_jax.experiment import Experiment
 from clsl_jax.preemption import Preempted, PreemptionGuard
 from clsl_jax.recovery import recovery_summary
@@ -59,7 +57,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         built = _build(config, where, log)
         run = _Run(config, built, where, log, guard)
         try:
-            with _unwritable(workdir):
+            with unwritable(workdir, "it goes on from the last checkpoint"):
                 return run.train()
         except Preempted as stopped:
             log.console.print(f"{stopped} Run the same command to go on.")
@@ -76,15 +74,17 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
       workdir: of a run of `train_and_evaluate`.
 
     Returns:
-      What `evaluation.json` holds; None if SIGTERM stopped it.
+      What `evaluation.json` holds; None if SIGTERM stopped it before that was written.
 
     Raises:
       InputError: if there is no such run or no sound checkpoint, or if the workdir cannot be held:
         another process is at work there, or its file system has no locks.
     """
-    # Before anything asks JAX for its processes, which starts it; what is wrong is told below.
+    # Before anything asks JAX for its processes, which starts it; what is wrong is told below. A
+    # process with a workdir of its own knows of no run, if it is not given the configuration.
     with contextlib.suppress(InputError):
-        sharding.divide_cpu(Workdir.stored_config(workdir).cpu_devices)
+        known = Workdir.stored_config(workdir) if config is None else config
+        sharding.divide_cpu(known.cpu_devices)
     # Where each process has a workdir of its own, that of process 0 alone has it.
     stored = config_lib.from_json(
         cluster.from_first(lambda: config_lib.to_json(Workdir.stored_config(workdir))), workdir
@@ -98,7 +98,7 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
         built = _build(config, where, log)
         run = _Run(config, built, where, log, guard, read_only=True)
         try:
-            with _unwritable(workdir):
+            with unwritable(workdir, "it goes on from the last checkpoint"):
                 return run.evaluate()
         except Preempted as stopped:
             log.console.print(f"{stopped} Run the same command again.")
@@ -120,26 +120,6 @@ def _build(config: ml_collections.ConfigDict, where: Workdir, log: RunLog) -> Ex
         }
     )
     return built
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-@contextlib.contextmanager
-def _unwritable(workdir: str) -> Iterator[None]:
-    """Says in a line that something cannot be written: older checkpoints are still there."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (*_NO_ROOM, *_NOT_ALLOWED):
-            raise
-        place = atomic.whole(error.filename or workdir)
-        remedy = "Make room" if error.errno in _NO_ROOM else "Make it writable for you"
-        raise InputError(
-            f"{place} cannot be written ({error.strerror}). {remedy} and run "
-            "the same command again: it goes on from the last checkpoint."
-        ) from error
 
 
 def _processes() -> str:
@@ -604,7 +584,7 @@ class _Run:
 
         def poll() -> None:
             if self.guard.reached():
-                raise Preempted("Stopped by SIGTERM in the last evaluation; everything is saved.")
+                raise Preempted("Stopped by SIGTERM while results were computed.")
 
         scores = {}
         for split in self.scored_splits:

@@ -1,20 +1,12 @@
-"""The example folder: what is in it, that it prepares, and what its planted errors give.
-
-And the example of an ablation with imported functions, `benchmarks/label_correlation.py`.
-"""
+"""The example folder: what is in it, that it prepares, and what its planted errors give."""
 
 import csv
-import json
-import os
-import pathlib
 import subprocess
 import sys
 
-import commands
 import numpy as np
 import pytest
 from preparing import REPOSITORY, prepare
-from sklearn.metrics import precision_recall_curve
 
 from clsl_jax import example
 from clsl_jax.data import images, scenes, sources
@@ -148,71 +140,3 @@ def test_the_command_refuses(flags, expected):
     assert expected in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stdout == ""
-
-
-def _interpolated(scores, labels):
-    """Mean over the classes of the area under the curve made monotone from the right."""
-    found = []
-    for score, label in zip(scores.T, labels.T, strict=True):
-        if label.any():
-            precision, recall, _ = precision_recall_curve(label, score)  # recall falls
-            found.append(-np.sum(np.diff(recall) * np.maximum.accumulate(precision)[:-1]))
-    return 100 * np.mean(found)
-
-
-@pytest.mark.slow
-def test_an_ablation_in_under_sixty_lines(shared, tmp_path):
-    """Its image alone is the run's own network, which has no part of label statistics."""
-    program = pathlib.Path(REPOSITORY) / "benchmarks" / "label_correlation.py"
-    assert len(program.read_text(encoding="utf-8").splitlines()) < 60
-    workdir = tmp_path / "run"
-    status, _, errors = commands.run(
-        shared,
-        workdir,
-        "--config.epochs=1",
-        "--config.recovery.mode=none",
-        "--config.recovery.source=scores",
-        "--config.loss.statistics=False",
-        "--config.evaluation.statistics=False",
-    )
-    assert status == 0, errors
-    environment = commands.environment(shared)
-    environment["PYTHONPATH"] = os.pathsep.join([REPOSITORY, environment["PYTHONPATH"]])
-    done = subprocess.run(
-        [sys.executable, program, workdir],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    title, _, header, _, *lines = done.stdout.strip().splitlines()
-    assert title == f"### {workdir}"
-    assert header == "| from | mAP | log loss |"
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    kinds = ("image", "labels", "both")
-    assert [row[0] for row in rows] == [
-        f"{split}, {kind}" for split in ("hidden training labels", "test") for kind in kinds
-    ]
-    found = {name: (float(ap), float(log_loss)) for name, ap, log_loss in rows}
-    for ap, log_loss in found.values():
-        assert 0 < ap < 100
-        assert 0 < log_loss < 5
-
-    (own,) = (
-        row["mAP"]
-        for row in json.loads(commands.read(workdir / "results.json"))["results"]
-        if (row["weights"], row["split"], row["AP_convention"]) == ("last", "test", "interpolated")
-    )
-    assert found["test, image"][0] == pytest.approx(100 * own, abs=0.011)
-    with np.load(workdir / "predictions.npz") as predictions:
-        scores, labels = predictions["scores"].astype(float), predictions["labels"]
-    assert found["test, image"][0] == pytest.approx(_interpolated(scores, labels), abs=0.011)
-    # What a sigmoid of p stands for under the asymmetric loss: odds of p^3 to 1 - p.
-    p = scores**3 / (scores**3 + 1 - scores)
-    log_loss = -np.log(np.where(labels == 1, p, 1 - p)).mean()
-    assert found["test, image"][1] == pytest.approx(log_loss, abs=2e-4)
-    # Where no label is known, labels say the same of every image: a precision of the frequency.
-    assert found["test, labels"][0] == pytest.approx(100 * labels.mean(), abs=0.011)

@@ -445,6 +445,8 @@ def test_methods_that_recover_by_the_epoch_have_no_label_statistics_besides():
         assert not options.evaluate_statistics
         assert not options.hands_out_others
         assert options.loss_name == ("asl" if name == "statistics" else "bce")
+        if name in ("co_occurrence", "prototypes"):  # as the configuration has it
+            assert (options.teacher, options.momentum) == ("ema", 0.5)
 
 
 def test_every_number_of_the_configuration_arrives():

@@ -115,7 +115,7 @@ def test_check_only_writes_nothing(tmp_path):
     ("flags", "expected"),
     [
         (["--dataset=imagenet"], "imagenet"),
-        (["--dataset=voc2007", "--out=x"], "--source=DIR is missing"),
+        (["--dataset=voc2007", "--out=x"], "--source=PATH is missing"),
         (["--dataset=voc2007", "--source=."], "--out=DIR is missing"),
         (
             ["--dataset=voc2007", f"--source=/{'long' * 99}", "--out=x"],
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_that_looks_whole(tmp_path, 
         )
 
     root = tmp_path / "full"
-    said = "n cannot be written to .*File too large.*: make room, or name another directory"
+    said = "n cannot be written to .*File too large.*: make room there, or name another directory"
     for size in (100, 2000):  # in the first shard; in its note, or a later one
         with _no_file_beyond(size), pytest.raises(InputError, match=said):
             store(root)

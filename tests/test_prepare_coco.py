@@ -49,8 +49,8 @@ def test_what_is_wrong_is_named(tmp_path):
         coco.read_coco(tmp_path)
     first = content["categories"][0]
     for change, expected in (
-        ({"name": "thing 1"}, "instances_val2014.json: 1 classes are listed twice: thing 1"),
-        ({"id": 1}, "instances_val2014.json: categories have the same id"),
+        ({"name": "thing 1"}, "instances_val2014.json: 1 classes listed twice: thing 1"),
+        ({"id": 1}, "instances_val2014.json: categories .* have the same id 1"),
     ):
         content["categories"][0] = {**first, **change}
         path.write_text(json.dumps(content))

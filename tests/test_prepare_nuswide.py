@@ -55,7 +55,7 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"Labels_concept07_Test.txt cannot be read"):
         nuswide.read_nuswide(tmp_path)
     write(tmp_path / "Concepts81.txt", "sky\nsky\n")
-    with pytest.raises(ValueError, match=r"Concepts81.txt: 1 classes are listed twice: sky\."):
+    with pytest.raises(ValueError, match=r"Concepts81.txt: 1 classes listed twice: sky\."):
         nuswide.read_nuswide(tmp_path)
     (tmp_path / "Concepts81.txt").unlink()
     with pytest.raises(ValueError, match=r"list of concepts: not found"):

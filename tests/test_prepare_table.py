@@ -186,7 +186,7 @@ def test_lists_of_labels(tmp_path):
     with pytest.raises(ValueError, match=r"row 2, column 'labels': 'dog\| cat'; 'cat' is not in"):
         table.read_own_table(path, columns=columns, may_miss=True, class_names=names)
     write(names, "tree\ncat\ndog\ntree\n")
-    with pytest.raises(ValueError, match=r"names.txt: 1 classes are listed twice: tree\."):
+    with pytest.raises(ValueError, match=r"names.txt: 1 classes listed twice: tree\."):
         table.read_own_table(path, columns=columns, may_miss=True, class_names=names)
     with pytest.raises(ValueError, match="found none; give --source=FILE"):
         table.read_own_table(tmp_path / ("long" * 99))

@@ -39,7 +39,7 @@ def test_classes_without_names_and_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="holds 1 class names, expected 500"):
         vg500.read_vg500(tmp_path, class_names=write(tmp_path / "n.txt", "one\n"))
     twice = "".join(f"thing {max(n, 1)}\n" for n in range(500))
-    with pytest.raises(ValueError, match=r"n.txt: 1 classes are listed twice: thing 1\."):
+    with pytest.raises(ValueError, match=r"n.txt: 1 classes listed twice: thing 1\."):
         vg500.read_vg500(tmp_path, class_names=write(tmp_path / "n.txt", twice))
     for labels, expected in (
         ({**POSITIVES, "1.jpg": [500]}, "1.jpg has class 500; expected 0 to 499"),

@@ -83,7 +83,7 @@ def test_a_cell_is_under_the_labels_that_it_knows(monkeypatch):
     assert made[1] in study.cells(make_study(**changes, known_fractions=(0.9,)))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
 def test_shards_part_the_grid(tmp_path, monkeypatch, count):
     """No job has a method for itself, whatever their numbers; none has many more cells."""
     grid = study.cells(make_study())
@@ -95,11 +95,12 @@ def test_shards_part_the_grid(tmp_path, monkeypatch, count):
         ran.clear()
         shard = study.parse_shard(f"{index}/{count}")
         assert study.run_cells(grid, str(tmp_path), console, shard) == {}
-        assert {cell.method for cell in ran} == {"known_asl", "clsl"}
+        if count <= 4:  # as many as a method has cells
+            assert {cell.method for cell in ran} == {"known_asl", "clsl"}
         assert sorted(ran, key=grid.index) == ran
         shards.append(list(ran))
     assert sorted((cell for shard in shards for cell in shard), key=grid.index) == grid
-    assert max(map(len, shards)) - min(map(len, shards)) <= 2
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "a/2", "0/0", "-1/2", "1/2/3"])
@@ -144,8 +145,8 @@ def test_a_study_that_cannot_be_run_is_refused(changes, message):
             {"split": "validation", "published": (("a", "b", "uniform", 0.1, 50.0, "c"),)},
             "published numbers are of the test split",
         ),
-        ({"known_fractions": ("a",)}, "known_fractions: 'a' is no number from 0 to 1"),
-        ({"known_fractions": (float("nan"),)}, "nan is no number from 0 to 1"),
+        ({"known_fractions": ("a",)}, "known_fractions: 'a' is no number greater than 0"),
+        ({"known_fractions": (float("nan"),)}, "nan is no number greater than 0"),
         ({"seeds": (0, -1)}, "seeds: -1 is no number"),
         ({"methods": (1,)}, "methods: 1 is no text"),
         ({"variants": ("a",)}, "variants: 'a' is no"),
@@ -673,7 +674,9 @@ def test_a_study_from_grid_to_tables(shared, tmp_path):
     the_report_is_what_the_files_say(tmp_path, [path.parent for path in results])
     latex = (work / "study.tex").read_text()
     assert "interpolated AP, weights of the best epoch" in latex
+    assert latex.count(r"\dag{}") == 2  # in the table and in the caption, which says of what
     assert "published, in its authors' setting, not run here" in latex
+    assert "†" not in latex
 
     # The predictions that are kept are the best epoch's: they say nothing of another.
     with open(cell / "cell.json", encoding="utf-8") as file:

@@ -385,7 +385,7 @@ def test_sigterm_in_evaluation(shared, finished, tmp_path):
     ):
         status, out, err = run(shared, workdir, *arguments, program=SIGNALLED)
         assert status == expected, err
-        where = "in the last evaluation" if rows == 4 else f"after step {step}"
+        where = "while results were computed" if rows == 4 else f"after step {step}"
         assert f"Stopped by SIGTERM {where}" in out
         assert newest_step(workdir) == step
         assert len(read_log(workdir / "log.jsonl")) == rows
@@ -394,11 +394,9 @@ def test_sigterm_in_evaluation(shared, finished, tmp_path):
     assert status == 0, err
     assert_same_run(finished[0], workdir)
     # An evaluation alone predicts one split twice, by the last weights and the best, or two.
-    status, out, err = run(
-        shared, workdir, "--mode=evaluate", "--stopped_status=75", program=SIGNALLED, tiny=False
-    )
-    assert status == 75, err
-    assert "Stopped by SIGTERM in the last evaluation" in out
+    status, out, err = run(shared, workdir, "--mode=evaluate", program=SIGNALLED, tiny=False)
+    assert status == 143, err
+    assert "Stopped by SIGTERM while results were computed" in out
     assert not (workdir / "evaluation.json").exists()
 
 

@@ -37,6 +37,10 @@ from clsl_jax.errors import InputError, writing
 
 DIFFICULT = 2
 INDEX_NAME = "index.npz"
+_ELSEWHERE = (
+    "name another directory: for `prepare` by --out, else by data.dir or by the environment "
+    "variable CLSL_CACHE_DIR"
+)
 _INCOMPLETE = ".incomplete-"
 
 
@@ -83,8 +87,7 @@ def prepare(
         return final
     features = _features(len(class_names))
     serialize = functools.partial(_serialize, features)
-    room = ": make room, or name another directory"
-    with _staging(home, resume) as staging, writing(home, room):
+    with _staging(home, resume) as staging, writing(home, f": make room there, or {_ELSEWHERE}"):
         written = {
             split: shards.write_split(
                 staging,
@@ -203,8 +206,7 @@ def _staging(home: pathlib.Path, resume: str) -> Iterator[pathlib.Path]:
         lock = open(staging / "lock", "w")  # noqa: SIM115
     except OSError as error:
         raise InputError(
-            f"{home}: prepared data cannot be written here ({error}); name another directory by "
-            "data.dir or by the environment variable CLSL_CACHE_DIR."
+            f"{home}: prepared data cannot be written here ({error}); {_ELSEWHERE}."
         ) from error
     with lock:
         try:

@@ -7,6 +7,7 @@ Every annotation is a label of its image, crowds (`iscrowd`) too. Images without
 kept. Category numbers have gaps (1 to 90); classes are in the order of those numbers.
 """
 
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -88,8 +89,11 @@ def _load(source: pathlib.Path, images: str) -> tuple[pathlib.Path, dict[str, An
 def _categories(path: pathlib.Path, content: dict[str, Any]) -> list[tuple[int, str]]:
     found = sorted(_fields(path, content, "categories", id=int, name=str))
     listing.check_unique([name for _, name in found], str(path), "classes")
-    if len({number for number, _ in found}) < len(found):
-        raise InputError(f"{path}: categories have the same id.")
+    for (number, name), (after, other) in itertools.pairwise(found):
+        if number == after:
+            raise InputError(
+                f"{path}: categories {name!r} and {other!r} have the same id {number}."
+            )
     return found
 
 

@@ -107,7 +107,7 @@ def check_unique(names: Sequence[str], where: str, what: str = "images") -> None
     if len(set(names)) < len(names):
         first: set[str] = set()
         twice = sorted({name for name in names if name in first or first.add(name)})
-        raise InputError(f"{where}: {len(twice)} {what} are listed twice: {listed(twice, 5)}.")
+        raise InputError(f"{where}: {len(twice)} {what} listed twice: {listed(twice, 5)}.")
 
 
 def check_file_names(names: Sequence[str], where: str, what: str = "images") -> None:

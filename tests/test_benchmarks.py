@@ -1,0 +1,100 @@
+"""Programs of `benchmarks/` that the documentation's figures of recovery rest on."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import commands
+import numpy as np
+import pytest
+from sklearn.metrics import precision_recall_curve
+
+BENCHMARKS = pathlib.Path(commands.REPOSITORY) / "benchmarks"
+
+
+def test_masks_of_what_was_recovered(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sure_cells
+
+    labels = (np.arange(60).reshape(12, 5) % 3 == 0).astype(np.int8)
+    known = np.arange(60).reshape(12, 5) % 4 == 0
+    taken = ~known & (np.arange(60).reshape(12, 5) % 5 < 2)
+    right = np.arange(60).reshape(12, 5) % 7 != 1
+    found = sure_cells.masks(known, taken, right, labels, seed=3)
+    np.testing.assert_array_equal(found["sure"], known | taken)
+    np.testing.assert_array_equal(found["right"] & ~known, taken & right)
+    drawn = found["random"] & ~known
+    assert found["random"][known].all()
+    for label in (0, 1):
+        assert (labels[drawn] == label).sum() == (labels[taken] == label).sum() > 0
+    assert (drawn != taken).any()
+
+
+def _interpolated(scores, labels):
+    """Mean over the classes of the area under the curve made monotone from the right."""
+    found = []
+    for score, label in zip(scores.T, labels.T, strict=True):
+        if label.any():
+            precision, recall, _ = precision_recall_curve(label, score)  # recall falls
+            found.append(-np.sum(np.diff(recall) * np.maximum.accumulate(precision)[:-1]))
+    return 100 * np.mean(found)
+
+
+@pytest.mark.slow
+def test_an_ablation_in_under_sixty_lines(shared, tmp_path):
+    """Its image alone is the run's own network, which has no part of label statistics."""
+    program = BENCHMARKS / "label_correlation.py"
+    assert len(program.read_text(encoding="utf-8").splitlines()) < 60
+    workdir = tmp_path / "run"
+    status, _, errors = commands.run(
+        shared,
+        workdir,
+        "--config.epochs=1",
+        "--config.recovery.mode=none",
+        "--config.recovery.source=scores",
+        "--config.loss.statistics=False",
+        "--config.evaluation.statistics=False",
+    )
+    assert status == 0, errors
+    environment = commands.environment(shared)
+    environment["PYTHONPATH"] = os.pathsep.join([commands.REPOSITORY, environment["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, program, workdir],
+        cwd=commands.REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    title, _, header, _, *lines = done.stdout.strip().splitlines()
+    assert title == f"### {workdir}"
+    assert header == "| from | mAP | log loss |"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    kinds = ("image", "labels", "both")
+    assert [row[0] for row in rows] == [
+        f"{split}, {kind}" for split in ("hidden training labels", "test") for kind in kinds
+    ]
+    found = {name: (float(ap), float(log_loss)) for name, ap, log_loss in rows}
+    for ap, log_loss in found.values():
+        assert 0 < ap < 100
+        assert 0 < log_loss < 5
+
+    (own,) = (
+        row["mAP"]
+        for row in json.loads(commands.read(workdir / "results.json"))["results"]
+        if (row["weights"], row["split"], row["AP_convention"]) == ("last", "test", "interpolated")
+    )
+    assert found["test, image"][0] == pytest.approx(100 * own, abs=0.011)
+    with np.load(workdir / "predictions.npz") as predictions:
+        scores, labels = predictions["scores"].astype(float), predictions["labels"]
+    assert found["test, image"][0] == pytest.approx(_interpolated(scores, labels), abs=0.011)
+    # What a sigmoid of p stands for under the asymmetric loss: odds of p^3 to 1 - p.
+    p = scores**3 / (scores**3 + 1 - scores)
+    log_loss = -np.log(np.where(labels == 1, p, 1 - p)).mean()
+    assert found["test, image"][1] == pytest.approx(log_loss, abs=2e-4)
+    # Where no label is known, labels say the same of every image: a precision of the frequency.
+    assert found["test, labels"][0] == pytest.approx(100 * labels.mean(), abs=0.011)
