@@ -4,15 +4,19 @@
 #   bash launch/local.sh                                   the embedded default, into runs/scenes
 #   bash launch/local.sh --workdir=DIR --config=configs/voc.py --config.data.dir=PREPARED
 #   bash launch/local.sh --processes 2 [...]               (first) as two processes, as on two hosts
+#   bash launch/local.sh --restarts 20 [...]               (first) started again where it broke
 #
 # CLSL_EXTRA names the accelerator: cuda12, cuda13 or tpu (default: the CPU). Several processes share the
 # GPUs evenly, those of CUDA_VISIBLE_DEVICES or all; a TPU host is for one process.
-# If one of several processes ends with an error, the others are stopped; what process K says beside
-# the first one goes to WORKDIR.process-K.log. SIGTERM and Ctrl-C reach all of them.
+# If one of several processes ends with an error, the others are stopped ten seconds later; what process K
+# says beside the first one goes to WORKDIR.process-K.log. SIGTERM and Ctrl-C reach all of them as SIGTERM:
+# they save and stop. With --restarts N, processes that end with an error otherwise are started anew, from the
+# last checkpoint, up to N times (default 0); status 2 (input that cannot be used) ends it.
 # Tried on x86-64 Linux without an accelerator (sharing GPUs: with stand-ins).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh ".${CLSL_EXTRA:+[$CLSL_EXTRA]}"
+source launch/restarts.sh
 
 # Large pages for the arrays of a step, which a CPU would otherwise fetch anew, 4 KiB at a time. For a large
 # network on a CPU, docs/performance.md has a setting that keeps them from step to step.
@@ -25,29 +29,36 @@ if [[ -n ${CLSL_EXTRA:-} ]]; then
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${CLSL_CACHE_DIR:-$HOME/.cache/clsl_jax}/compiled}
 fi
 
-processes=1
-if [[ ${1:-} == --processes ]]; then
-  processes=${2:-}
-  shift $(($# < 2 ? $# : 2))
-elif [[ ${1:-} == --processes=* ]]; then
-  processes=${1#*=}
-  shift
-fi
-if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
-  echo "error: --processes needs a number from 1 on, found '$processes'." >&2
-  exit 2
-fi
+processes=1 restarts=0
+while [[ ${1:-} =~ ^--(processes|restarts)(=(.*))?$ ]]; do
+  name=${BASH_REMATCH[1]} least=1
+  if [[ -n ${BASH_REMATCH[2]} ]]; then
+    number=${BASH_REMATCH[3]}
+    shift
+  else
+    number=${2:-}
+    shift $(($# < 2 ? $# : 2))
+  fi
+  if [[ $name == restarts ]]; then least=0; fi
+  if ! [[ $number =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((number < least)); then
+    echo "error: --$name needs a number from $least on, found '$number'." >&2
+    exit 2
+  fi
+  printf -v "$name" %s "$number"
+done
 arguments=" $* "
 [[ $arguments == *" --config="* || $arguments == *" --mode=evaluate "* ]] ||
   set -- --config=configs/scenes.py "$@"
 [[ $arguments == *" --workdir="* ]] || set -- --workdir=runs/scenes "$@"
-if ((processes == 1)); then
+if ((processes == 1 && restarts == 0)); then
   exec python -m clsl_jax.main "$@"
 fi
 
-# Else each process would take all GPUs of this machine.
+# Else each of several processes would take all GPUs of this machine.
 gpus=()
-if [[ ${CLSL_EXTRA:-} == cuda* ]]; then
+if ((processes == 1)); then
+  :
+elif [[ ${CLSL_EXTRA:-} == cuda* ]]; then
   if [[ -v CUDA_VISIBLE_DEVICES ]]; then
     IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
   else
@@ -67,40 +78,72 @@ for argument in "$@"; do
   [[ $argument == --workdir=* ]] && workdir=${argument#*=}
 done
 mkdir -p "$(dirname "$workdir")"
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes
-pids=()
-for ((k = 0; k < processes; k++)); do
-  if ((share)); then
-    visible=$(IFS=, && echo "${gpus[*]:k*share:share}")
-    export CUDA_VISIBLE_DEVICES=$visible
+for ((k = 1; k < processes; k++)); do : >"${workdir%/}.process-$k.log"; done
+program=(python -m clsl_jax.main)
+if ((processes > 1)); then program+=(--distributed); fi
+program+=("$@")
+
+start() {
+  local k port visible
+  if ((processes > 1)); then
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes
   fi
-  if ((k == 0)); then
-    JAX_PROCESS_ID=0 python -m clsl_jax.main --distributed "$@" &
-  else
-    JAX_PROCESS_ID=$k python -m clsl_jax.main --distributed "$@" >"${workdir%/}.process-$k.log" 2>&1 &
-  fi
-  pids+=($!)
-done
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
-status=0
-while ((${#pids[@]} > 0)); do
-  sleep 0.5 || true  # a signal ends it early
-  running=()
-  for pid in "${pids[@]}"; do
-    if kill -0 "$pid" 2>/dev/null; then
-      running+=("$pid")
-      continue
+  pids=()
+  for ((k = 0; k < processes; k++)); do
+    if ((processes > 1)); then export JAX_PROCESS_ID=$k; fi
+    if ((share)); then
+      visible=$(IFS=, && echo "${gpus[*]:k*share:share}")
+      export CUDA_VISIBLE_DEVICES=$visible
     fi
-    code=0
-    wait "$pid" || code=$?
-    if ((code != 0 && status == 0)); then status=$code; fi
+    if ((k == 0)); then
+      "${program[@]}" &
+    else
+      "${program[@]}" >>"${workdir%/}.process-$k.log" 2>&1 &
+    fi
+    pids+=($!)
   done
-  pids=("${running[@]}")
-  # The others wait for the one that has failed; ten seconds are for their own last words.
-  if ((status != 0 && ${#pids[@]} > 0)); then
-    grace=${grace:-$((SECONDS + 10))}
-    if ((SECONDS > grace)); then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
-  fi
-done
-exit "$status"
+}
+
+# Waits for all of them; returns the status of the one that failed first (half a second is one moment).
+finish() {
+  local pid code status=0 grace='' running
+  while ((${#pids[@]} > 0)); do
+    if $tell; then
+      tell=false
+      kill -TERM "${pids[@]}" 2>/dev/null || true
+    fi
+    sleep 0.5 || true  # a signal ends it early
+    running=()
+    for pid in "${pids[@]}"; do
+      if kill -0 "$pid" 2>/dev/null; then
+        running+=("$pid")
+        continue
+      fi
+      code=0
+      wait "$pid" || code=$?
+      # One that was refused would be again, whatever that did to the others.
+      if ((code == 2 || (code != 0 && status == 0))); then status=$code; fi
+    done
+    pids=("${running[@]}")
+    # The others wait for the one that has failed; ten seconds are for their own last words.
+    if ((status != 0 && ${#pids[@]} > 0)); then
+      grace=${grace:-$((SECONDS + 10))}
+      if ((SECONDS > grace)); then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
+    fi
+  done
+  return "$status"
+}
+
+# Only noted here, so that no process is missed that is just being started.
+stopped=false tell=false
+trap 'stopped=true tell=true' TERM INT
+once() {
+  start
+  finish
+}
+start_anew() {
+  if $stopped; then return 1; fi
+  echo "The processes ended with status $1; starting them anew."
+}
+with_restarts "$restarts" once start_anew

@@ -17,6 +17,7 @@
 # (input that cannot be used, no Python that will do) ends it. Tried with a stand-in for gcloud, on no TPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/restarts.sh
 
 tpu='' zone='' bucket='' project='' dry=false
 while (($#)); do
@@ -65,13 +66,12 @@ train="cd clsl_jax && source launch/environment.sh && cd .. && ln -sfn clsl_jax/
 && JAX_COMPILATION_CACHE_DIR=$(printf %q "$bucket/compiled") PYTHONUNBUFFERED=1 \
 python -m clsl_jax.main --distributed --stopped_status=75 $arguments"
 
-for ((attempt = 0; attempt <= 20; attempt++)); do
-  code=0
-  { run gcloud compute tpus tpu-vm scp "$archive" "$tpu:clsl_jax.tgz" "${where[@]}" --worker=all &&
-    on_all "$set_up" && on_all "$train"; } || code=$?
-  # 0: done; 2: refused, and would be again. 75, stopped by SIGTERM, goes on like all others.
-  if ((code == 0 || code == 2)) || $dry; then exit "$code"; fi
-  echo "The processes ended with status $code; waiting until $tpu is READY."
+once() {
+  run gcloud compute tpus tpu-vm scp "$archive" "$tpu:clsl_jax.tgz" "${where[@]}" --worker=all &&
+    on_all "$set_up" && on_all "$train"
+}
+wait_for_tpu() {
+  echo "The processes ended with status $1; waiting until $tpu is READY."
   until state=$(gcloud compute tpus tpu-vm describe "$tpu" "${where[@]}" --format='value(state)') &&
     [[ $state == READY ]]; do
     # A spot TPU that was preempted has to be made again by whoever made it.
@@ -79,5 +79,5 @@ for ((attempt = 0; attempt <= 20; attempt++)); do
     sleep 30
   done
   sleep 30  # hosts that have just come up refuse connections for a while
-done
-exit "$code"
+}
+with_restarts 20 once wait_for_tpu

@@ -41,8 +41,8 @@ read -r status rest <"$CALLS.statuses" || true
 echo "$rest" >"$CALLS.statuses"
 exit "${status:-0}"
 """
-# Stands for the program where processes are controlled. Start T of process K writes K.T.pid, the signals it
-# gets to K.T.signals, and waits for K.T.status, which it ends with; SIGTERM it does as its file `on_term` says.
+# Stands for the program where processes are controlled. Start T of process K writes K.T.pid and, to
+# K.T.signals, the signals it gets; it ends as K.T.status says, on SIGTERM as on_term says.
 CONTROLLED = r"""
 import os, pathlib, signal, sys, time
 
@@ -445,11 +445,10 @@ class Controlled:
         os.kill(int(commands.read(self._orders / f"{name}.pid")), signum)
 
     def finish(self):
-        """Waits for the script; returns (exit status, stdout), and no process may be left."""
-        out, err = self.script.communicate(timeout=60)
-        assert err.replace("Killed", "") == err or self.script.returncode
+        """Waits for the script; returns (exit status, what it said of the processes)."""
+        out, _ = self.script.communicate(timeout=60)
         assert self.running() == []
-        return self.script.returncode, out
+        return self.script.returncode, out.removeprefix("Installing . (once; about a minute) ...\n")
 
     def running(self):
         return [name for name in self.started() if self._runs(name)]
@@ -486,6 +485,7 @@ def controlled(place):
     controlled.close()
 
 
+@pytest.mark.slow
 def test_local_stops_the_others_ten_seconds_after_one_failed(controlled):
     controlled.on_term("ignore")  # as one that waits for the others in a collective
     controlled.start("--processes", "3")
@@ -585,7 +585,10 @@ def test_local_starts_all_anew_where_one_was_killed(controlled):
     controlled.end(p0_0=134)
     controlled.wait_for("0.1", "1.1")
     controlled.end(p0_1=0, p1_1=0)
-    assert controlled.finish() == (0, "ended 0.0\n" + ANEW.format(137) + "ended 0.1\n")
+    status, said = controlled.finish()
+    assert status == 0
+    # Both ended within half a second, which to local.sh is one moment.
+    assert said in ["ended 0.0\n" + ANEW.format(n) + "ended 0.1\n" for n in (134, 137)]
 
 
 @pytest.mark.parametrize(
