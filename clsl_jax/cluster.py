@@ -124,11 +124,10 @@ def from_first(work: Callable[[], str]) -> str:
     text = agree(lambda: work() if jax.process_index() == 0 else "")
     if jax.process_count() == 1:
         return text
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
-    sent = np.zeros(size, np.uint8)
-    if jax.process_index() == 0:
-        sent[:] = np.frombuffer(text.encode(), np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(sent)).decode()
+    sent = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
+    received = multihost_utils.broadcast_one_to_all(np.resize(sent, size))  # all of one shape
+    return bytes(received).decode()
 
 
 def check_alike(facts: Mapping[str, str]) -> None:

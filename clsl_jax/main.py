@@ -71,11 +71,11 @@ def _run(values: flags.FlagValues, config: ml_collections.ConfigDict | None) -> 
     if values.weights:
         torch_checkpoint.evaluate_checkpoint(config, values.workdir, values.weights)
         return None
-    if values.mode == "evaluate":
-        stopped = train.evaluate_only(config, values.workdir) is None
-        return values.stopped_status or 128 + signal.SIGTERM if stopped else None
-    stopped = train.train_and_evaluate(config, values.workdir) is None
-    return values.stopped_status if stopped else None
+    evaluates = values.mode == "evaluate"
+    work = train.evaluate_only if evaluates else train.train_and_evaluate
+    if work(config, values.workdir) is not None:
+        return None
+    return values.stopped_status or (128 + signal.SIGTERM if evaluates else 0)
 
 
 def cli() -> None:

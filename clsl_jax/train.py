@@ -249,10 +249,6 @@ class _Run:
         if not built.caches_features:
             return built.dataset
 
-        def poll() -> None:
-            if self.guard.reached():
-                raise Preempted("Stopped by SIGTERM while features were computed.")
-
         return features.cached_features(
             built.dataset,
             built.model,
@@ -262,7 +258,7 @@ class _Run:
             batch_size=built.eval_batch_size,
             directory=sources.cache_directory() / "features",
             report=self.log.console.print,
-            poll=poll,
+            poll=functools.partial(self._end_if_stopped, "features were computed"),
         )
 
     def _train_batches(self, start: int) -> Watched:
@@ -481,6 +477,11 @@ class _Run:
             raise self._unsaved(error) from error
         self.log.console.print(f"{error} The run goes on.")
 
+    def _end_if_stopped(self, work: str) -> None:
+        """Ends the run if SIGTERM asks for it, in work of which nothing has to be saved."""
+        if self.guard.reached():
+            raise Preempted(f"Stopped by SIGTERM while {work}.")
+
     def _stop(self, step: int) -> None:
         self._all_saved()
         raise Preempted(f"Stopped by SIGTERM after step {step}; everything is saved.")
@@ -582,10 +583,7 @@ class _Run:
             report=self.log.console.print,
         )
 
-        def poll() -> None:
-            if self.guard.reached():
-                raise Preempted("Stopped by SIGTERM while results were computed.")
-
+        poll = functools.partial(self._end_if_stopped, "results were computed")
         scores = {}
         for split in self.scored_splits:
             scores["last", split] = self._predict(state, getattr(self.inputs, split), poll)

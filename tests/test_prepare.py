@@ -165,18 +165,21 @@ def _examples(count, stop=None):
     return Examples()
 
 
+def _store(examples, root, **options):
+    return stored.prepare(
+        root,
+        name="n",
+        config="c",
+        version="1.0.0",
+        class_names=("a",),
+        splits={"train": examples},
+        **options,
+    )
+
+
 def test_writing_goes_on_behind_the_last_whole_file(tmp_path):
     def store(examples, root, resume="r"):
-        return stored.prepare(
-            root,
-            name="n",
-            config="c",
-            version="1.0.0",
-            class_names=("a",),
-            splits={"train": examples},
-            resume=resume,
-            shard_bytes=500,
-        )
+        return _store(examples, root, resume=resume, shard_bytes=500)
 
     with pytest.raises(RuntimeError, match="stopped"):
         store(_examples(100, stop=90), tmp_path / "a")
@@ -231,17 +234,7 @@ def _no_file_beyond(size):
 @pytest.mark.parametrize("resume", ["r", ""])
 def test_a_full_disk_is_one_error_and_leaves_nothing_that_looks_whole(tmp_path, resume):
     def store(root, facts=lambda labels: {}):
-        return stored.prepare(
-            root,
-            name="n",
-            config="c",
-            version="1.0.0",
-            class_names=("a",),
-            splits={"train": _examples(100)},
-            facts=facts,
-            resume=resume,
-            shard_bytes=1000,
-        )
+        return _store(_examples(100), root, facts=facts, resume=resume, shard_bytes=1000)
 
     root = tmp_path / "full"
     said = "n cannot be written to .*File too large.*: make room there, or name another directory"
