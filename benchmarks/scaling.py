@@ -1,13 +1,15 @@
 """What the train step and recovery need on many devices: bytes a device, collectives a step.
 
     PYTHONPATH=. python benchmarks/scaling.py [--json=FILE] [--quick]
+    PYTHONPATH=. python benchmarks/scaling.py --tpu v5e:2x4 v5e:8x8      (after: pip install libtpu)
 
 Nothing is run: the whole step (ResNet-101 at 448 pixels, 32 images a device, recovery by an EMA
 teacher) is compiled ahead of time for so many simulated CPU devices; the program is read. Memory
 is XLA's own analysis, of its CPU backend: arguments (the state and a batch) are the same on any
 backend, temporaries are not. Collectives are those of the partitioned program; GPU and TPU backends
 combine neighbouring ones, the bytes are the same. Bytes are those of a collective's result on one
-device.
+device. With --tpu the programs are those that libtpu, which needs no TPU for it, compiles for
+slices of these topologies, and so are all figures.
 """
 
 import argparse
@@ -26,13 +28,15 @@ LAYOUTS = ((8, 1), (64, 1), (256, 1), (256, 8))  # devices, those along `model`
 QUICK = (("small", 2_000, 24),), ((8, 1), (8, 2))
 HEADER = (
     "| set | images x classes | devices (data x model) | matrices | state and batch "
-    "| collectives a step | of a step | of a recovery |"
+    "| temporaries | collectives a step | of a step | of a recovery |"
 )
 GIB, MIB = 2**30, 2**20
 
 
-def measure(images: int, classes: int, devices: int, along_model: int, options: argparse.Namespace):
-    """One row: the compiled train step and recovery on a mesh."""
+def measure(
+    images: int, classes: int, devices: list, along_model: int, options: argparse.Namespace
+) -> dict:
+    """One row: the compiled train step and recovery on a mesh of these devices."""
     import jax
     import jax.numpy as jnp
     import new_state
@@ -40,7 +44,7 @@ def measure(images: int, classes: int, devices: int, along_model: int, options: 
     from clsl_jax import optim, sharding, steps, train_state
     from clsl_jax.models.clsl import CLSL
 
-    mesh = sharding.make_mesh(jax.devices()[:devices], model=along_model)
+    mesh = sharding.make_mesh(devices, model=along_model)
     model = CLSL(
         num_classes=classes, backbone=options.backbone, dtype=jnp.dtype(options.dtype), rank=1024
     )
@@ -59,12 +63,14 @@ def measure(images: int, classes: int, devices: int, along_model: int, options: 
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
-    batch_size = options.batch * devices
+    batch_size = options.batch * len(devices)
     examples = sharding.by_example(mesh)
     image = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=examples)
     row = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=examples)
     batch = {"image": image, "clean": image, "row": row}
-    found = {"devices": devices, "model": along_model, "images": images, "classes": classes}
+    kind = devices[0].device_kind
+    found = {"kind": kind, "devices": len(devices), "model": along_model}
+    found |= {"images": images, "classes": classes}
     for name, function, arguments in (
         (
             "train_step",
@@ -97,7 +103,7 @@ def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     lines = [
         HEADER,
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         step, recover = row["train_step"]["collectives"], row["recover"]["collectives"]
@@ -110,6 +116,7 @@ def table(rows: list[dict]) -> str:
             f"| {row['name']} | {row['images']:,} x {row['classes']} "
             f"| {row['devices']} ({row['devices'] // row['model']} x {row['model']}) "
             f"| {row['matrices'] / MIB:,.1f} MiB | {row['train_step']['arguments'] / GIB:.2f} GiB "
+            f"| {row['train_step']['temporaries'] / GIB:.2f} GiB "
             f"| {each} | {total(step)} | {total(recover)} |"
         )
     return "\n".join(lines)
@@ -123,6 +130,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="images a device")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--sets", nargs="+", choices=[name for name, _, _ in SETTINGS])
+    parser.add_argument(
+        "--tpu",
+        nargs="+",
+        metavar="TOPOLOGY",
+        help="slices, as v5e:2x4, to compile for in place of simulated devices",
+    )
     parser.add_argument("--quick", action="store_true", help="a small network on 8 devices")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
@@ -137,9 +150,17 @@ def main() -> None:
         "--xla_backend_optimization_level=0"
     )
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no host of a TPU to ask
+    import jax
+    from jax.experimental import topologies
+
+    if options.tpu:
+        slices = [(topologies.get_topology_desc(name, "tpu").devices, 1) for name in options.tpu]
+    else:
+        slices = [(jax.devices()[:number], along_model) for number, along_model in layouts]
     rows = []
     for name, images, classes in settings:
-        for devices, along_model in layouts:
+        for devices, along_model in slices:
             row = {"name": name, **measure(images, classes, devices, along_model, options)}
             rows.append(row)
             print(table(rows[-1:]).splitlines()[-1], flush=True)

@@ -58,6 +58,9 @@ def compile_steps(
     state = built.abstract_state
     alike, examples = sharding.replicated(built.mesh), sharding.by_example(built.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    room = _room(built, config)
+    # The full labels, which lie on the devices beside the state for `count`.
+    diagnosed = _held(state.annotations) if built.options.teaches else 0
 
     def images(batch_size: int) -> jax.ShapeDtypeStruct:
         shape, dtype = built.input_shape, built.input_dtype
@@ -65,28 +68,46 @@ def compile_steps(
 
     train = recover = None
     if training:
-        batch = {
-            "image": images(built.batch_size),
-            "row": jax.ShapeDtypeStruct((built.batch_size,), jnp.int32, sharding=examples),
-        }
-        if needs_clean_view(built.options, config):
-            batch["clean"] = images(built.batch_size)
         step = steps.make_train_step(
             built.step_model, built.optimizer, built.options, mesh=built.mesh
         )
-        train_step = jax.jit(step, out_shardings=shardings, donate_argnums=0)
-        train = _compile(train_step, (state, batch), report)
-        _check_memory(train, train_step, built, config, batch, report)
+
+        def train_arguments(batch_size: int) -> tuple[Any, ...]:
+            row = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=examples)
+            batch = {"image": images(batch_size), "row": row}
+            if needs_clean_view(built.options, config):
+                batch["clean"] = images(batch_size)
+            return state, batch
+
+        train = _compile_for_batch(
+            jax.jit(step, out_shardings=shardings, donate_argnums=0),
+            train_arguments,
+            built.batch_size,
+            room=room,
+            beside=diagnosed,
+            key="batch_size",
+            multiple=built.mesh.size * config.optim.accumulate,
+            remedy=f"keep the batch with optim.accumulate={2 * config.optim.accumulate} (or more), "
+            "model.remat=blocks or model.dtype=bfloat16, or ",
+            report=report,
+        )
         recover_step = steps.make_recover(built.options, mesh=built.mesh)
         recover = _compile(
             jax.jit(recover_step, out_shardings=shardings, donate_argnums=0), (state,), report
         )
     weights = evaluation_weights(state, ema=built.options.evaluate_ema)
+    # While a run trains, all of its state lies there as it is evaluated.
+    beside = _held(state) - _held(weights) + diagnosed if training else 0
     predict_step = steps.make_predict_step(built.step_model, built.options, mesh=built.mesh)
-    predict = _compile(
+    predict = _compile_for_batch(
         jax.jit(predict_step, out_shardings=examples),
-        (weights, images(built.eval_batch_size)),
-        report,
+        lambda batch_size: (weights, images(batch_size)),
+        built.eval_batch_size,
+        room=room,
+        beside=beside,
+        key="evaluation.batch_size",
+        multiple=built.mesh.size,
+        report=report,
     )
     count = None
     if built.options.teaches:
@@ -98,44 +119,52 @@ def compile_steps(
     return CompiledSteps(train, recover, predict, count, explain)
 
 
-def _check_memory(
-    train: Any,
-    train_step: Any,
-    built: Experiment,
-    config: ml_collections.ConfigDict,
-    batch: dict[str, jax.ShapeDtypeStruct],
+def _compile_for_batch(
+    jitted: Any,
+    arguments: Callable[[int], tuple[Any, ...]],
+    size: int,
+    *,
+    room: int,
+    beside: int,
+    key: str,
+    multiple: int,
+    remedy: str = "",
     report: Callable[[str], None],
-) -> None:
-    """Raises InputError, naming the largest batch that fits, where the train step does not.
+) -> Callable[..., Any]:
+    """Returns `jitted` compiled for a batch, if a device can run it by XLA's own figures.
 
-    XLA's figures are known before anything is run. `train` is `train_step` compiled for `batch`.
+    Args:
+      jitted: the function.
+      arguments: what it takes with a batch of so many examples.
+      size: of the batch.
+      room: bytes that a device may use, 0 if that is not known.
+      beside: bytes of what lies there and is no argument.
+      key: of the configuration, that sets the batch.
+      multiple: of which every batch has to be one.
+      remedy: other ways out, ending a sentence that begins with "Or ".
+      report: takes a line.
+
+    Raises:
+      InputError: if it does not fit; names the largest batch that does.
     """
-    room = _room(built, config)
-    beside = _diagnosed(built)
-    needed = _peak(train) + beside
-    if not room or not needed or needed <= room:
-        return
-    report("The train step does not fit; looking for the largest batch that does ...")
-    multiple = built.mesh.size * config.optim.accumulate
-
-    def peak(batch_size: int) -> int:
-        smaller = {
-            name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=x.sharding)
-            for name, x in batch.items()
-        }
-        return _peak(train_step.lower(built.abstract_state, smaller).compile()) + beside
-
-    fits = largest_that_fits(peak, room, failed=(built.batch_size, needed), multiple=multiple)
-    remedy = f"The largest batch_size that fits is {fits}. " if fits else "No batch fits. "
+    compiled = _compile(jitted, arguments(size), report)
+    needed = _peak(compiled) + beside
+    if not room or needed <= room:
+        return compiled
+    report(f"{jitted.__name__} does not fit; looking for the largest {key} that does ...")
+    fits = largest_that_fits(
+        lambda smaller: _peak(jitted.lower(*arguments(smaller)).compile()) + beside,
+        room,
+        failed=(size, needed),
+        multiple=multiple,
+    )
+    largest = f"The largest {key} that fits is {fits}. " if fits else "No batch fits. "
+    fewer = "use more devices."
+    if jax.default_backend() == "cpu":
+        fewer = "use fewer cpu_devices; memory_gb says what a device may use, if that is not right."
     raise InputError(
-        f"batch_size={built.batch_size} needs {needed / 2**30:.2f} GiB of a device's "
-        f"{room / 2**30:.2f} GiB. {remedy}Or keep the batch with optim.accumulate="
-        f"{2 * config.optim.accumulate} (or more), model.remat=blocks or model.dtype=bfloat16, or "
-        + (
-            "use fewer cpu_devices; memory_gb says what a device may use, if that is not right."
-            if jax.default_backend() == "cpu"
-            else "use more devices."
-        )
+        f"{key}={size} needs {needed / 2**30:.2f} GiB of a device's {room / 2**30:.2f} GiB. "
+        f"{largest}Or {remedy}{fewer}"
     )
 
 
@@ -197,12 +226,12 @@ def host_memory(
     return min(limits)
 
 
-def _diagnosed(built: Experiment) -> int:
-    """Bytes of one device's rows of the full labels, which lie there for `CompiledSteps.count`."""
-    annotations = built.abstract_state.annotations
-    if not built.options.teaches:
-        return 0
-    return math.prod(annotations.sharding.shard_shape(annotations.shape))
+def _held(arrays: Any) -> int:
+    """Bytes of arrays on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(arrays)
+    )
 
 
 def _peak(compiled: Any) -> int:

@@ -12,6 +12,7 @@ network's mistakes as well, and its posteriors were worse than the scores alone
 (docs/study-details.md).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -195,12 +196,14 @@ def fit_mixture(
     known = (annotations >= 0).astype(jnp.float32)
     counted = known.any(axis=1).astype(jnp.float32)[:, None]
     rows = jnp.sum(counted)
+    # Whole float32 on any device: counts are kept apart by small differences of large sums.
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def improve(mixture: Mixture, _: None) -> tuple[Mixture, None]:
         _, shares = mixture_posterior(mixture, annotations)
         shares = shares * counted
-        on = shares.T @ positive + prior * frequencies
-        off = shares.T @ known + prior - on
+        on = product(shares.T, positive) + prior * frequencies
+        off = product(shares.T, known) + prior - on
         weight = (jnp.sum(shares, axis=0) + 1.0) / (rows + len(mixture.log_prior))
         return Mixture(jnp.log(weight), jnp.log(on) - jnp.log(jnp.maximum(off, 1e-6))), None
 
@@ -291,7 +294,8 @@ def update_prototypes(
     positive = (annotations == 1).astype(jnp.float32)
     features = jax.lax.stop_gradient(semantic).astype(jnp.float32)
     count = jnp.sum(positive, axis=0)[:, None]
-    mean = jnp.einsum("bc,bcd->cd", positive, features) / jnp.maximum(count, 1.0)
+    total = jnp.einsum("bc,bcd->cd", positive, features, precision=jax.lax.Precision.HIGHEST)
+    mean = total / jnp.maximum(count, 1.0)
     first = jnp.all(prototypes == 0.0, axis=1, keepdims=True)
     moved = jnp.where(first, mean, decay * prototypes + (1.0 - decay) * mean)
     return jnp.where(count > 0, moved, prototypes)
@@ -311,6 +315,6 @@ def prototype_scores(semantic: jax.Array, prototypes: jax.Array) -> jax.Array:
     Recognition with Partial Labels, arXiv 2205.11131 (prototypes of each class, cosine likeness).
     """
     features = semantic.astype(jnp.float32)
-    dot = jnp.einsum("bcd,cd->bc", features, prototypes)
+    dot = jnp.einsum("bcd,cd->bc", features, prototypes, precision=jax.lax.Precision.HIGHEST)
     norms = jnp.linalg.norm(features, axis=-1) * jnp.linalg.norm(prototypes, axis=-1)
     return 0.5 * (1.0 + dot / jnp.maximum(norms, 1e-6))

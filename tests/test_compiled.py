@@ -1,4 +1,4 @@
-"""What is said before the first step where the train step does not fit into memory."""
+"""What is said before the first step where a step does not fit into memory."""
 
 import jax
 import pytest
@@ -11,6 +11,7 @@ from clsl_jax.errors import InputError
 SMALL = {
     "data.sizes": (64, 8, 8),
     "batch_size": 64,
+    "evaluation.batch_size": 8,
     "model.widths": (4, 8),
     "model.encoder_layers": 0,
     "model.rank": 4,
@@ -71,6 +72,33 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_pat
     assert fits % 8 == 0
     assert 0 < fits < 64
     config.batch_size = fits
+    compile_steps(experiment.build(config), config)
+
+
+def test_an_evaluation_that_does_not_fit_beside_the_run_is_refused_likewise(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLSL_CACHE_DIR", str(tmp_path))
+    config = test_config.load("scenes")
+    config.update_from_flattened_dict({**SMALL, "evaluation.batch_size": 2048})
+    built = experiment.build(config)
+    found = compile_steps(built, config)
+    # All of the state, not only the weights that predict, and the full labels to count with.
+    state = built.new_state(lambda line: None)
+    held = sum(
+        array.addressable_shards[0].data.nbytes
+        for array in (*jax.tree.leaves(state), state.annotations)
+    )
+    shown = found.predict.memory_analysis()
+    images = 2048 // jax.device_count() * 64 * 64 * 3
+    needed = held + images + shown.output_size_in_bytes + shown.temp_size_in_bytes
+    assert compiled._peak(found.train) < needed
+    config.memory_gb = needed / 2**30
+    compile_steps(built, config)
+    config.memory_gb = (needed - 4096) / 2**30  # weights that only training reads are no argument
+    with pytest.raises(InputError, match=r"^evaluation\.batch_size=2048 needs 0\.\d+") as refused:
+        compile_steps(built, config)
+    fits = int(str(refused.value).partition("that fits is ")[2].partition(".")[0])
+    assert 1024 < fits < 2048
+    config.evaluation.batch_size = fits
     compile_steps(experiment.build(config), config)
 
 

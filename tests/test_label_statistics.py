@@ -233,3 +233,23 @@ def test_independent_labels_say_nothing_of_one_another():
     found = ls.others_log_ratios(statistics, jnp.asarray(annotations), jnp.asarray(scores))
     np.testing.assert_allclose(found, np.broadcast_to(found[:1], found.shape), atol=1e-5)
     assert np.abs(np.asarray(found)).max() < 0.3  # pseudo-counts of both estimates differ
+
+
+def test_products_of_counts_are_of_whole_numbers_on_any_device():
+    """A TPU multiplies bfloat16, a GPU TensorFloat-32, unless a product asks for more."""
+    annotations = jnp.asarray(example(10)[1])
+    semantic, prototypes = jnp.zeros((N, C, 6)), jnp.zeros((C, 6))
+    for function, arguments, products in (
+        (lambda a: ls.fit_statistics(jax.random.key(0), a, K), (annotations,), 2),
+        (ls.co_occurrence_scores, (annotations,), 2),
+        (
+            lambda s, a: ls.update_prototypes(prototypes, s, a, 0.9),
+            (semantic, annotations),
+            1,
+        ),
+        (lambda s: ls.prototype_scores(s, prototypes), (semantic,), 1),
+    ):
+        lines = jax.jit(function).lower(*arguments).as_text().splitlines()
+        found = [line for line in lines if "dot_general" in line]
+        assert len(found) == products
+        assert all("precision = [HIGHEST, HIGHEST]" in line for line in found)
