@@ -6,6 +6,7 @@ the known fraction, recovery over epochs, reliability of the probabilities. All 
 (protocol `all`) stands beside the settings of every other protocol: a column, or a line.
 """
 
+import collections
 import csv
 import dataclasses
 import io
@@ -55,6 +56,7 @@ class Found:
       class_ap: {class: average precision in percent}.
       epoch: of the weights.
       recovery: [epochs] of {figure: share or None}, against the hidden labels.
+      versions: {"python": ..., "backend": ..., package: ...} that it was evaluated with.
       seconds, peak_memory_mib: of the cell's processes, the sum and the largest; nan where a cell
         was not run here.
       confidence, frequency, count: float [BINS]: mean probability, share of positives and number of
@@ -67,6 +69,7 @@ class Found:
     class_ap: Mapping[str, float]
     epoch: int
     recovery: Sequence[Mapping[str, float | None]]
+    versions: Mapping[str, str]
     seconds: float
     peak_memory_mib: float
     confidence: np.ndarray
@@ -156,6 +159,7 @@ def read(cell: Cell, workdir: str, *, split: str, convention: str, weights: str)
         {name: 100 * value for name, value in row["AP"].items() if value is not None},
         row["epoch"],
         recovery,
+        results["versions"],
         cost["seconds"],
         cost["peak_memory_mib"],
         *reliability(probabilities, predictions["labels"], counted),
@@ -193,7 +197,7 @@ def write(
         latex.append(_latex(rows, f"{title}. {about}" + (f" {dagger}" if published else "")))
     sections += _details(summary) + _changes(classes, study.baseline)
     sections += ["## Methods", _markdown(_method_rows(grid))]
-    sections += _failures(grid, workdir)
+    sections += _versions(found) + _failures(grid, workdir)
     path = os.path.join(workdir, "study.md")
     atomic.write_text(path, "\n\n".join(sections) + "\n")
     atomic.write_text(os.path.join(workdir, "study.tex"), "\n\n".join(latex) + "\n")
@@ -399,6 +403,22 @@ def _method_rows(grid: Sequence[Cell]) -> list[list[str]]:
             else [name, "a variant of this study", "", ""]
         )
     return rows
+
+
+def _versions(found: Sequence[Found]) -> list[str]:
+    """Returns what the cells were run with; a table where that is not the same for all."""
+    cells = collections.Counter(tuple(sorted(f.versions.items())) for f in found)
+    if len(cells) == 1:
+        return [
+            "## Versions",
+            ", ".join(f"{name} {version}" for name, version in next(iter(cells))),
+        ]
+    names = sorted({name for versions in cells for name, _ in versions})
+    rows = [["cells", *names]]
+    for versions, count in cells.most_common():
+        rows.append([str(count), *(dict(versions).get(name, "") for name in names)])
+    note = "The cells were not all run with the same: last digits may differ, or more."
+    return ["## Versions", note, _markdown(rows)]
 
 
 def _failures(grid: Sequence[Cell], workdir: str) -> list[str]:

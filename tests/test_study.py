@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import commands
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -313,6 +314,7 @@ def made(method, seed, mean_ap, dog, *, fraction=0.2, confidence=(0.2, 0.9), fre
         {"cat": 80.0, "dog": dog},
         2,
         recovery,
+        {"jax": "0.10.2", "python": "3.11.7"},
         10.0 + seed,
         1000.0,
         np.array(confidence),
@@ -500,6 +502,17 @@ def test_the_seeds_that_both_have_are_compared():
     assert gain(found, "clsl", "dog") == (1.0, 1)
 
 
+def test_cells_of_several_versions_are_told_apart():
+    one = made("clsl", 0, 80.0, 70.0)
+    other = dataclasses.replace(one, versions={"jax": "0.11.2", "python": "3.11.7", "new": "2"})
+    assert study_report._versions([one, one])[1:] == ["jax 0.10.2, python 3.11.7"]
+    _, note, table = study_report._versions([other, one, one])
+    assert "not all run with the same" in note
+    rows = [[text.strip() for text in line.strip("|").split("|")] for line in table.splitlines()]
+    assert rows[0] == ["cells", "jax", "new", "python"]
+    assert rows[2:] == [["2", "0.10.2", "", "3.11.7"], ["1", "0.11.2", "2", "3.11.7"]]
+
+
 def test_tables_keep_digits_and_columns():
     rows = [["method", "10 % known"], ["known_asl", "80.00"], ["a | b", "82.30"]]
     lines = study_report._markdown(rows).splitlines()
@@ -664,6 +677,7 @@ def test_a_study_from_grid_to_tables(shared, tmp_path):
     difference = float(rows["clsl"]["mAP"]) - float(rows["known_asl"]["mAP"])
     assert f"({difference:+.2f})" in report
     assert "paper † (a page)" in report
+    assert f"jax {jax.__version__}," in report.partition("## Versions\n\n")[2]
     assert "91.7" in report
     assert "## Failed cells" in report
     assert {(row["AP_convention"], row["weights"]) for row in rows.values()} == {
