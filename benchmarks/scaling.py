@@ -111,10 +111,11 @@ def table(rows: list[dict]) -> str:
         def total(kinds: dict) -> str:
             return f"{sum(size for _, size in kinds.values()) / MIB:,.1f} MiB"
 
+        kind = "" if row["kind"] == "cpu" else f" {row['kind']}"
         each = ", ".join(f"{count} {kind}" for kind, (count, _) in sorted(step.items()))
         lines.append(
             f"| {row['name']} | {row['images']:,} x {row['classes']} "
-            f"| {row['devices']} ({row['devices'] // row['model']} x {row['model']}) "
+            f"| {row['devices']}{kind} ({row['devices'] // row['model']} x {row['model']}) "
             f"| {row['matrices'] / MIB:,.1f} MiB | {row['train_step']['arguments'] / GIB:.2f} GiB "
             f"| {row['train_step']['temporaries'] / GIB:.2f} GiB "
             f"| {each} | {total(step)} | {total(recover)} |"
@@ -136,7 +137,7 @@ def main() -> None:
         metavar="TOPOLOGY",
         help="slices, as v5e:2x4, to compile for in place of simulated devices",
     )
-    parser.add_argument("--quick", action="store_true", help="a small network on 8 devices")
+    parser.add_argument("--quick", action="store_true", help="a small network, 8 simulated devices")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     settings, layouts = QUICK if options.quick else (SETTINGS, LAYOUTS)
@@ -144,13 +145,15 @@ def main() -> None:
         settings = [setting for setting in settings if setting[0] in options.sets]
     if options.quick:
         options.backbone, options.image_size, options.batch = "resnet18", 64, 4
-    # Before JAX starts; what LLVM makes of it does not matter here.
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={max(d for d, _ in layouts)} "
-        "--xla_backend_optimization_level=0"
-    )
+    # Before JAX starts.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no host of a TPU to ask
+    if options.tpu:
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no host of a TPU to ask
+    else:  # what LLVM makes of it does not matter here
+        os.environ["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={max(d for d, _ in layouts)} "
+            "--xla_backend_optimization_level=0"
+        )
     import jax
     from jax.experimental import topologies
 

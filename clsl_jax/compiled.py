@@ -46,6 +46,7 @@ def compile_steps(
     *,
     report: Callable[[str], None] = lambda line: None,
     training: bool = True,
+    weights_alone: bool = False,
 ) -> CompiledSteps:
     """Compiles what a run needs before its first step.
 
@@ -54,6 +55,7 @@ def compile_steps(
       config: its configuration.
       report: takes a line for each function: seconds, memory of one device.
       training: False leaves the train step and recovery out.
+      weights_alone: nothing else of a run's state will lie on the devices.
     """
     state = built.abstract_state
     alike, examples = sharding.replicated(built.mesh), sharding.by_example(built.mesh)
@@ -96,8 +98,8 @@ def compile_steps(
             jax.jit(recover_step, out_shardings=shardings, donate_argnums=0), (state,), report
         )
     weights = evaluation_weights(state, ema=built.options.evaluate_ema)
-    # While a run trains, all of its state lies there as it is evaluated.
-    beside = _held(state) - _held(weights) + diagnosed if training else 0
+    # A run holds all of its state as it is evaluated; at its end the best weights are others.
+    beside = 0 if weights_alone else _held(state) + diagnosed
     predict_step = steps.make_predict_step(built.step_model, built.options, mesh=built.mesh)
     predict = _compile_for_batch(
         jax.jit(predict_step, out_shardings=examples),
@@ -107,6 +109,7 @@ def compile_steps(
         beside=beside,
         key="evaluation.batch_size",
         multiple=built.mesh.size,
+        remedy="choose model.dtype=bfloat16, or ",
         report=report,
     )
     count = None
@@ -128,7 +131,7 @@ def _compile_for_batch(
     beside: int,
     key: str,
     multiple: int,
-    remedy: str = "",
+    remedy: str,
     report: Callable[[str], None],
 ) -> Callable[..., Any]:
     """Returns `jitted` compiled for a batch, if a device can run it by XLA's own figures.
@@ -141,7 +144,7 @@ def _compile_for_batch(
       beside: bytes of what lies there and is no argument.
       key: of the configuration, that sets the batch.
       multiple: of which every batch has to be one.
-      remedy: other ways out, ending a sentence that begins with "Or ".
+      remedy: another way out, in front of "use more devices".
       report: takes a line.
 
     Raises:
@@ -158,13 +161,13 @@ def _compile_for_batch(
         failed=(size, needed),
         multiple=multiple,
     )
-    largest = f"The largest {key} that fits is {fits}. " if fits else "No batch fits. "
+    largest = f"The largest {key} that fits is {fits}. Or " if fits else "No batch fits: "
     fewer = "use more devices."
     if jax.default_backend() == "cpu":
         fewer = "use fewer cpu_devices; memory_gb says what a device may use, if that is not right."
     raise InputError(
         f"{key}={size} needs {needed / 2**30:.2f} GiB of a device's {room / 2**30:.2f} GiB. "
-        f"{largest}Or {remedy}{fewer}"
+        f"{largest}{remedy}{fewer}"
     )
 
 

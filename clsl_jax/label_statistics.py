@@ -23,6 +23,8 @@ from clsl_jax.models.graph import cooccurrence
 
 _LARGEST_LOG_RATIO = 12.0
 _ITERATIONS = 100  # of expectation and maximisation
+# Of products: a TPU would take bfloat16 for float32, a GPU TensorFloat-32.
+_WHOLE = jax.lax.Precision.HIGHEST
 
 
 class Mixture(NamedTuple):
@@ -196,8 +198,7 @@ def fit_mixture(
     known = (annotations >= 0).astype(jnp.float32)
     counted = known.any(axis=1).astype(jnp.float32)[:, None]
     rows = jnp.sum(counted)
-    # Whole float32 on any device: counts are kept apart by small differences of large sums.
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    product = functools.partial(jnp.matmul, precision=_WHOLE)
 
     def improve(mixture: Mixture, _: None) -> tuple[Mixture, None]:
         _, shares = mixture_posterior(mixture, annotations)
@@ -294,7 +295,7 @@ def update_prototypes(
     positive = (annotations == 1).astype(jnp.float32)
     features = jax.lax.stop_gradient(semantic).astype(jnp.float32)
     count = jnp.sum(positive, axis=0)[:, None]
-    total = jnp.einsum("bc,bcd->cd", positive, features, precision=jax.lax.Precision.HIGHEST)
+    total = jnp.einsum("bc,bcd->cd", positive, features, precision=_WHOLE)
     mean = total / jnp.maximum(count, 1.0)
     first = jnp.all(prototypes == 0.0, axis=1, keepdims=True)
     moved = jnp.where(first, mean, decay * prototypes + (1.0 - decay) * mean)
@@ -315,6 +316,6 @@ def prototype_scores(semantic: jax.Array, prototypes: jax.Array) -> jax.Array:
     Recognition with Partial Labels, arXiv 2205.11131 (prototypes of each class, cosine likeness).
     """
     features = semantic.astype(jnp.float32)
-    dot = jnp.einsum("bcd,cd->bc", features, prototypes, precision=jax.lax.Precision.HIGHEST)
+    dot = jnp.einsum("bcd,cd->bc", features, prototypes, precision=_WHOLE)
     norms = jnp.linalg.norm(features, axis=-1) * jnp.linalg.norm(prototypes, axis=-1)
     return 0.5 * (1.0 + dot / jnp.maximum(norms, 1e-6))

@@ -6,7 +6,6 @@ the known fraction, recovery over epochs, reliability of the probabilities. All 
 (protocol `all`) stands beside the settings of every other protocol: a column, or a line.
 """
 
-import collections
 import csv
 import dataclasses
 import io
@@ -406,18 +405,19 @@ def _method_rows(grid: Sequence[Cell]) -> list[list[str]]:
 
 
 def _versions(found: Sequence[Found]) -> list[str]:
-    """Returns what the cells were run with; a table where that is not the same for all."""
-    cells = collections.Counter(tuple(sorted(f.versions.items())) for f in found)
-    if len(cells) == 1:
-        return [
-            "## Versions",
-            ", ".join(f"{name} {version}" for name, version in next(iter(cells))),
-        ]
-    names = sorted({name for versions in cells for name, _ in versions})
-    rows = [["cells", *names]]
-    for versions, count in cells.most_common():
-        rows.append([str(count), *(dict(versions).get(name, "") for name in names)])
-    note = "The cells were not all run with the same: last digits may differ, or more."
+    """Returns what the cells were evaluated with; a table where that is not the same for all."""
+    groups: dict[tuple[tuple[str, str], ...], list[Cell]] = {}
+    for f in found:
+        groups.setdefault(tuple(sorted(f.versions.items())), []).append(f.cell)
+    if len(groups) == 1:
+        (versions,) = groups
+        return ["## Versions", ", ".join(f"{name} {version}" for name, version in versions)]
+    names = sorted({name for versions in groups for name, _ in versions})
+    rows = [["cells", *names, "for example"]]
+    for versions, cells in sorted(groups.items(), key=lambda item: -len(item[1])):
+        told = [dict(versions).get(name, "") for name in names]
+        rows.append([str(len(cells)), *told, cells[0].directory])
+    note = "The cells were not all evaluated with the same, by which figures may differ."
     return ["## Versions", note, _markdown(rows)]
 
 

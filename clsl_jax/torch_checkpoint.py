@@ -60,7 +60,9 @@ def evaluate_checkpoint(
             log = RunLog(workdir)
         built = cluster.agree(lambda: experiment.build(config, report=log.console.print))
         weights = _weights(built, config, state_dict, path)
-        compiled = compile_steps(built, config, report=log.console.print, training=False)
+        compiled = compile_steps(
+            built, config, report=log.console.print, training=False, weights_alone=True
+        )
         scores = {}
         for name in experiment.scored_splits(config, built.dataset):
             found = evaluate.predict(

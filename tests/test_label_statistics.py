@@ -235,7 +235,7 @@ def test_independent_labels_say_nothing_of_one_another():
     assert np.abs(np.asarray(found)).max() < 0.3  # pseudo-counts of both estimates differ
 
 
-def test_products_of_counts_are_of_whole_numbers_on_any_device():
+def test_products_are_of_whole_float32_on_any_device():
     """A TPU multiplies bfloat16, a GPU TensorFloat-32, unless a product asks for more."""
     annotations = jnp.asarray(example(10)[1])
     semantic, prototypes = jnp.zeros((N, C, 6)), jnp.zeros((C, 6))

@@ -507,10 +507,14 @@ def test_cells_of_several_versions_are_told_apart():
     other = dataclasses.replace(one, versions={"jax": "0.11.2", "python": "3.11.7", "new": "2"})
     assert study_report._versions([one, one])[1:] == ["jax 0.10.2, python 3.11.7"]
     _, note, table = study_report._versions([other, one, one])
-    assert "not all run with the same" in note
+    assert "not all evaluated with the same" in note
     rows = [[text.strip() for text in line.strip("|").split("|")] for line in table.splitlines()]
-    assert rows[0] == ["cells", "jax", "new", "python"]
-    assert rows[2:] == [["2", "0.10.2", "", "3.11.7"], ["1", "0.11.2", "2", "3.11.7"]]
+    assert rows[0] == ["cells", "jax", "new", "python", "for example"]
+    where = one.cell.directory
+    assert rows[2:] == [
+        ["2", "0.10.2", "", "3.11.7", where],
+        ["1", "0.11.2", "2", "3.11.7", where],
+    ]
 
 
 def test_tables_keep_digits_and_columns():
