@@ -453,7 +453,7 @@ def test_what_is_refused_before_the_first_step_binds_no_workdir(shared, tmp_path
     status, _, err = run(shared, tmp_path / "run", "--config.memory_gb=0.0001")
     assert status == 2
     assert "batch_size=16 needs 0.01 GiB" in err
-    assert "No batch fits." in err
+    assert "No batch fits: keep the batch with optim.accumulate=2" in err
     assert not (tmp_path / "run" / "config.json").exists()
     status, _, err = run(shared, tmp_path / "run")
     assert status == 0, err
