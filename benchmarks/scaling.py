@@ -68,9 +68,13 @@ def measure(
     image = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=examples)
     row = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=examples)
     batch = {"image": image, "clean": image, "row": row}
-    kind = devices[0].device_kind
-    found = {"kind": kind, "devices": len(devices), "model": along_model}
-    found |= {"images": images, "classes": classes}
+    found = {
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "model": along_model,
+        "images": images,
+        "classes": classes,
+    }
     for name, function, arguments in (
         (
             "train_step",
@@ -111,11 +115,11 @@ def table(rows: list[dict]) -> str:
         def total(kinds: dict) -> str:
             return f"{sum(size for _, size in kinds.values()) / MIB:,.1f} MiB"
 
-        kind = "" if row["kind"] == "cpu" else f" {row['kind']}"
+        device = "" if row["device"] == "cpu" else f" {row['device']}"
         each = ", ".join(f"{count} {kind}" for kind, (count, _) in sorted(step.items()))
         lines.append(
             f"| {row['name']} | {row['images']:,} x {row['classes']} "
-            f"| {row['devices']}{kind} ({row['devices'] // row['model']} x {row['model']}) "
+            f"| {row['devices']}{device} ({row['devices'] // row['model']} x {row['model']}) "
             f"| {row['matrices'] / MIB:,.1f} MiB | {row['train_step']['arguments'] / GIB:.2f} GiB "
             f"| {row['train_step']['temporaries'] / GIB:.2f} GiB "
             f"| {each} | {total(step)} | {total(recover)} |"
