@@ -1,6 +1,6 @@
 """How label recovery grows with images, classes and devices: time, memory and collectives.
 
-    python benchmarks/recovery_scale.py [--json=FILE] [--quick]
+    python benchmarks/recovery_scale.py [--json=FILE] [--quick] [--rules RULE ...]
 
 Measured: what one of D devices does, for real on the default device: it keeps N / D rows, and of
 the 32 D rows of a step, which it is given all of, scatters those that are its own; which of them
@@ -40,9 +40,13 @@ BATCH_A_DEVICE = 32
 
 
 scatter = functools.partial(recovery.scatter_scores, momentum=0.8)
-thresholds = functools.partial(
-    recovery.adaptive_thresholds, positive_precision=0.9, negative_precision=0.985, min_count=5
-)
+PRECISION = {"positive_precision": 0.9, "negative_precision": 0.985, "min_count": 5}
+COVERAGE = {"positive_coverage": 0.5, "negative_coverage": 0.9}
+RULES = {  # how thresholds are found: `recovery.thresholds` and `recovery.calibration`
+    "adaptive": functools.partial(recovery.adaptive_thresholds, **PRECISION),
+    "expected": functools.partial(recovery.expected_thresholds, **PRECISION),
+    "matched": functools.partial(recovery.matched_thresholds, **COVERAGE),
+}
 
 
 def recover(scores: Any, visits: Any, annotations: Any, positive: Any, negative: Any) -> Any:
@@ -57,7 +61,9 @@ def recover(scores: Any, visits: Any, annotations: Any, positive: Any, negative:
     )
 
 
-def programs(n: int, c: int, batch: int, shape: Callable[..., Any], mesh: Mesh) -> dict[str, tuple]:
+def programs(
+    n: int, c: int, batch: int, shape: Callable[..., Any], mesh: Mesh, rules: Sequence[str]
+) -> dict[str, tuple]:
     """Each function with its arguments and those it may overwrite.
 
     Args:
@@ -66,20 +72,24 @@ def programs(n: int, c: int, batch: int, shape: Callable[..., Any], mesh: Mesh) 
       batch: rows that a step scatters.
       shape: makes an argument of (shape, type, whether it is sharded by row).
       mesh: over whose devices histograms of known labels are summed, as in a run.
+      rules: of `RULES`.
     """
-    together = jax.shard_map(
-        functools.partial(thresholds, axis_name="data"),
-        mesh=mesh,
-        in_specs=sharding.by_row(mesh).spec,
-        out_specs=PartitionSpec(),
-    )
+
+    def together(rule: str) -> Callable[..., Any]:
+        return jax.shard_map(
+            functools.partial(RULES[rule], axis_name="data"),
+            mesh=mesh,
+            in_specs=sharding.by_row(mesh).spec,
+            out_specs=PartitionSpec(),
+        )
+
     scores, annotations = shape((n, c), jnp.float32, True), shape((n, c), jnp.int8, True)
     visits, rows = shape((n,), jnp.int32, True), shape((batch,), jnp.int32, True)
     new = shape((batch, c), jnp.float32, True)
     limits = (shape((c,), jnp.float32, False),) * 2
     return {
         "scatter": (scatter, (scores, visits, rows, new), (0, 1)),
-        "thresholds": (together, (scores, annotations, visits), ()),
+        **{rule: (together(rule), (scores, annotations, visits), ()) for rule in rules},
         "recover": (recover, (scores, visits, annotations, *limits), ()),
     }
 
@@ -89,7 +99,7 @@ def rows_of_device(n: int, devices: int) -> int:
     return sharding.padded_rows(n) // devices
 
 
-def measured(n: int, c: int, devices: int, count: int) -> dict[str, Any]:
+def measured(n: int, c: int, devices: int, count: int, rules: Sequence[str]) -> dict[str, Any]:
     """Milliseconds of one device's part."""
     rows = rows_of_device(n, devices)
     key = jax.random.key(0)
@@ -108,11 +118,16 @@ def measured(n: int, c: int, devices: int, count: int) -> dict[str, Any]:
     def scatter_once() -> None:
         state[:] = jax.block_until_ready(scattering(*state, picked, new))
 
-    find, label = jax.jit(thresholds), jax.jit(recover)
-    positive, negative = find(scores, annotations, visits)
+    label = jax.jit(recover)
+    finds = {rule: jax.jit(RULES[rule]) for rule in rules}
+    positive, negative = finds[rules[0]](scores, annotations, visits)
+
+    def finding(find: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: jax.block_until_ready(find(scores, annotations, visits))
+
     calls = {
         "scatter": scatter_once,
-        "thresholds": lambda: jax.block_until_ready(find(scores, annotations, visits)),
+        **{rule: finding(find) for rule, find in finds.items()},
         "recover": lambda: jax.block_until_ready(
             label(scores, visits, annotations, positive, negative)
         ),
@@ -125,7 +140,7 @@ def needed_bytes(n: int, c: int, devices: int) -> int:
     return rows_of_device(n, devices) * (21 * c + 8)
 
 
-def compiled(n: int, c: int, devices: int) -> dict[str, dict[str, Any]]:
+def compiled(n: int, c: int, devices: int, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Memory of one device and its collectives, of each function over the whole matrices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     by_row, alike = sharding.by_row(mesh), sharding.replicated(mesh)
@@ -135,9 +150,9 @@ def compiled(n: int, c: int, devices: int) -> dict[str, dict[str, Any]]:
 
     found = {}
     batch = BATCH_A_DEVICE * devices
-    parts = programs(sharding.padded_rows(n), c, batch, shape, mesh)
+    parts = programs(sharding.padded_rows(n), c, batch, shape, mesh, rules)
     for name, (function, arguments, donated) in parts.items():
-        out = alike if name == "thresholds" else by_row
+        out = alike if name in RULES else by_row
         lowered = jax.jit(function, out_shardings=out, donate_argnums=donated).lower(*arguments)
         program = lowered.compile()
         memory = program.memory_analysis()
@@ -153,7 +168,7 @@ def compiled(n: int, c: int, devices: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def show_measured(found: list[dict]) -> None:
+def show_measured(found: list[dict], rules: Sequence[str]) -> None:
     """Prints the table of times."""
     lines = [
         [
@@ -164,11 +179,12 @@ def show_measured(found: list[dict]) -> None:
         for r in found
     ]
     header = ["images x classes, devices", "rows of one", "scatter ms (a step)"]
-    header += ["thresholds ms (an epoch)", "recover ms (an epoch)"]
+    header += [f"thresholds, {rule}, ms (an epoch)" for rule in rules]
+    header += ["recover ms (an epoch)"]
     print(rounds.markdown("Label recovery: what one of D devices does", header, lines), flush=True)
 
 
-def show_compiled(found: list[dict]) -> None:
+def show_compiled(found: list[dict], rules: Sequence[str]) -> None:
     """Prints the table of memory and collectives."""
     lines = []
     for r in found:
@@ -185,17 +201,20 @@ def show_compiled(found: list[dict]) -> None:
             line.append(", ".join(sent) or "none")
         lines.append(line)
     header = ["images x classes, devices"]
-    for name in ("scatter", "thresholds", "recover"):
+    for name in ("scatter", *(f"thresholds, {rule}" for rule in rules), "recover"):
         header += [f"{name}: MiB of arguments + temporaries + results", "collectives"]
     title = "Label recovery over simulated devices: memory of one, and collectives"
     print(rounds.markdown(title, header, lines), flush=True)
 
 
-def simulate(cases: Sequence[tuple[int, int, int]], path: pathlib.Path) -> None:
+def simulate(
+    cases: Sequence[tuple[int, int, int]], rules: Sequence[str], path: pathlib.Path
+) -> None:
     """Compiles every case over simulated devices of the CPU and writes what was found."""
     found = []
     for n, c, d in cases:
-        found.append({"images": n, "classes": c, "devices": d, "functions": compiled(n, c, d)})
+        functions = compiled(n, c, d, rules)
+        found.append({"images": n, "classes": c, "devices": d, "functions": functions})
     rounds.write(path, {"rows": found})
 
 
@@ -222,6 +241,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES)
     parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
     parser.add_argument("--devices", type=int, nargs="+", default=DEVICES)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=["adaptive"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit_gb", type=float, default=4.0, help="largest part that is run")
     parser.add_argument("--simulate", type=pathlib.Path, help=argparse.SUPPRESS)
@@ -231,18 +251,19 @@ def main() -> None:
         images, classes, devices = QUICK_IMAGES, QUICK_CLASSES, QUICK_DEVICES
     cases = [(n, c, d) for n in images for c in classes for d in devices]
     if options.simulate:
-        simulate(cases, options.simulate)
+        simulate(cases, options.rules, options.simulate)
         return
     timed = []
     for n, c, d in cases:
         row = {"images": n, "classes": c, "devices": d, "rows": rows_of_device(n, d)}
         if needed_bytes(n, c, d) <= options.limit_gb * 2**30:
-            timed.append({**row, "milliseconds": measured(n, c, d, options.rounds)})
-    show_measured(timed)
+            times = measured(n, c, d, options.rounds, options.rules)
+            timed.append({**row, "milliseconds": times})
+    show_measured(timed, options.rules)
     analysed = []
     if not options.timed_only:
         analysed = simulated(sys.argv[1:])
-        show_compiled(analysed)
+        show_compiled(analysed, options.rules)
     results = {"machine": rounds.machine(), "batch_of_a_device": BATCH_A_DEVICE}
     rounds.write(options.json, {**results, "measured": timed, "compiled": analysed})
 

@@ -7,6 +7,7 @@ here is free.
 import contextlib
 import hashlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -153,6 +154,15 @@ def check_alike(facts: Mapping[str, str]) -> None:
                 f"Process {others[0]} has other {name} than process 0: every process must read the "
                 "same files. Compare what lies at data.dir, labels.file and model.embeddings there."
             )
+
+
+def processes_here() -> int:
+    """Returns how many of the processes run on this one's host, or in its container: 1 or more."""
+    if jax.process_count() == 1:
+        return 1
+    name = hashlib.sha256(socket.gethostname().encode()).digest()
+    found = multihost_utils.process_allgather(np.frombuffer(name, np.uint8))  # [processes, 32]
+    return int((found == found[jax.process_index()]).all(axis=1).sum())
 
 
 def union(rows: set[int], count: int) -> set[int]:

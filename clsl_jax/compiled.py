@@ -18,6 +18,9 @@ from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment, needs_clean_view
 from clsl_jax.train_state import evaluation_weights
 
+# Batches that may lie on the devices beside the one that they are at work on.
+TRAIN_AHEAD, EVALUATION_AHEAD = 2, 1
+
 
 @dataclasses.dataclass(frozen=True)
 class CompiledSteps:
@@ -87,6 +90,7 @@ def compile_steps(
             built.batch_size,
             room=room,
             beside=diagnosed,
+            ahead=TRAIN_AHEAD,
             key="batch_size",
             multiple=built.mesh.size * config.optim.accumulate,
             remedy=f"keep the batch with optim.accumulate={2 * config.optim.accumulate} (or more), "
@@ -97,6 +101,13 @@ def compile_steps(
         recover = _compile(
             jax.jit(recover_step, out_shardings=shardings, donate_argnums=0), (state,), report
         )
+        needed = _peak(recover) + diagnosed
+        if room and needed > room:
+            rows, columns = built.annotations.shape
+            raise InputError(
+                f"Recovering {rows:,} x {columns:,} labels needs {_of_a_device(needed, room)}. "
+                f"The batch plays no part in it: {_other_devices()}"
+            )
     weights = evaluation_weights(state, ema=built.options.evaluate_ema)
     # A run holds all of its state as it is evaluated; at its end the best weights are others.
     beside = 0 if weights_alone else _held(state) + diagnosed
@@ -107,6 +118,7 @@ def compile_steps(
         built.eval_batch_size,
         room=room,
         beside=beside,
+        ahead=EVALUATION_AHEAD,
         key="evaluation.batch_size",
         multiple=built.mesh.size,
         remedy="choose model.dtype=bfloat16, or ",
@@ -129,6 +141,7 @@ def _compile_for_batch(
     *,
     room: int,
     beside: int,
+    ahead: int,
     key: str,
     multiple: int,
     remedy: str,
@@ -138,10 +151,11 @@ def _compile_for_batch(
 
     Args:
       jitted: the function.
-      arguments: what it takes with a batch of so many examples.
+      arguments: what it takes with a batch of so many examples, which is the last of them.
       size: of the batch.
       room: bytes that a device may use, 0 if that is not known.
-      beside: bytes of what lies there and is no argument.
+      beside: bytes of what lies there and is no argument, but for batches.
+      ahead: so many other batches lie there.
       key: of the configuration, that sets the batch.
       multiple: of which every batch has to be one.
       remedy: another way out, in front of "use more devices".
@@ -150,25 +164,35 @@ def _compile_for_batch(
     Raises:
       InputError: if it does not fit; names the largest batch that does.
     """
+
+    def beside_it(batch_size: int) -> int:
+        return beside + ahead * _held(arguments(batch_size)[-1])
+
     compiled = _compile(jitted, arguments(size), report)
-    needed = _peak(compiled) + beside
+    needed = _peak(compiled) + beside_it(size)
     if not room or needed <= room:
         return compiled
     report(f"{jitted.__name__} does not fit; looking for the largest {key} that does ...")
     fits = largest_that_fits(
-        lambda smaller: _peak(jitted.lower(*arguments(smaller)).compile()) + beside,
+        lambda smaller: _peak(jitted.lower(*arguments(smaller)).compile()) + beside_it(smaller),
         room,
         failed=(size, needed),
         multiple=multiple,
     )
     largest = f"The largest {key} that fits is {fits}. Or " if fits else "No batch fits: "
-    fewer = "use more devices."
-    if jax.default_backend() == "cpu":
-        fewer = "use fewer cpu_devices; memory_gb says what a device may use, if that is not right."
     raise InputError(
-        f"{key}={size} needs {needed / 2**30:.2f} GiB of a device's {room / 2**30:.2f} GiB. "
-        f"{largest}{remedy}{fewer}"
+        f"{key}={size} needs {_of_a_device(needed, room)}. {largest}{remedy}{_other_devices()}"
     )
+
+
+def _of_a_device(needed: int, room: int) -> str:
+    return f"{needed / 2**30:.2f} GiB of a device's {room / 2**30:.2f} GiB"
+
+
+def _other_devices() -> str:
+    if jax.default_backend() == "cpu":
+        return "use fewer cpu_devices; memory_gb says what a device may use, if that is not right."
+    return "use more devices."
 
 
 def largest_that_fits(
@@ -207,7 +231,7 @@ def _room(built: Experiment, config: ml_collections.ConfigDict) -> int:
         return int(config.memory_gb * 2**30)
     device = next(d for d in built.mesh.devices.flat if d.process_index == jax.process_index())
     if device.platform == "cpu":
-        return host_memory() // jax.local_device_count()
+        return host_memory() // (jax.local_device_count() * cluster.processes_here())
     return int((device.memory_stats() or {}).get("bytes_limit", 0))
 
 

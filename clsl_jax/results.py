@@ -88,7 +88,7 @@ def write(
         "unreadable_training_images": list(unreadable),
         "results": _scored(scores, epochs, built),
     }
-    tables = _label_tables(built, state, scores)
+    tables = _label_tables(built, state, scores, log)
     if tables is not None:
         result["recovery"].update(tables.held_out)
     pictured = min(config.evaluation.pictures, len(built.dataset.test.labels))
@@ -125,7 +125,10 @@ class _Tables(NamedTuple):
 
 
 def _label_tables(
-    built: Experiment, state: TrainState | None, scores: Mapping[tuple[str, str], np.ndarray]
+    built: Experiment,
+    state: TrainState | None,
+    scores: Mapping[tuple[str, str], np.ndarray],
+    log: RunLog,
 ) -> _Tables | None:
     """Returns what goes into the tables of recovered labels, or None where nothing is recovered.
 
@@ -134,8 +137,14 @@ def _label_tables(
     """
     splits = _tabled(built)
     cells = sum(split.labels.size for split in splits)
-    recovers = state is not None and built.options.recovery_mode == "epoch"
-    if not recovers or cells > label_tables.MOST_CELLS:
+    if state is None or built.options.recovery_mode != "epoch":
+        return None
+    if cells > label_tables.MOST_CELLS:
+        log.console.print(
+            f"{label_tables.RECOVERED_NAME} and {label_tables.PROBABILITIES_NAME} are not written: "
+            f"{cells:,} cells are more than {label_tables.MOST_CELLS:,}. The labels are in the "
+            "last checkpoint, in `recovered` and `recovered_weight`."
+        )
         return None
     count, options = len(built.annotations), built.options.handing_out
 

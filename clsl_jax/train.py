@@ -1,5 +1,6 @@
 """The training loop, from top to bottom: epochs of steps, recovery, evaluation, checkpoints."""
 
+import collections
 import contextlib
 import functools
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -22,7 +24,7 @@ from clsl_jax import (
 )
 from clsl_jax import config as config_lib
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
-from clsl_jax.compiled import CompiledSteps, compile_steps
+from clsl_jax.compiled import TRAIN_AHEAD, CompiledSteps, compile_steps
 from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.data.watched import Watched
 from clsl_jax.errors import InputError, listed, unwritable
@@ -291,14 +293,18 @@ class _Run:
         end = (epoch + 1) * built.steps_per_epoch
         every = self.config.checkpoint.every_steps
         title = f"epoch {epoch + 1}/{self.config.epochs}"
+        queue = StepQueue(TRAIN_AHEAD)
         with self.log.progress(title, end - step, built.batch_size) as bar:
             while step < end:
                 if self.guard.reached():
                     self._save(state, step, epoch_done=step % built.steps_per_epoch == 0)
                     self._stop(step)
-                batch = sharding.put_rows(built.mesh, self._readable(next(data)))
+                batch = self._readable(next(data))
+                queue.wait()
+                batch = sharding.put_rows(built.mesh, batch)
                 with jax.transfer_guard("disallow"):
                     state = self.steps.train(state, batch)
+                queue.add(state.step)
                 step += 1
                 bar.advance()
                 if every and step % every == 0 and step < end:
@@ -626,6 +632,27 @@ class _Run:
         )
         recovered, weight = labels(state)
         return state.replace(recovered=recovered, recovered_weight=weight)
+
+
+class StepQueue:
+    """Keeps the host from running far ahead of the device, whose memory its batches would fill.
+
+    A batch lies on the device until its step has run. With `most` steps still to run beside the one
+    at work, the device never waits for the host, and the memory needed is known beforehand.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.begun: collections.deque[jax.Array] = collections.deque()
+
+    def add(self, result: jax.Array) -> None:
+        """Notes a step that was called, by one of its results, which the next may consume."""
+        self.begun.append(jnp.copy(result.addressable_data(0)))
+
+    def wait(self) -> None:
+        """Waits until a step more may be called."""
+        while len(self.begun) > self.most:
+            self.begun.popleft().block_until_ready()
 
 
 def _finite(number: Any) -> float | None:

@@ -26,6 +26,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+def pytest_addoption(parser):
+    """`--kills=20`: the run of two processes is killed as often as the run of one is."""
+    parser.addoption("--kills", type=int, default=4, help="of one of two processes (at least 4)")
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """Directory of what commands compile and compose, for all of them."""

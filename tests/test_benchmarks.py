@@ -7,9 +7,14 @@ import subprocess
 import sys
 
 import commands
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from sklearn.metrics import precision_recall_curve
+
+from clsl_jax import sharding
 
 BENCHMARKS = pathlib.Path(commands.REPOSITORY) / "benchmarks"
 
@@ -30,6 +35,24 @@ def test_masks_of_what_was_recovered(monkeypatch):
     for label in (0, 1):
         assert (labels[drawn] == label).sum() == (labels[taken] == label).sum() > 0
     assert (drawn != taken).any()
+
+
+def test_collectives_in_loops_count_as_often_as_they_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hlo
+
+    def program(x):
+        def summed(_, x):
+            return jax.lax.fori_loop(0, 3, lambda _, y: jax.lax.psum(y, "data") * 0.5, x)
+
+        return jax.lax.psum(jax.lax.fori_loop(0, 5, summed, x)[:1], "data")
+
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    spread, alike = PartitionSpec("data"), PartitionSpec()
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=spread, out_specs=alike, check_vma=False)
+    text = jax.jit(mapped).lower(jnp.ones((8, 6))).compile().as_text()
+    # Of 4 rows of 6 columns on a device, three times in each of five turns, and once of one row.
+    assert hlo.collectives(text) == {"all-reduce": (16, 15 * 4 * 6 * 4 + 6 * 4)}
 
 
 def _interpolated(scores, labels):

@@ -1,10 +1,13 @@
 """What is said before the first step where a step does not fit into memory."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import pytest
 import test_config
 
-from clsl_jax import compiled, experiment, train_state
+from clsl_jax import compiled, experiment, train, train_state
 from clsl_jax.compiled import compile_steps, largest_that_fits
 from clsl_jax.errors import InputError
 
@@ -63,7 +66,12 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_pat
     config.update_from_flattened_dict({**SMALL, "model.srfl": False, "model.sgfe": False})
     built = experiment.build(config)
     needed = compiled._peak(compile_steps(built, config).train)
-    config.memory_gb = 0.85 * needed / 2**30
+    # Beside what it takes itself the full labels, and two batches: images, augmented and not, rows.
+    needed += built.abstract_state.annotations.size // jax.device_count()
+    needed += 2 * 64 // jax.device_count() * (2 * 64 * 64 * 3 + 4)
+    config.memory_gb = needed / 2**30
+    compile_steps(built, config)
+    config.memory_gb = (needed - 1) / 2**30
     said = []
     with pytest.raises(InputError, match=r"^batch_size=64 needs 0\.\d+ GiB of a device") as refused:
         compile_steps(built, config, report=said.append)
@@ -82,12 +90,14 @@ def test_an_evaluation_that_does_not_fit_beside_the_run_is_refused_likewise(tmp_
     config.update_from_flattened_dict({**SMALL, "evaluation.batch_size": 2048})
     built = experiment.build(config)
     found = compile_steps(built, config).predict.memory_analysis()
-    # Beside what it takes itself all of the state, and the full labels to count with.
+    # Beside what it takes itself all of the state, the full labels to count with, another batch.
     state = built.new_state(lambda line: None)
     held = (*jax.tree.leaves(state), state.annotations)
     needed = sum(array.addressable_shards[0].data.nbytes for array in held)
     needed += found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    assert found.argument_size_in_bytes > 2048 // jax.device_count() * 64 * 64 * 3
+    images = 2048 // jax.device_count() * 64 * 64 * 3
+    assert found.argument_size_in_bytes > images
+    needed += images
     config.memory_gb = needed / 2**30
     compile_steps(built, config)
     config.memory_gb = (needed - 1) / 2**30
@@ -98,6 +108,43 @@ def test_an_evaluation_that_does_not_fit_beside_the_run_is_refused_likewise(tmp_
     assert 1024 < fits < 2048
     config.evaluation.batch_size = fits
     compile_steps(experiment.build(config), config)
+
+
+def test_a_recovery_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLSL_CACHE_DIR", str(tmp_path))
+    config = test_config.load("scenes")
+    config.update_from_flattened_dict(SMALL)
+    built = experiment.build(config)
+    peak = compiled._peak
+
+    def larger(function):
+        return peak(function) + 2**30 * ("recover" in function.as_text()[:99])
+
+    monkeypatch.setattr(compiled, "_peak", larger)
+    config.memory_gb = 0.9
+    with pytest.raises(InputError, match=r"^Recovering 64 x 20 labels needs 1\.\d\d GiB of"):
+        compile_steps(built, config)
+    config.memory_gb = 1.5
+    compile_steps(built, config)
+
+
+def test_the_host_runs_no_more_than_two_steps_ahead():
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        matrix = jax.lax.fori_loop(0, 100, lambda _, x: x @ x * 0.003, jnp.ones((300, 300)))
+        return state + 1 + (matrix[0, 0] > 1e9)
+
+    queue, state, begun = train.StepQueue(2), jnp.int32(0), []
+    step(jnp.int32(0)).block_until_ready()
+    for count in range(8):
+        queue.wait()
+        assert all(one.is_ready() for one in begun[:-2])
+        state = step(state)
+        queue.add(state)
+        begun.append(queue.begun[-1])
+        assert not begun[-1].is_ready(), "too quick to tell"
+        assert len(begun) == count + 1
+    assert [int(one) for one in begun] == list(range(1, 9))
 
 
 def test_a_cpu_has_its_share_of_what_the_host_may_use(tmp_path, monkeypatch):

@@ -198,9 +198,10 @@ def test_a_checkpoint_has_the_same_bits_on_another_layout(shared, runs, tmp_path
             np.testing.assert_array_equal(found[key], arrays[name], err_msg=name)
 
 
-def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path):
-    """SIGKILL to one, four times, SIGTERM to one, and the run ends with the same bits."""
+def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path, pytestconfig):
+    """SIGKILL to one, `--kills` times, SIGTERM to one, and the run ends with the same bits."""
     chance = random.Random(0)
+    more = pytestconfig.getoption("kills") - 4
     workdir = tmp_path / "run"
     (workdir / "checkpoints").mkdir(parents=True)
     processes, devices = LAYOUTS["2x4"]
@@ -218,10 +219,17 @@ def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path)
         return lambda: newest_step(workdir) > before
 
     # While it compiles, then just after a next checkpoint: a step, an evaluation, the next save.
-    for moment in ("start", "checkpoint", "checkpoint", "alone"):
-        saved = saved_again(newest_step(workdir))
-        started = started_until(compiling if moment == "start" else saved)
-        time.sleep(chance.uniform(0, 0.3))
+    # Others at any moment before that.
+    seconds = 0.0  # from the start to a next checkpoint
+    for moment in ("start", "checkpoint", "checkpoint", "alone", *["any"] * more):
+        saved, begun = saved_again(newest_step(workdir)), time.monotonic()
+        if moment == "any":
+            end = begun + chance.uniform(0, seconds)
+            started = started_until(lambda end=end, saved=saved: time.monotonic() > end or saved())
+        else:
+            started = started_until(compiling if moment == "start" else saved)
+            seconds = max(seconds, time.monotonic() - begun)
+            time.sleep(chance.uniform(0, 0.3))
         killed = chance.choice(started)
         killed.send_signal(signal.SIGKILL)
         if moment == "alone":  # nothing takes care of the others: they end by themselves
@@ -305,6 +313,22 @@ main.cli()
         program=program,
     )  # fmt: skip
     assert statuses == [0, 0], said
+
+
+def test_processes_of_one_host_are_counted(shared, tmp_path):
+    """They share its memory. Of three, two have one host name and one another."""
+    program = """
+import os, socket
+socket.gethostname = lambda: "one" if os.environ["JAX_PROCESS_ID"] == "1" else "another"
+from clsl_jax import cluster
+
+cluster.join()
+print("here:", cluster.processes_here())
+cluster.leave(0)
+"""
+    statuses, said = run_several(shared, tmp_path / "run", processes=3, devices=1, program=program)
+    assert statuses == [0, 0, 0], said
+    assert [re.findall(r"here: (\d)", text) for text in said] == [["2"], ["1"], ["2"]]
 
 
 def test_no_process_is_aborted_because_another_left_before_it(shared, tmp_path):

@@ -207,6 +207,25 @@ def test_an_unfinished_run_counts_the_labels_that_it_hands_out(shared, tmp_path)
         assert found != taught[f"recovery/recovered_{kind}"]
 
 
+def test_tables_that_nobody_could_open_are_not_written(shared, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    tables = [workdir / name for name in ("recovered.csv", "probabilities.csv")]
+    for table in tables:
+        table.unlink()
+    program = "from clsl_jax import label_tables, main; label_tables.MOST_CELLS = {}; main.cli()"
+    status, out, err = run(shared, workdir, "--mode=evaluate", program=program.format(3839))
+    assert status == 0, err
+    assert "recovered.csv and probabilities.csv are not written: 3,840 cells" in " ".join(
+        out.split()
+    )
+    assert not any(table.exists() for table in tables)
+    status, _, err = run(shared, workdir, "--mode=evaluate", program=program.format(3840))
+    assert status == 0, err
+    for table in tables:
+        assert table.read_bytes() == (finished[0] / table.name).read_bytes()
+
+
 def test_killed_twenty_times_it_ends_with_the_same_bits(shared, finished, tmp_path):
     """SIGKILL a random while after the start, or after a next checkpoint; one after each step."""
     chance = random.Random(0)

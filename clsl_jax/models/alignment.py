@@ -96,14 +96,24 @@ def class_by_class_gradients(
         cross = jnp.tanh(visual * semantic_c[:, None]).astype(jnp.float32)
         slope = (1.0 - cross * cross) * grad_c[..., None]
         visual_grad += slope * semantic_c[:, None]
-        direction_grad += jnp.einsum("bpr,bp->r", cross, grad_c)
+        direction_grad += jnp.einsum("bpr,bp->br", cross, grad_c)
         return (visual_grad, direction_grad), jnp.sum(slope * visual, 1)
 
-    start = (jnp.zeros(visual.shape, jnp.float32), jnp.zeros(direction.shape, jnp.float32))
+    start = _no_gradients(visual)
     classes = (jnp.swapaxes(semantic, 0, 1), jnp.moveaxis(grad, -1, 0))
     (visual_grad, direction_grad), semantic_grad = jax.lax.scan(one_class, start, classes)
     scale = direction.astype(jnp.float32)
-    return visual_grad * scale, jnp.swapaxes(semantic_grad, 0, 1) * scale, direction_grad
+    return visual_grad * scale, jnp.swapaxes(semantic_grad, 0, 1) * scale, direction_grad.sum(0)
+
+
+def _no_gradients(visual: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What gradients of visual [B, P, R] and direction [B, R] are added to.
+
+    The latter an example at a time: a sum over examples within the loop would be an exchange
+    between devices for each of its turns.
+    """
+    b, _, r = visual.shape
+    return jnp.zeros(visual.shape, jnp.float32), jnp.zeros((b, r), jnp.float32)
 
 
 def in_blocks_logits(visual: jax.Array, semantic: jax.Array, direction: jax.Array) -> jax.Array:
@@ -138,16 +148,16 @@ def in_blocks_gradients(
         wide_visual, semantic_k, slope = arrays
         cross = _tanh_of_products(wide_visual, semantic_k)
         semantic_grad = jnp.sum((1.0 - cross * cross) * slope[..., None] * wide_visual[:, None], 2)
-        return (carry[0] + visual_grad, carry[1] + jnp.sum(products, (0, 1))), semantic_grad
+        return (carry[0] + visual_grad, carry[1] + jnp.sum(products, 1)), semantic_grad
 
-    start = (jnp.zeros(visual.shape, jnp.float32), jnp.zeros(direction.shape, jnp.float32))
+    start = _no_gradients(visual)
     classes = (_blocks(semantic.astype(jnp.float32)), _blocks(jnp.swapaxes(grad, 1, 2)))
     (visual_grad, direction_grad), semantic_grad = jax.lax.scan(one_block, start, classes)
     scale = direction.astype(jnp.float32)
     return (
         visual_grad * scale,
         _joined(semantic_grad, semantic.shape[1]) * scale,
-        direction_grad,
+        direction_grad.sum(0),
     )
 
 
