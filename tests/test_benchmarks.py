@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from sklearn.metrics import precision_recall_curve
 
 from clsl_jax import sharding
+from clsl_jax.models import alignment
 
 BENCHMARKS = pathlib.Path(commands.REPOSITORY) / "benchmarks"
 
@@ -53,6 +54,21 @@ def test_collectives_in_loops_count_as_often_as_they_run(monkeypatch):
     text = jax.jit(mapped).lower(jnp.ones((8, 6))).compile().as_text()
     # Of 4 rows of 6 columns on a device, three times in each of five turns, and once of one row.
     assert hlo.collectives(text) == {"all-reduce": (16, 15 * 4 * 6 * 4 + 6 * 4)}
+
+
+@pytest.mark.parametrize("form", ["class_by_class_gradients", "in_blocks_gradients"])
+def test_sgfe_exchanges_one_vector_whatever_the_classes(monkeypatch, form):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hlo
+
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    spread, alike = sharding.by_example(mesh), sharding.replicated(mesh)
+    b, p, c, r = 4, 3, 50, 8
+    shapes = ((b, p, r), spread), ((b, c, r), spread), ((r,), alike), ((b, p, c), spread)
+    arrays = [jax.ShapeDtypeStruct(x, jnp.float32, sharding=where) for x, where in shapes]
+    function = jax.jit(getattr(alignment, form), out_shardings=(spread, spread, alike))
+    text = function.lower(*arrays).compile().as_text()
+    assert hlo.collectives(text) == {"all-reduce": (1, 4 * r)}
 
 
 def _interpolated(scores, labels):
