@@ -1,13 +1,15 @@
 """How long the train step waits for its images: the pipeline's batches against one that is kept.
 
-    PYTHONPATH=. python benchmarks/waiting.py [--config=configs/scenes.py] [--steps=60] [--rounds=5]
+    PYTHONPATH=. python benchmarks/waiting.py [--config=configs/scenes.py] [--workers 0 1]
 
 Both train the same network from the same weights, in turn; the first as `clsl_jax.main` does, with
 reading and augmentation beside the step, the second with one batch over and over. What the first
-takes longer is waiting, or cores that reading takes from the step. Rows are `data.augment_on`.
+takes longer is waiting, or cores that reading takes from the step. Rows are `data.augment_on` and
+`data.workers`, processes that read and augment (0: threads of the run's own).
 """
 
 import argparse
+import itertools
 import json
 
 import jax
@@ -25,20 +27,23 @@ def main() -> None:
     parser.add_argument("--config", default="configs/scenes.py")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--augment_on", nargs="+", default=["host", "device"])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0])
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
     rows, found = [], {}
-    for where in ("host", "device"):
+    for where, workers in itertools.product(options.augment_on, options.workers):
         config = load_config(options.config)
-        config.data.augment_on = where
+        config.data.augment_on, config.data.workers = where, workers
         sharding.divide_cpu(config.cpu_devices)
-        found[where] = measured = measure(config, options.steps, options.rounds)
+        measured = measure(config, options.steps, options.rounds)
+        found[f"{where}, {workers}"] = measured
         read, kept = measured["pipeline"], measured["kept batch"]
         share = max(0.0, 1 - kept["median"] / read["median"])
         images = 1e3 * config.batch_size / read["median"]
         cells = (rounds.milliseconds(read), rounds.milliseconds(kept))
-        rows.append((where, *cells, f"{100 * share:.0f} %", f"{images:,.0f}"))
-    header = ("augmentation on", "ms a step", "with a kept batch", "waiting", "images/s")
+        rows.append((where, str(workers), *cells, f"{100 * share:.0f} %", f"{images:,.0f}"))
+    header = ("augmentation on", "workers", "ms a step", "with a kept batch", "waiting", "images/s")
     print(rounds.markdown(f"{options.config}, batches of {config.batch_size}", header, rows))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
