@@ -9,7 +9,9 @@ BYTES = {"f64": 8, "s64": 8, "u64": 8, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "p
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
-_CALLED = re.compile(r"(body|calls|to_apply|branch_computations)=\{?(%?[\w.-]+(?:, %?[\w.-]+)*)")
+_CALLED = re.compile(
+    r"(body|condition|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.-]+))"
+)
 _TIMES = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -24,28 +26,27 @@ def size_of(types: str) -> int:
 def collectives(text: str) -> dict[str, tuple[int, int]]:
     """{kind: (how many, bytes of their results on one device)} of one run of the program.
 
-    What a loop repeats counts as often as XLA knows that it does, once where it does not know.
+    What a loop repeats counts as often as XLA knows that it does, once where it does not know; all
+    branches of a conditional count.
     """
-    computations = {name: body for _, name, body in _COMPUTATION.findall(text)}
-    (entry,) = (name for start, name, _ in _COMPUTATION.findall(text) if start)
+    found = _COMPUTATION.findall(text)
+    bodies = {name: body for _, name, body in found}
+    (entry,) = (name for start, name, _ in found if start)
 
     @functools.cache
-    def of(name: str) -> collections.Counter:
-        found: collections.Counter = collections.Counter()
-        for line in computations.get(name, "").splitlines():
+    def of(name: str) -> tuple[collections.Counter, collections.Counter]:
+        counts, sizes = collections.Counter(), collections.Counter()
+        for line in bodies.get(name, "").splitlines():
             if match := _COLLECTIVE.search(line):
-                found[match[2], "count"] += 1
-                found[match[2], "bytes"] += size_of(match[1])
-            for kind, names in _CALLED.findall(line):
+                counts[match[2]] += 1
+                sizes[match[2]] += size_of(match[1])
+            for kind, several, one in _CALLED.findall(line):
                 times = _TIMES.search(line) if kind == "body" else None
-                for called in names.replace("%", "").split(", "):
-                    for key, number in of(called).items():
-                        found[key] += number * (int(times[1]) if times else 1)
-        return found
+                for called in (several or one).replace("%", "").split(", "):
+                    for total, part in zip((counts, sizes), of(called), strict=True):
+                        for key, number in part.items():
+                            total[key] += number * (int(times[1]) if times else 1)
+        return counts, sizes
 
-    total = of(entry)
-    return {
-        kind: (total[kind, "count"], total[kind, "bytes"])
-        for kind, what in total
-        if what == "count"
-    }
+    counts, sizes = of(entry)
+    return {kind: (count, sizes[kind]) for kind, count in counts.items()}

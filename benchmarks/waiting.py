@@ -19,6 +19,7 @@ from profile_step import load_config
 from clsl_jax import experiment, sharding
 from clsl_jax.compiled import compile_steps
 from clsl_jax.data import pipeline
+from clsl_jax.train import StepQueue
 
 
 def main() -> None:
@@ -72,8 +73,10 @@ def measure(config, steps: int, count: int) -> dict[str, dict[str, float]]:
 
     def run(next_batch) -> None:
         nonlocal state
+        queue = StepQueue(sharding.TRAIN_AHEAD)
         for _ in range(steps):
             state = compiled.train(state, next_batch())
+            queue.add(state.step)
         jax.block_until_ready(state)
 
     ways = {

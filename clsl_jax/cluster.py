@@ -7,6 +7,7 @@ here is free.
 import contextlib
 import hashlib
 import os
+import pathlib
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -160,9 +161,19 @@ def processes_here() -> int:
     """Returns how many of the processes run on this one's host, or in its container: 1 or more."""
     if jax.process_count() == 1:
         return 1
-    name = hashlib.sha256(socket.gethostname().encode()).digest()
-    found = multihost_utils.process_allgather(np.frombuffer(name, np.uint8))  # [processes, 32]
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):  # hosts may have one name
+        name += pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
+    digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint8)
+    found = multihost_utils.process_allgather(digest)  # [processes, 32]
     return int((found == found[jax.process_index()]).all(axis=1).sum())
+
+
+def smallest(size: int) -> int:
+    """Returns the smallest of the processes' sizes in bytes; with several, in whole mebibytes."""
+    if jax.process_count() == 1:
+        return size
+    return int(multihost_utils.process_allgather(np.int32(size >> 20)).min()) << 20
 
 
 def union(rows: set[int], count: int) -> set[int]:

@@ -18,9 +18,6 @@ from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment, needs_clean_view
 from clsl_jax.train_state import evaluation_weights
 
-# Batches that may lie on the devices beside the one that they are at work on.
-TRAIN_AHEAD, EVALUATION_AHEAD = 2, 1
-
 
 @dataclasses.dataclass(frozen=True)
 class CompiledSteps:
@@ -90,7 +87,7 @@ def compile_steps(
             built.batch_size,
             room=room,
             beside=diagnosed,
-            ahead=TRAIN_AHEAD,
+            ahead=sharding.TRAIN_AHEAD,
             key="batch_size",
             multiple=built.mesh.size * config.optim.accumulate,
             remedy=f"keep the batch with optim.accumulate={2 * config.optim.accumulate} (or more), "
@@ -118,7 +115,7 @@ def compile_steps(
         built.eval_batch_size,
         room=room,
         beside=beside,
-        ahead=EVALUATION_AHEAD,
+        ahead=sharding.EVALUATION_AHEAD,
         key="evaluation.batch_size",
         multiple=built.mesh.size,
         remedy="choose model.dtype=bfloat16, or ",
@@ -191,7 +188,10 @@ def _of_a_device(needed: int, room: int) -> str:
 
 def _other_devices() -> str:
     if jax.default_backend() == "cpu":
-        return "use fewer cpu_devices; memory_gb says what a device may use, if that is not right."
+        return (
+            "use fewer cpu_devices, or processes on a host; memory_gb says what a device may use, "
+            "if that is not right."
+        )
     return "use more devices."
 
 
@@ -226,13 +226,15 @@ def largest_that_fits(
 
 
 def _room(built: Experiment, config: ml_collections.ConfigDict) -> int:
-    """Bytes that a device may use, 0 where that is not known."""
-    if config.memory_gb:
-        return int(config.memory_gb * 2**30)
+    """Bytes that every device may use, 0 where that is not known; alike on all processes."""
     device = next(d for d in built.mesh.devices.flat if d.process_index == jax.process_index())
     if device.platform == "cpu":
-        return host_memory() // (jax.local_device_count() * cluster.processes_here())
-    return int((device.memory_stats() or {}).get("bytes_limit", 0))
+        room = host_memory() // (jax.local_device_count() * cluster.processes_here())
+    else:
+        room = int((device.memory_stats() or {}).get("bytes_limit", 0))
+    if config.memory_gb:
+        room = int(config.memory_gb * 2**30)
+    return cluster.smallest(room)
 
 
 def host_memory(

@@ -38,8 +38,8 @@ def predict(
         poll()
         probabilities = predict_step(weights, batch["image"])
         pending.append((batch, probabilities))
-        # One batch stays in flight, so that the host prepares while the device works.
-        if len(pending) > 1:
+        # So that the host prepares while the device works.
+        if len(pending) > sharding.EVALUATION_AHEAD:
             _collect(scores, *pending.pop(0))
     for entry in pending:
         _collect(scores, *entry)

@@ -130,20 +130,21 @@ def _label_tables(
     scores: Mapping[tuple[str, str], np.ndarray],
     log: RunLog,
 ) -> _Tables | None:
-    """Returns what goes into the tables of recovered labels, or None where nothing is recovered.
+    """Returns what goes into the tables of recovered labels, None of none or of far too many.
 
     A training image has the recovered labels of the state; the others have what the last weights
     say, by the same thresholds, where these are on a network's probabilities.
     """
-    splits = _tabled(built)
-    cells = sum(split.labels.size for split in splits)
     if state is None or built.options.recovery_mode != "epoch":
         return None
+    splits = _tabled(built)
+    cells = sum(split.labels.size for split in splits)
     if cells > label_tables.MOST_CELLS:
         log.console.print(
             f"{label_tables.RECOVERED_NAME} and {label_tables.PROBABILITIES_NAME} are not written: "
-            f"{cells:,} cells are more than {label_tables.MOST_CELLS:,}. The labels are in the "
-            "last checkpoint, in `recovered` and `recovered_weight`."
+            f"{cells:,} cells are more than {label_tables.MOST_CELLS:,}. The training images' "
+            "labels are in the last checkpoint, in `recovered` and `recovered_weight`; how right "
+            "they are is not tried on held-out images."
         )
         return None
     count, options = len(built.annotations), built.options.handing_out

@@ -86,6 +86,10 @@ def pad_rows(matrix: np.ndarray, fill: float) -> np.ndarray:
     return np.concatenate([matrix, tail])
 
 
+# Batches that may lie on the devices beside the one at work: of training, of an evaluation.
+TRAIN_AHEAD, EVALUATION_AHEAD = 2, 1
+
+
 def put_rows(mesh: Mesh, tree: Any) -> Any:
     """Places process-local rows [b, ...] as a global batch [b * processes, ...] on all devices."""
     sharding = by_example(mesh)

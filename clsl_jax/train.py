@@ -24,7 +24,7 @@ from clsl_jax import (
 )
 from clsl_jax import config as config_lib
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
-from clsl_jax.compiled import TRAIN_AHEAD, CompiledSteps, compile_steps
+from clsl_jax.compiled import CompiledSteps, compile_steps
 from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.data.watched import Watched
 from clsl_jax.errors import InputError, listed, unwritable
@@ -293,15 +293,13 @@ class _Run:
         end = (epoch + 1) * built.steps_per_epoch
         every = self.config.checkpoint.every_steps
         title = f"epoch {epoch + 1}/{self.config.epochs}"
-        queue = StepQueue(TRAIN_AHEAD)
+        queue = StepQueue(sharding.TRAIN_AHEAD)
         with self.log.progress(title, end - step, built.batch_size) as bar:
             while step < end:
                 if self.guard.reached():
                     self._save(state, step, epoch_done=step % built.steps_per_epoch == 0)
                     self._stop(step)
-                batch = self._readable(next(data))
-                queue.wait()
-                batch = sharding.put_rows(built.mesh, batch)
+                batch = sharding.put_rows(built.mesh, self._readable(next(data)))
                 with jax.transfer_guard("disallow"):
                     state = self.steps.train(state, batch)
                 queue.add(state.step)
@@ -637,8 +635,8 @@ class _Run:
 class StepQueue:
     """Keeps the host from running far ahead of the device, whose memory its batches would fill.
 
-    A batch lies on the device until its step has run. With `most` steps still to run beside the one
-    at work, the device never waits for the host, and the memory needed is known beforehand.
+    A batch lies on the device until its step has run. With no more than `most` steps begun and not
+    done, the next batch is there before the device asks for it, and the memory for all is known.
     """
 
     def __init__(self, most: int) -> None:
@@ -646,11 +644,8 @@ class StepQueue:
         self.begun: collections.deque[jax.Array] = collections.deque()
 
     def add(self, result: jax.Array) -> None:
-        """Notes a step that was called, by one of its results, which the next may consume."""
+        """Notes a step by a result, which the next may consume; waits for those before it."""
         self.begun.append(jnp.copy(result.addressable_data(0)))
-
-    def wait(self) -> None:
-        """Waits until a step more may be called."""
         while len(self.begun) > self.most:
             self.begun.popleft().block_until_ready()
 

@@ -205,7 +205,11 @@ def test_one_of_two_processes_is_killed_then_one_stopped(shared, runs, tmp_path,
     workdir = tmp_path / "run"
     (workdir / "checkpoints").mkdir(parents=True)
     processes, devices = LAYOUTS["2x4"]
-    arguments = (*STEPS, f"--config.mesh.model={MODEL['2x4']}")
+    arguments = (
+        *STEPS,
+        f"--config.mesh.model={MODEL['2x4']}",
+        "--config.checkpoint.every_steps=1",
+    )
 
     def started_until(condition):
         started = start_several(shared, workdir, *arguments, processes=processes, devices=devices)
@@ -323,12 +327,14 @@ socket.gethostname = lambda: "one" if os.environ["JAX_PROCESS_ID"] == "1" else "
 from clsl_jax import cluster
 
 cluster.join()
-print("here:", cluster.processes_here())
+mine = 2**37 + 5 - 2**20 * int(os.environ["JAX_PROCESS_ID"])
+print("here:", cluster.processes_here(), cluster.smallest(mine))
 cluster.leave(0)
 """
     statuses, said = run_several(shared, tmp_path / "run", processes=3, devices=1, program=program)
     assert statuses == [0, 0, 0], said
-    assert [re.findall(r"here: (\d)", text) for text in said] == [["2"], ["1"], ["2"]]
+    found = [re.findall(r"here: (\d) (\d+)", text) for text in said]
+    assert found == [[(count, str(2**37 - 2**21))] for count in "212"]
 
 
 def test_no_process_is_aborted_because_another_left_before_it(shared, tmp_path):

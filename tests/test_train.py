@@ -3,6 +3,7 @@
 import ast
 import csv
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -23,6 +25,7 @@ from clsl_jax import config as config_lib
 from clsl_jax import experiment, train
 from clsl_jax.data import partial
 from clsl_jax.errors import InputError
+from clsl_jax.train import StepQueue
 from clsl_jax.writer import read_log
 
 pytestmark = pytest.mark.slow
@@ -224,6 +227,22 @@ def test_tables_that_nobody_could_open_are_not_written(shared, finished, tmp_pat
     assert status == 0, err
     for table in tables:
         assert table.read_bytes() == (finished[0] / table.name).read_bytes()
+
+
+def test_the_host_runs_no_more_than_two_steps_ahead():
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        matrix = jax.lax.fori_loop(0, 300, lambda _, x: x @ x * 0.003, jnp.ones((300, 300)))
+        return state + 1 + (matrix[0, 0] > 1e9)
+
+    step(jnp.int32(0)).block_until_ready()
+    queue, state, begun = StepQueue(2), jnp.int32(0), []
+    for count in range(1, 7):
+        state = step(state)
+        queue.add(state)
+        begun.append(queue.begun[-1])
+        assert [one.is_ready() for one in begun] == [True] * (count - 2) + [False] * min(count, 2)
+    assert [int(one) for one in begun] == [1, 2, 3, 4, 5, 6]
 
 
 def test_killed_twenty_times_it_ends_with_the_same_bits(shared, finished, tmp_path):
