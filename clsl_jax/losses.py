@@ -7,7 +7,8 @@ The element-wise losses (`asymmetric_loss`, `binary_cross_entropy`, `hill_loss`,
   entries, the recovered term a *mean* over all entries, both times 1000, and only the global branch
   sees recovered labels.
 * ``balanced``: every branch gets the mean over its known entries plus the recovered entries divided
-  by the number of *unknown* ones, so that a handful of recovered labels weighs little.
+  by the number of *unknown* ones, so that a handful of recovered labels weighs little; or by the
+  number of known ones where these are more, so that none weighs more than a known one.
 * ``mean``: as ``balanced``, but both are divided by the number of all entries: a known and an
   unknown entry of weight 1 count alike, as in methods that take unknown labels for negatives.
 
@@ -378,9 +379,9 @@ def recovered_loss(
         weight: [B, C] weight of each recovered entry; not read by ``released``.
         unknown: [B, C] bool, or 0 and 1; not read by ``released``.
         scale: ``balanced``: sum of ``weight * losses`` over unknown entries, divided by the number
-            of unknown entries (recovered or not), 0 when there are none. ``mean``: the same sum
-            divided by B * C. ``released``: the mean over all B * C entries, known ones included,
-            times 1000.
+            of unknown entries (recovered or not), or of known ones where these are more. ``mean``:
+            the same sum divided by B * C. ``released``: the mean over all B * C entries, known ones
+            included, times 1000.
         unknown_count, entries: of the batch that `losses` is a part of, as in `known_loss`.
 
     Returns:
@@ -396,7 +397,8 @@ def recovered_loss(
     if scale == "mean":
         return total / max(mask.size if entries is None else entries, 1)
     count = jnp.sum(mask) if unknown_count is None else unknown_count
-    return total / jnp.maximum(count, 1.0)
+    known_count = (mask.size if entries is None else entries) - count
+    return total / jnp.maximum(jnp.maximum(count, known_count), 1.0)
 
 
 def clsl_loss(

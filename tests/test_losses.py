@@ -213,6 +213,13 @@ def test_recovered_loss_by_hand():
     assert float(recovered_loss(LOSSES, weight, unknown)) == 1.5
     assert float(recovered_loss(LOSSES, weight, unknown, scale="released")) == 10_500
     assert float(recovered_loss(LOSSES, weight, jnp.zeros((2, 3), bool))) == 0
+    # 2 + 2 of two unknown entries, over the four known ones, which are more; in two parts as well.
+    fewer = jnp.array([[0, 1, 0], [1, 0, 0]], bool)
+    assert float(recovered_loss(LOSSES, weight, fewer)) == 1.0
+    of_all = {"unknown_count": jnp.float32(2), "entries": 6}
+    rows = (slice(0, 1), slice(1, 2))
+    parts = [recovered_loss(LOSSES[r], weight[r], fewer[r], **of_all) for r in rows]
+    assert [float(part) for part in parts] == [0.5, 0.5]
 
 
 def squared(logits, targets):
