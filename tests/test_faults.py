@@ -88,7 +88,8 @@ def test_a_disk_that_is_full_for_a_while(shared, finished, tmp_path):
     assert "No space left on device. The run goes on." in log
     assert "6" in read(tmp_path / "kept").split()
     assert not [name for name in os.listdir(out / "checkpoints") if "tmp" in name]
-    assert_same_run(finished, out)
+    # How long it was full, and so which epochs could be saved, is up to the machine.
+    assert_same_run(finished, out, best=False)
 
 
 def test_a_disk_that_stays_full(shared, finished, tmp_path):
