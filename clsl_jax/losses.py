@@ -394,11 +394,11 @@ def recovered_loss(
         return RELEASED_FACTOR * jnp.sum(losses) / entries
     mask = unknown.astype(losses.dtype)
     total = jnp.sum(losses * weight * mask)
+    entries = mask.size if entries is None else entries
     if scale == "mean":
-        return total / max(mask.size if entries is None else entries, 1)
+        return total / max(entries, 1)
     count = jnp.sum(mask) if unknown_count is None else unknown_count
-    known_count = (mask.size if entries is None else entries) - count
-    return total / jnp.maximum(jnp.maximum(count, known_count), 1.0)
+    return total / jnp.maximum(jnp.maximum(count, entries - count), 1.0)
 
 
 def clsl_loss(
