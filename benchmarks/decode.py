@@ -125,7 +125,9 @@ def summary(rates: Sequence[float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def prepared_set(encoded: Sequence[bytes]) -> Iterator[tuple[images.Images, images.Images]]:
+def prepared_set(
+    encoded: Sequence[bytes], image_size: int = IMAGE_SIZE
+) -> Iterator[tuple[images.Images, images.Images]]:
     """A prepared set in a temporary directory: (read and decoded each time, held on disk)."""
     with tempfile.TemporaryDirectory() as root:
         labels = np.eye(len(CLASS_NAMES), dtype=np.int8)
@@ -141,12 +143,12 @@ def prepared_set(encoded: Sequence[bytes]) -> Iterator[tuple[images.Images, imag
             class_names=CLASS_NAMES,
             splits={"train": examples},
         )
-        read = stored.StoredImages(stored.open_prepared(directory), "train", IMAGE_SIZE)
+        read = stored.StoredImages(stored.open_prepared(directory), "train", image_size)
         held = cache.cached(
             read,
             kind="disk",
-            limit_bytes=len(encoded) * IMAGE_SIZE**2 * 3,
-            image_size=IMAGE_SIZE,
+            limit_bytes=len(encoded) * image_size**2 * 3,
+            image_size=image_size,
             path=pathlib.Path(root) / "decoded",
         )
         yield read, held

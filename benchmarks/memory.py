@@ -1,19 +1,24 @@
-"""Memory and time of a train step by the keys that save memory.
+"""Memory and time of a train step by the keys that save memory, or without what makes it fast.
 
     PYTHONPATH=. python benchmarks/memory.py [--backbone=resnet101] [--size=448] [--batch=32]
+    PYTHONPATH=. python benchmarks/memory.py --without --batch=4 --rounds=3
 
 Nothing is allocated: "kept" is what the forward pass hands to the backward pass, counted in the
 traced program, the same on every device; "temporaries" are of the whole step beside weights and
 moments, by XLA's analysis of the program compiled for this device; with --h100 for that GPU, which
 need not be there (what has to be installed and set: `benchmarks/gpu_traffic.py`). With --rounds,
-the same steps are also run and timed, in turn.
+the same steps are also run and timed, in turn. With --without, each step is the default's with one
+of the package's own ways replaced by the formula as written, for XLA to make of it what it will.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
+from unittest import mock
 
+import flax.linen as nn
 import gpu_traffic
 import jax
 import jax.numpy as jnp
@@ -21,10 +26,11 @@ import new_state
 import rounds
 
 from clsl_jax import optim, steps
+from clsl_jax.models import alignment, convolution, norm, resnet
 from clsl_jax.models.clsl import CLSL
 
 MIB = 2**20
-WAYS = {
+KEYS = {
     "float32": {},
     "`model.remat=blocks`": {"remat": True},
     "`optim.accumulate=4`": {"accumulate": 4},
@@ -34,8 +40,44 @@ WAYS = {
 }
 
 
-def prepare(options: argparse.Namespace, *, remat=False, accumulate=1, dtype="float32"):
-    """The compiled step and what makes its state and batch."""
+def written_norm(x, scale, bias, shift, epsilon, dtype):
+    """`norm.normalize_batch`, differentiated by JAX."""
+    mean, var = norm.two_passes(x, shift)
+    return norm._normalised(x, mean, var, scale, bias, epsilon).astype(dtype), mean, var
+
+
+def written_attention(visual, semantic, direction, attention_kernel=False):
+    """`alignment.bilinear_attention` with all of its tanh at once."""
+    cross = jnp.tanh(visual[:, :, None] * semantic[:, None])
+    return jnp.matmul(cross, direction, preferred_element_type=jnp.float32)
+
+
+REPLACED = {
+    "convolutions by XLA": [(resnet, "conv_general_dilated", jax.lax.conv_general_dilated)],
+    "no products of Winograd's": [(convolution, "WINOGRAD", sys.maxsize)],
+    "batch norms as written": [(norm, "normalize_batch", written_norm)],
+    "sums of residual blocks as written": [
+        (resnet, name, lambda x, y: nn.relu(x + y)) for name in ("kept_sum", "rectified_sum")
+    ],
+    "SGFE's tanh of all classes at once": [(alignment, "bilinear_attention", written_attention)],
+}
+WITHOUT = {
+    "as it is": {},
+    **{name: {"replaced": attributes} for name, attributes in REPLACED.items()},
+    "all of these": {"replaced": [one for each in REPLACED.values() for one in each]},
+}
+
+
+def prepare(options: argparse.Namespace, *, replaced=(), **settings):
+    """`built` with attributes of modules replaced: (module, name, by what)."""
+    with contextlib.ExitStack() as stack:
+        for attribute in replaced:
+            stack.enter_context(mock.patch.object(*attribute))
+        return built(options, **settings)
+
+
+def built(options: argparse.Namespace, *, remat=False, accumulate=1, dtype="float32"):
+    """The compiled step, MiB kept for the backward pass, and what makes its state and batch."""
     drawn = new_state.inputs(options.batch, options.size, options.classes)
     model = CLSL(
         num_classes=options.classes,
@@ -89,13 +131,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--without", action="store_true", help="what makes it fast, one by one")
     parser.add_argument("--h100", action="store_true", help="compile for that GPU")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
     if options.h100 and options.rounds:
         parser.error("--h100 compiles alone: leave --rounds out.")
     memory, ways = {}, {}
-    for name, settings in WAYS.items():
+    for name, settings in (WITHOUT if options.without else KEYS).items():
         compiled, kept, start = prepare(options, **settings)
         memory[name] = (kept, compiled.memory_analysis().temp_size_in_bytes / MIB)
         print(f"{name}: {memory[name][0]:,.0f}, {memory[name][1]:,.0f} MiB", file=sys.stderr)

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -243,6 +244,28 @@ def test_the_host_runs_no_more_than_two_steps_ahead():
         begun.append(queue.begun[-1])
         assert [one.is_ready() for one in begun] == [True] * (count - 2) + [False] * min(count, 2)
     assert [int(one) for one in begun] == [1, 2, 3, 4, 5, 6]
+
+
+COUNTED = """
+from clsl_jax import main, train
+
+
+class Counted(train.StepQueue):
+    def add(self, result):
+        super().add(result)
+        print("begun", int(self.begun[-1]), len(self.begun))
+
+
+train.StepQueue = Counted
+main.cli()
+"""
+
+
+def test_every_step_of_a_run_is_counted_among_those_begun(shared, tmp_path):
+    status, out, err = run(shared, tmp_path / "run", "--config.epochs=1", program=COUNTED)
+    assert status == 0, err
+    counted = re.findall(r"begun (\d+) (\d+)", out)
+    assert counted == [(str(step), str(min(step, 2))) for step in range(1, 7)]
 
 
 def test_killed_twenty_times_it_ends_with_the_same_bits(shared, finished, tmp_path):
