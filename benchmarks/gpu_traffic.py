@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clsl_jax import optim, steps
 from clsl_jax.models.clsl import CLSL
+from clsl_jax.step_options import StepOptions
 
 H100 = """
 gpu_device_info {
@@ -78,7 +79,7 @@ def program(options: argparse.Namespace) -> str:
         "row": shape(options.batch, dtype="int32"),
     }
     step = steps.make_train_step(
-        model, optimizer, steps.StepOptions(steps_per_epoch=100, teacher="student")
+        model, optimizer, StepOptions(steps_per_epoch=100, teacher="student")
     )
     return jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()
 

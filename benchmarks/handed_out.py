@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rounds import markdown
 
-from clsl_jax import experiment, recovery, sharding, steps
+from clsl_jax import epoch_end, experiment, recovery, sharding
 from clsl_jax.checkpoint import Checkpointer
 from clsl_jax.workdir import Workdir
 
@@ -29,7 +29,7 @@ def last_scores(workdir: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     built = experiment.build(Workdir.stored_config(workdir))
     checkpointer = Checkpointer(f"{workdir}/checkpoints", keep=2, read_only=True)
     state, _, _ = checkpointer.restore_latest(built.abstract_state)
-    scores, visits = jax.device_get(steps.recovery_scores(state, built.options.handing_out))
+    scores, visits = jax.device_get(epoch_end.recovery_scores(state, built.options.handing_out))
     labels = sharding.pad_rows(built.dataset.train.labels, -1)
     return scores, visits, jax.device_get(state.annotations), labels
 

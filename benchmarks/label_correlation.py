@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from rounds import markdown
 
-from clsl_jax import evaluate, experiment, label_statistics, metrics, steps
+from clsl_jax import evaluate, experiment, label_statistics, metrics, outputs, steps
 from clsl_jax.checkpoint import Checkpointer
 from clsl_jax.train_state import evaluation_weights
 from clsl_jax.workdir import Workdir
@@ -46,7 +46,7 @@ def main(workdir: str) -> None:
         ("test", built.dataset.test, unknown),
     ):
         sigmoid = evaluate.predict(split.images, weights, predict, mesh=built.mesh, batch_size=250)
-        image = steps.stated_probabilities(sigmoid, alone)
+        image = outputs.stated_probabilities(sigmoid, alone)
         labels = label_statistics.informed_probabilities(kept, known)
         both = label_statistics.informed_probabilities(kept, known, image)
         hidden = (known < 0) & (split.labels >= 0)

@@ -28,6 +28,7 @@ import rounds
 from clsl_jax import optim, steps
 from clsl_jax.models import alignment, convolution, norm, resnet
 from clsl_jax.models.clsl import CLSL
+from clsl_jax.step_options import StepOptions
 
 MIB = 2**20
 KEYS = {
@@ -90,7 +91,7 @@ def built(options: argparse.Namespace, *, remat=False, accumulate=1, dtype="floa
     init = jax.jit(new_state.initializer(model, optimizer))
     arguments = drawn["embeddings"], drawn["annotations"]
     batch = {"image": drawn["images"], "row": drawn["rows"]}
-    settings = steps.StepOptions(steps_per_epoch=100, teacher="student", accumulate=accumulate)
+    settings = StepOptions(steps_per_epoch=100, teacher="student", accumulate=accumulate)
     step = jax.jit(steps.make_train_step(model, optimizer, settings), donate_argnums=0)
     shapes = jax.eval_shape(init, *arguments)
     where = gpu_traffic.one_h100() if options.h100 else None

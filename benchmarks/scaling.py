@@ -41,8 +41,9 @@ def measure(
     import jax.numpy as jnp
     import new_state
 
-    from clsl_jax import optim, sharding, steps, train_state
+    from clsl_jax import epoch_end, optim, sharding, steps, train_state
     from clsl_jax.models.clsl import CLSL
+    from clsl_jax.step_options import StepOptions
 
     mesh = sharding.make_mesh(devices, model=along_model)
     model = CLSL(
@@ -50,7 +51,7 @@ def measure(
     )
     schedule = optim.one_cycle(1e-4, 1000)
     optimizer = optim.adamw_cycled(schedule.learning_rate, schedule.beta1)
-    step_options = steps.StepOptions(steps_per_epoch=100, thresholds="adaptive", soft=False)
+    step_options = StepOptions(steps_per_epoch=100, thresholds="adaptive", soft=False)
     size = options.image_size
 
     rows = sharding.padded_rows(images)
@@ -81,7 +82,7 @@ def measure(
             steps.make_train_step(model, optimizer, step_options, mesh=mesh),
             (state, batch),
         ),
-        ("recover", steps.make_recover(step_options, mesh=mesh), (state,)),
+        ("recover", epoch_end.make_recover(step_options, mesh=mesh), (state,)),
     ):
         start = time.perf_counter()
         jitted = jax.jit(function, out_shardings=shardings, donate_argnums=0)

@@ -37,6 +37,7 @@ import traces
 
 from clsl_jax import config, optim, steps
 from clsl_jax.models.clsl import CLSL
+from clsl_jax.step_options import StepOptions
 
 MIB = 2**20
 OURS = "ours (JAX)"
@@ -68,7 +69,7 @@ class OurStep:
         self.batch = {"image": jnp.asarray(drawn["images"]), "row": jnp.asarray(drawn["rows"])}
         teacher = "ema" if options.ema_teacher else "student"
         step = steps.make_train_step(
-            model, optimizer, steps.StepOptions(steps_per_epoch=100, teacher=teacher)
+            model, optimizer, StepOptions(steps_per_epoch=100, teacher=teacher)
         )
         start = time.perf_counter()
         self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()

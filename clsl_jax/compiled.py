@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from clsl_jax import cluster, recovery, sharding, steps
+from clsl_jax import cluster, epoch_end, recovery, sharding, steps
 from clsl_jax.errors import InputError
 from clsl_jax.experiment import Experiment, needs_clean_view
 from clsl_jax.train_state import evaluation_weights
@@ -94,7 +94,7 @@ def compile_steps(
             "model.remat=blocks or model.dtype=bfloat16, or ",
             report=report,
         )
-        recover_step = steps.make_recover(built.options, mesh=built.mesh)
+        recover_step = epoch_end.make_recover(built.options, mesh=built.mesh)
         recover = _compile(
             jax.jit(recover_step, out_shardings=shardings, donate_argnums=0), (state,), report
         )

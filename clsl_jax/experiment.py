@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clsl_jax import cluster, embed, features, optim, sharding, steps, train_state
+from clsl_jax import cluster, embed, features, optim, sharding, train_state
 from clsl_jax.config import ConfigError
 from clsl_jax.data import label_file, partial, pipeline, scenes, sources, transforms
 from clsl_jax.errors import InputError
@@ -23,6 +23,7 @@ from clsl_jax.models import efficientnet
 from clsl_jax.models.backbone_weights import load_backbone
 from clsl_jax.models.clsl import CLSL, head_of
 from clsl_jax.models.resnet import BACKBONES
+from clsl_jax.step_options import StepOptions
 from clsl_jax.train_state import TrainState
 
 
@@ -45,7 +46,7 @@ class Network:
 
     mesh: Mesh
     model: CLSL
-    options: steps.StepOptions
+    options: StepOptions
     label_embeddings: np.ndarray
     pretrained: str
     features_shape: tuple[int, ...]
@@ -187,7 +188,7 @@ def build(
 
 def build_network(
     config: ml_collections.ConfigDict,
-    options: steps.StepOptions,
+    options: StepOptions,
     *,
     mesh: Mesh,
     class_names: Sequence[str],
@@ -511,10 +512,10 @@ def label_embeddings(
     return (draws / np.sqrt(width)).astype(np.float32)
 
 
-def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> steps.StepOptions:
+def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> StepOptions:
     """Returns the configuration's part of the train step as plain values."""
     r, g, loss = config.recovery, config.graph, config.loss
-    return steps.StepOptions(
+    return StepOptions(
         steps_per_epoch=steps_per_epoch,
         loss_name=loss.name,
         gamma_pos=loss.gamma_pos,
@@ -572,7 +573,7 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> ste
     )
 
 
-def needs_clean_view(options: steps.StepOptions, config: ml_collections.ConfigDict) -> bool:
+def needs_clean_view(options: StepOptions, config: ml_collections.ConfigDict) -> bool:
     """Returns whether batches carry the image before augmentation as well."""
     return (
         options.recovery_mode == "epoch"

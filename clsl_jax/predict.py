@@ -21,12 +21,22 @@ from absl import flags
 from jax.sharding import Mesh
 from PIL import Image
 
-from clsl_jax import command_line, evaluate, experiment, label_tables, npz, sharding, steps
+from clsl_jax import (
+    command_line,
+    evaluate,
+    experiment,
+    label_tables,
+    npz,
+    outputs,
+    sharding,
+    steps,
+)
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.errors import InputError, listed, writing
 from clsl_jax.models.clsl import CLSL
+from clsl_jax.step_options import StepOptions
 from clsl_jax.train_state import evaluation_weights, weights_alone
 from clsl_jax.workdir import EMBEDDINGS_NAME, MASK_NAME, Workdir
 
@@ -58,7 +68,7 @@ class Classifier:
     batch_size: int
     mesh: Mesh
     model: CLSL
-    options: steps.StepOptions
+    options: StepOptions
     weights: Mapping[str, Any]
 
     def probabilities(
@@ -76,7 +86,7 @@ class Classifier:
         found = evaluate.predict(
             images, self.weights, self._predict_step, mesh=self.mesh, batch_size=size
         )
-        return np.array(steps.stated_probabilities(found, self.options))
+        return np.array(outputs.stated_probabilities(found, self.options))
 
     def explain(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns probabilities [n, C] of uint8 [n, S, S, 3] and where each class was seen.
@@ -86,7 +96,7 @@ class Classifier:
         found, heat = evaluate.explain(
             images, lambda given: self._explain_step(self.weights, given), mesh=self.mesh
         )
-        return np.array(steps.stated_probabilities(found, self.options)), heat
+        return np.array(outputs.stated_probabilities(found, self.options)), heat
 
     # Compiled once for each number of images, however often they are called.
 

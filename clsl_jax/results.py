@@ -10,7 +10,17 @@ import jax
 import ml_collections
 import numpy as np
 
-from clsl_jax import atomic, evaluate, experiment, label_tables, metrics, npz, sharding, steps
+from clsl_jax import (
+    atomic,
+    epoch_end,
+    evaluate,
+    experiment,
+    label_tables,
+    metrics,
+    npz,
+    outputs,
+    sharding,
+)
 from clsl_jax.data import partial, sources
 from clsl_jax.experiment import Experiment
 from clsl_jax.score import percent, score_convention
@@ -155,8 +165,8 @@ def _label_tables(
     def recovered_from(state: TrainState) -> tuple[Any, ...]:
         # Whole on every device: sums of the same order, so the same digits on any layout.
         state = jax.lax.with_sharding_constraint(state, whole)
-        found = steps.recovery_scores(state, options)
-        thresholds = steps.recovery_thresholds(state, *found, options)
+        found = epoch_end.recovery_scores(state, options)
+        thresholds = epoch_end.recovery_thresholds(state, *found, options)
         return *found, state.recovered, state.recovered_weight, thresholds
 
     *found, thresholds = jax.device_get(recovered_from(state))
@@ -170,7 +180,7 @@ def _label_tables(
     given = []
     for split in splits[1:]:
         predictions = scores["last", split.name]
-        probability = np.asarray(steps.stated_probabilities(predictions, options))
+        probability = np.asarray(outputs.stated_probabilities(predictions, options))
         unknown = np.full_like(split.labels, partial.UNKNOWN)
         given.append(
             label_tables.fill_labels(

@@ -1,6 +1,5 @@
 """The compiled steps: pure functions of the state and a batch."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from clsl_jax import (
     blending,
@@ -21,120 +20,15 @@ from clsl_jax import (
     recovery,
     sharding,
 )
-from clsl_jax.data import transforms
 from clsl_jax.models.clsl import Blend
 from clsl_jax.models.efficientnet import IMAGENET_MEAN, IMAGENET_STD
-from clsl_jax.models.graph import label_adjacency
+from clsl_jax.outputs import calibrated, stated_log_odds
+from clsl_jax.step_options import StepOptions
 from clsl_jax.train_state import SUM_NAMES, TrainState, with_backbone
 
 Batch = Mapping[str, jax.Array]
 # Folded into a step's key; dropout has the key itself or its parts.
 _AUGMENTATION, _BLENDING = 2**31 - 1, 2**31 - 3
-
-
-@dataclasses.dataclass(frozen=True)
-class StepOptions:
-    """What the train step and the end of an epoch do, as plain values.
-
-    Attributes mean what the configuration keys of the same names mean (`config.py`); lengths are in
-    steps, and `total_steps` is read if `hands_out_others`. `augment` is what the step itself does
-    to the images, on the device; the teacher then sees them as they came if `clean_view`.
-    """
-
-    steps_per_epoch: int
-    total_steps: int = 0
-    loss_name: str = "asl"
-    gamma_pos: float = 0.0
-    gamma_neg: float = 2.0
-    clip: float = 0.0
-    eps: float = 1e-5
-    scale: str = "balanced"
-    margin: float = 1.0
-    smoothing: float = 0.0
-    global_weight: float = 1.0
-    expected_positives: float = 0.0
-    positives_per_image: float = 0.0
-    recovery_mode: str = "epoch"
-    recovery_weight: float = 0.8
-    ramp_steps: int = 0
-    sharpening: str = "safe"
-    assumed: float = 0.0
-    assumed_weight: float = 1.0
-    correction: str = "none"
-    correction_threshold: float = 0.6
-    correction_rate: float = 0.002
-    estimate_rate: float = 1.0
-    blend_share: float = 0.5
-    source: str = "scores"
-    components: int = 12
-    teacher: str = "ema"
-    branch: str = "semantic"
-    momentum: float = 0.8
-    thresholds: str = "fixed"
-    calibration: str = "known"
-    positive_threshold: float = 0.5
-    negative_threshold: float = 0.5
-    positive_precision: float = 0.9
-    negative_precision: float = 0.985
-    min_count: int = 5
-    min_known: int = 1
-    positive_coverage: float = 0.5
-    negative_coverage: float = 0.0
-    soft: bool = True
-    confidence_power: float = 1.0
-    warmup_steps: int = 0
-    graph_layers: int = 0
-    graph_threshold: float = 0.4
-    graph_smoothing: float = 0.25
-    graph_refresh: bool = True
-    ema_decay: float = 0.9983
-    evaluate_ema: bool = True
-    accumulate: int = 1
-    augment: transforms.Augment | None = None
-    clean_view: bool = True
-    skip_nonfinite: int = 0
-    evaluate_statistics: bool = False
-    loss_statistics: bool = False
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether the state keeps the statistics of the known labels."""
-        asked = self.evaluate_statistics or self.loss_statistics
-        return asked or (self.recovery_mode == "epoch" and self.source in ("statistics", "both"))
-
-    @property
-    def keeps_prototypes(self) -> bool:
-        """Whether each class's known positives are averaged."""
-        recovers = self.recovery_mode == "epoch" and self.source == "prototypes"
-        return recovers or self.recovery_mode == "blend"
-
-    @property
-    def hands_out_others(self) -> bool:
-        """Whether other labels are handed out than learned from, by adaptive thresholds."""
-        return self.recovery_mode == "epoch" and self.thresholds in ("none", "matched")
-
-    @property
-    def handing_out(self) -> "StepOptions":
-        """The same as labels are handed out, to whoever asks for them: these if they are learned.
-
-        Others are hard ones beyond adaptive thresholds, of what predictions are made of.
-        """
-        if not self.hands_out_others:
-            return self
-        informed = self.evaluate_statistics and self.source == "scores"
-        source = "both" if informed else self.source
-        return dataclasses.replace(self, thresholds="adaptive", soft=False, source=source)
-
-    @property
-    def teaches(self) -> bool:
-        """Whether labels are recovered into the matrix."""
-        return self.recovery_mode in ("epoch", "estimate")
-
-    @property
-    def keeps_scores(self) -> bool:
-        """Whether each step scatters scores into the matrix."""
-        from_scores = self.source in ("scores", "both", "prototypes")
-        return self.recovery_mode == "estimate" or (self.recovery_mode == "epoch" and from_scores)
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -570,183 +464,6 @@ def _teach(
         semantic = jax.lax.stop_gradient(out["semantic_features"])
         return label_statistics.prototype_scores(semantic, state.memory["prototypes"])
     return calibrated(jax.lax.stop_gradient(logits), options)
-
-
-def calibrated(logits: jax.Array, options: StepOptions) -> jax.Array:
-    """Returns the probabilities that logits stand for under the loss they were trained by.
-
-    Args:
-      logits: any shape.
-      options: of the run.
-
-    Returns:
-      float32 in [0, 1], same shape.
-    """
-    return jax.nn.sigmoid(stated_log_odds(logits, options))
-
-
-def stated_log_odds(logits: jax.Array, options: StepOptions) -> jax.Array:
-    """The log odds of `calibrated`, float32."""
-    if options.loss_name == "bce":
-        return logits.astype(jnp.float32)
-    if options.loss_name == "hill":
-        return losses.hill_log_odds(logits, margin=options.margin)
-    if options.loss_name == "focal_margin":
-        return losses.focal_margin_log_odds(logits, margin=options.margin)
-    return losses.asymmetric_log_odds(
-        logits, gamma_pos=options.gamma_pos, gamma_neg=options.gamma_neg, clip=options.clip
-    )
-
-
-def stated_probabilities(predictions: jax.Array, options: StepOptions) -> jax.Array:
-    """Returns the calibrated probabilities that predictions of `make_predict_step` stand for.
-
-    Args:
-      predictions: any shape, in [0, 1].
-      options: of the run.
-
-    Returns:
-      float32 in [0, 1], same shape.
-    """
-    if options.evaluate_statistics or options.loss_name == "bce":
-        return jnp.asarray(predictions, jnp.float32)
-    p = jnp.clip(jnp.asarray(predictions, jnp.float32), 1e-7, 1.0 - 1e-7)
-    return calibrated(jnp.log(p) - jnp.log1p(-p), options)
-
-
-def recovery_scores(state: TrainState, options: StepOptions) -> tuple[jax.Array, jax.Array]:
-    """Returns what labels are recovered from: probabilities [N, C], and visits [N].
-
-    They are what the steps scattered, or what label statistics make of it.
-
-    Args:
-      state: at the end of an epoch.
-      options: of the run, or their `handing_out`.
-    """
-    if options.source in ("scores", "prototypes"):
-        return state.scores, state.visits
-    visits = (state.annotations >= 0).any(axis=1).astype(jnp.int32)
-    if options.source == "co_occurrence":
-        return label_statistics.co_occurrence_scores(state.annotations), visits
-    scores = None
-    if options.source == "both":
-        visits = jnp.maximum(visits, state.visits)  # a row without a known label has its scores
-        seen = (state.visits > 0)[:, None]
-        scores = jnp.where(seen, state.scores, state.memory["frequencies"])
-    return label_statistics.informed_probabilities(state.memory, state.annotations, scores), visits
-
-
-def recovery_thresholds(
-    state: TrainState,
-    scores: jax.Array,
-    visits: jax.Array,
-    options: StepOptions,
-    mesh: Mesh | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the thresholds of positives and negatives, [C] or scalar; 0 and 0 take every label.
-
-    Args:
-      state: whose annotations calibrate them.
-      scores, visits: from `recovery_scores`.
-      options: of the run, or their `handing_out`.
-      mesh: the state's; None if it lies on one device.
-    """
-    if options.thresholds == "fixed":
-        return jnp.float32(options.positive_threshold), jnp.float32(options.negative_threshold)
-    if options.thresholds == "none":
-        return jnp.float32(0.0), jnp.float32(0.0)
-    if options.thresholds == "matched":
-        thresholds = functools.partial(
-            recovery.matched_thresholds,
-            positive_coverage=options.positive_coverage,
-            negative_coverage=options.negative_coverage,
-            min_known=options.min_known,
-        )
-    else:
-        expected = options.calibration == "expected"
-        thresholds = functools.partial(
-            recovery.expected_thresholds if expected else recovery.adaptive_thresholds,
-            positive_precision=options.positive_precision,
-            negative_precision=options.negative_precision,
-            min_count=options.min_count,
-            min_known=options.min_known,
-        )
-    if mesh is not None:
-        # Each device counts its own cells; one sum of the counts is all that is exchanged.
-        matrix = sharding.by_row_and_class(mesh, state.scores.shape[1]).spec
-        thresholds = jax.shard_map(
-            functools.partial(thresholds, axis_name="data"),
-            mesh=mesh,
-            in_specs=(matrix, matrix, PartitionSpec("data")),
-            out_specs=PartitionSpec(matrix[1]),
-        )
-    return thresholds(scores, state.annotations, visits)
-
-
-def make_recover(
-    options: StepOptions, *, mesh: Mesh | None = None
-) -> Callable[[TrainState], TrainState]:
-    """Returns `recover(state) -> state`, the end of an epoch: one call over the whole matrices.
-
-    Done twice, it gives what it gives once. Without a `mesh`, the state lies on one device.
-    """
-
-    def recover(state: TrainState) -> TrainState:
-        if options.recovery_mode == "estimate":
-            known, seen = state.annotations >= 0, (state.visits > 0)[:, None]
-            labels = state.annotations.astype(jnp.float32)
-            return state.replace(
-                recovered=jnp.where(known, labels, jnp.where(seen, state.scores, 0.0)),
-                recovered_weight=(~known & seen).astype(jnp.float32),
-            )
-        if options.recovery_mode != "epoch":
-            return state
-        recovered, weight = recovered_labels(state, options, mesh)
-        state = state.replace(recovered=recovered, recovered_weight=weight)
-        if options.graph_layers and options.graph_refresh:
-            known = (state.annotations >= 0).astype(jnp.float32)
-            adjacency = label_adjacency(
-                state.recovered,
-                known + state.recovered_weight,
-                options.graph_threshold,
-                options.graph_smoothing,
-            )
-            state = state.replace(adjacency=adjacency)
-        if options.hands_out_others:
-            # Nothing learns from these any more: they are for whoever asked for labels.
-            recovered, weight = jax.lax.cond(
-                state.step >= options.total_steps,
-                lambda: recovered_labels(state, options.handing_out, mesh),
-                lambda: (state.recovered, state.recovered_weight),
-            )
-            state = state.replace(recovered=recovered, recovered_weight=weight)
-        return state
-
-    return recover
-
-
-def recovered_labels(
-    state: TrainState, options: StepOptions, mesh: Mesh | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns `recovery.recover_labels` of a state at the end of an epoch, float32 [N, C] each.
-
-    Args:
-      state: whose scores and annotations they are made of.
-      options: of the run for labels to learn from, their `handing_out` for those to hand out.
-      mesh: the state's; None if it lies on one device.
-    """
-    scores, visits = recovery_scores(state, options)
-    positive, negative = recovery_thresholds(state, scores, visits, options, mesh)
-    return recovery.recover_labels(
-        scores,
-        visits,
-        state.annotations,
-        positive_threshold=positive,
-        negative_threshold=negative,
-        soft=options.soft,
-        confidence_power=options.confidence_power,
-        active=state.step >= options.warmup_steps,
-    )
 
 
 def make_predict_step(

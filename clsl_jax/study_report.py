@@ -21,7 +21,7 @@ from rich.console import Console
 from scipy import stats
 from tabulate import tabulate
 
-from clsl_jax import atomic, experiment, methods, score, steps
+from clsl_jax import atomic, experiment, methods, outputs, score
 from clsl_jax.data import partial
 from clsl_jax.errors import InputError
 from clsl_jax.study import COST_NAME, FAILURE_NAME, RESULTS_NAME, Cell, is_finished
@@ -147,7 +147,7 @@ def read(cell: Cell, workdir: str, *, split: str, convention: str, weights: str)
     ]
     predictions = score.load_predictions(os.path.join(directory, "predictions.npz"))
     options = experiment.step_options(Workdir.stored_config(directory), steps_per_epoch=1)
-    probabilities = np.asarray(steps.stated_probabilities(predictions["scores"], options))
+    probabilities = np.asarray(outputs.stated_probabilities(predictions["scores"], options))
     counted = (predictions["labels"] >= 0) & ~predictions["ignore"]
     # Predictions are kept of the test split and of the best epoch alone.
     if split != "test" or row["epoch"] != results["selection"]["epochs"]["best"]:

@@ -12,16 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from clsl_jax import (
-    cluster,
-    evaluate,
-    experiment,
-    features,
-    metrics,
-    results,
-    sharding,
-    steps,
-)
+from clsl_jax import cluster, epoch_end, evaluate, experiment, features, metrics, results, sharding
 from clsl_jax import config as config_lib
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.compiled import CompiledSteps, compile_steps
@@ -624,7 +615,7 @@ class _Run:
         built = self.experiment
         labels = jax.jit(
             functools.partial(
-                steps.recovered_labels, options=built.options.handing_out, mesh=built.mesh
+                epoch_end.recovered_labels, options=built.options.handing_out, mesh=built.mesh
             ),
             out_shardings=(state.recovered.sharding, state.recovered_weight.sharding),
         )

@@ -38,7 +38,7 @@ class TrainState:
       scores: float32 [N, C] in [0, 1], the teacher's probabilities averaged over a row's visits.
       visits: int32 [N], how often the row's scores were updated.
       recovered: float32 [N, C] in [0, 1], recovered labels; known entries hold the label. After the
-        last step they are what is handed out (`steps.make_recover`).
+        last step they are what is handed out (`epoch_end.make_recover`).
       recovered_weight: float32 [N, C] in [0, 1], their weights in the loss; 0 where still unknown.
       memory: "prototypes" float32 [C, D] where labels are recovered from them or features blended
         with them; what `label_statistics.fit_statistics` keeps of the known labels where recovery

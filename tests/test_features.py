@@ -17,6 +17,7 @@ from clsl_jax.data import images, sources
 from clsl_jax.errors import InputError
 from clsl_jax.models import pretrained
 from clsl_jax.models.clsl import backbone_of, head_of
+from clsl_jax.step_options import StepOptions
 
 N, C, SIZE = 24, test_steps.C, 16
 EMBEDDINGS = np.random.default_rng(9).standard_normal((C, 6)).astype(np.float32)
@@ -86,7 +87,7 @@ def test_training_leaves_a_frozen_backbone_alone_and_equals_training_on_its_feat
     model, mesh = make_model(), sharding.make_mesh(jax.devices()[:1])
     backbone = backbone_variables(model)
     annotations = make_dataset().train.labels
-    options = steps.StepOptions(steps_per_epoch=3, teacher="student")
+    options = StepOptions(steps_per_epoch=3, teacher="student")
     by_image, optimizer = start(model, annotations, backbone, mesh)
     by_feature, _ = start(model, annotations, backbone, mesh)
     assert "backbone" not in by_image.params["model"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from clsl_jax import config as config_lib
-from clsl_jax import corrections, experiment, losses, methods, steps, train_state
+from clsl_jax import corrections, epoch_end, experiment, losses, methods, steps, train_state
 
 STEPS = 10  # of an epoch
 STILL = optax.sgd(0.0)  # weights stay as they are
@@ -244,7 +244,7 @@ def train_step_of(name):
 
 @functools.cache
 def recover_of(name):
-    return jax.jit(steps.make_recover(options_of(name)))
+    return jax.jit(epoch_end.make_recover(options_of(name)))
 
 
 def seen(name, state, *batches):
@@ -334,7 +334,7 @@ def test_co_occurrence_takes_what_known_positives_make_sure():
     )
     state = whole_state([both] * 6 + [other] * 6 + [a, c, no_a, nothing], 2 * STEPS)
     options = options_of("co_occurrence")
-    scores, visits = jax.jit(functools.partial(steps.recovery_scores, options=options))(state)
+    scores, visits = jax.jit(functools.partial(epoch_end.recovery_scores, options=options))(state)
     np.testing.assert_allclose(
         scores[:, 1], [5.5 / 6] * 6 + [0.5 / 6] * 6 + [6.5 / 7, 0.5 / 7, 0.5, 0.5], rtol=1e-5
     )
@@ -342,7 +342,7 @@ def test_co_occurrence_takes_what_known_positives_make_sure():
     np.testing.assert_allclose(scores[:, 0], [5.8 / 6] * 6 + [0.8] * 10, rtol=1e-5)
     np.testing.assert_array_equal(visits, [1] * 15 + [0])
 
-    thresholds = jax.jit(functools.partial(steps.recovery_thresholds, options=options))
+    thresholds = jax.jit(functools.partial(epoch_end.recovery_thresholds, options=options))
     positive, negative = thresholds(state, scores, visits)
     # b: every known cell from the first of 1024 edges above 0.5 / 6 on is positive, every one below
     # the last edge under 5.5 / 6 negative. a: 7 of 8 from 0.8 on are too few, 6 of 6 above are not.
@@ -383,7 +383,7 @@ def test_prototypes_take_what_is_as_like_them_as_known_positives():
     np.testing.assert_allclose(state.memory["prototypes"], [[1.02, 0.04], [0, 2]], rtol=1e-5)
 
     options = options_of("prototypes")
-    thresholds = jax.jit(functools.partial(steps.recovery_thresholds, options=options))
+    thresholds = jax.jit(functools.partial(epoch_end.recovery_thresholds, options=options))
     positive, negative = thresholds(state, state.scores, state.visits)
     np.testing.assert_allclose([positive[0], negative[0]], [205 / 1024, 819 / 1024])
     labels, weights = recovered("prototypes", state)

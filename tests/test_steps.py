@@ -12,10 +12,21 @@ import numpy as np
 import optax
 import pytest
 
-from clsl_jax import label_statistics, losses, optim, recovery, sharding, steps, train_state
+from clsl_jax import (
+    epoch_end,
+    label_statistics,
+    losses,
+    optim,
+    outputs,
+    recovery,
+    sharding,
+    steps,
+    train_state,
+)
 from clsl_jax.checkpoint import LEFT_OUT
 from clsl_jax.data import transforms
 from clsl_jax.models.clsl import CLSL, head_of
+from clsl_jax.step_options import StepOptions
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +34,7 @@ N, C, B, SIZE = 48, 6, 16, 16
 
 
 def make_options(**changes):
-    options = steps.StepOptions(steps_per_epoch=3, ema_decay=0.9)
+    options = StepOptions(steps_per_epoch=3, ema_decay=0.9)
     return dataclasses.replace(options, **changes)
 
 
@@ -107,7 +118,7 @@ class Harness:
         step = steps.make_train_step(self.model, self.optimizer, self.options, mesh=self.mesh)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         self.recover = jax.jit(
-            steps.make_recover(self.options, mesh=self.mesh),
+            epoch_end.make_recover(self.options, mesh=self.mesh),
             donate_argnums=0,
             out_shardings=shardings,
         )
@@ -442,7 +453,7 @@ def test_other_labels_are_learned_from_than_the_safe_ones_that_are_handed_out(
         np.testing.assert_array_equal(state.recovered_weight[:N], expected)
         np.testing.assert_array_equal(state.recovered[:N] > 0, expected | (annotations == 1))
     # Whoever asks half way gets the safe ones all the same.
-    assert_same_trees(steps.recovered_labels(state, options.handing_out), safe(state))
+    assert_same_trees(epoch_end.recovered_labels(state, options.handing_out), safe(state))
 
     state = harness.run(3)
     assert_same_trees((state.recovered, state.recovered_weight), safe(state))
@@ -454,7 +465,7 @@ def test_labels_are_handed_out_by_what_predictions_are_made_of(taught):
     options = make_options(thresholds=taught, evaluate_statistics=True, components=3)
     state = Harness(options).run(3)
     learned, given = (
-        steps.recovery_scores(state, asked)[0][:N] for asked in (options, options.handing_out)
+        epoch_end.recovery_scores(state, asked)[0][:N] for asked in (options, options.handing_out)
     )
     informed = label_statistics.informed_probabilities(
         state.memory, state.annotations[:N], state.scores[:N]
@@ -472,11 +483,11 @@ def test_informed_logits_stand_for_posteriors_given_the_other_labels(loss_name, 
     statistics = label_statistics.fit_statistics(jax.random.key(1), annotations, 3)
     logits = jnp.asarray(np.random.default_rng(2).normal(size=annotations.shape), jnp.float32)
     found = steps.informed_logits(statistics, logits, annotations, options)
-    scores = steps.calibrated(logits, options)
+    scores = outputs.calibrated(logits, options)
     expected = label_statistics.informed_probabilities(statistics, annotations, scores)
     if source == "scores":
         expected = jnp.where(annotations >= 0, expected, scores)
-    np.testing.assert_allclose(steps.calibrated(found, options), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(outputs.calibrated(found, options), expected, rtol=1e-3, atol=1e-5)
     # What an unknown label teaches goes to its own logit, not to those that it is judged by.
     weights = jnp.asarray(np.random.default_rng(3).normal(size=annotations.shape), jnp.float32)
 
@@ -507,7 +518,7 @@ def test_known_labels_are_scored_with_statistics():
     )[0]
     annotations = before.annotations[batch["row"]]
     p = label_statistics.informed_probabilities(
-        before.memory, annotations, steps.calibrated(logits, options)
+        before.memory, annotations, outputs.calibrated(logits, options)
     )
     known = annotations >= 0
     # The asymmetric loss at the sigmoid s that stands for p: odds(p) = s^3 / (1 - s).
@@ -532,7 +543,7 @@ def test_predictions_with_statistics_are_posteriors_of_what_the_network_says():
     sigmoid = steps.make_predict_step(harness.model, plain)(weights, images)
     kept = weights["statistics"]
     ratios = label_statistics.evidence(
-        steps.stated_probabilities(sigmoid, plain), kept["frequencies"]
+        outputs.stated_probabilities(sigmoid, plain), kept["frequencies"]
     )
     # Bayes' rule, component by component.
     on = np.asarray(jax.nn.sigmoid(kept["mixture_logits"]), np.float64)  # [K, C]
@@ -542,7 +553,7 @@ def test_predictions_with_statistics_are_posteriors_of_what_the_network_says():
     share = joint / joint.sum(axis=1, keepdims=True)
     expected = (share[..., None] * (on[None] * odds[:, None] / either)).sum(axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
-    np.testing.assert_array_equal(steps.stated_probabilities(found, harness.options), found)
+    np.testing.assert_array_equal(outputs.stated_probabilities(found, harness.options), found)
     # The statistics are those of the known labels, before and after training.
     np.testing.assert_allclose(
         kept["frequencies"], label_statistics.label_frequencies(make_labels()[1]), rtol=1e-6
@@ -565,7 +576,7 @@ def test_estimates_that_the_network_states_already_stay(loss_name):
     """Whatever the loss makes of a sigmoid: it is no probability but for the cross-entropy."""
     options = make_options(recovery_mode="estimate", loss_name=loss_name)
     logits = jnp.linspace(-3, 3, 12).reshape(3, 4)
-    stated = jax.nn.sigmoid(steps.stated_log_odds(logits, options))
+    stated = jax.nn.sigmoid(outputs.stated_log_odds(logits, options))
     state = types.SimpleNamespace(
         visits=jnp.ones(3, jnp.int32), scores=stated, annotations=jnp.full((3, 4), -1, jnp.int8)
     )
@@ -752,5 +763,5 @@ def test_scores_that_nothing_is_recovered_from_are_not_computed():
     state = harness.run(2)
     assert int(state.visits.max()) == 0
     assert float(state.scores.max()) == 0
-    recovered = steps.make_recover(harness.options)(state)
+    recovered = epoch_end.make_recover(harness.options)(state)
     assert float(recovered.recovered_weight.max()) > 0
