@@ -143,7 +143,7 @@ def load_classifier(
         images=count,
         embeddings_file=where.path(EMBEDDINGS_NAME),
     )
-    checkpoints = config.checkpoint.dir or where.path("checkpoints")
+    checkpoints = where.checkpoints(config)
     checkpointer = Checkpointer(checkpoints, keep=config.checkpoint.keep, read_only=True)
     try:
         wanted = weights_alone(network.abstract_state, ema=options.evaluate_ema)

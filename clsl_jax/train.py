@@ -45,6 +45,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     sharding.divide_cpu(config.cpu_devices)
     with Workdir(workdir) as where, PreemptionGuard() as guard:
         cluster.agree(lambda: where.check(config))
+        where.hold_checkpoints(where.checkpoints(config))
         log = RunLog(workdir)
         log.console.print(f"clsl_jax: {config.data.name}, workdir {workdir}{_processes()}")
         built = _build(config, where, log)
@@ -138,7 +139,7 @@ class _Run:
             "annotations_sha256": partial.matrix_sha256(built.annotations),
             "fingerprint": built.dataset.fingerprint,
         }
-        self.checkpoints = config.checkpoint.dir or workdir.path("checkpoints")
+        self.checkpoints = workdir.checkpoints(config)
         self.checkpointer = Checkpointer(
             self.checkpoints,
             keep=config.checkpoint.keep,

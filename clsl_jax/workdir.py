@@ -1,5 +1,6 @@
 """The directory of a run: one run at a time, one configuration, one known-label mask."""
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from clsl_jax import atomic, cluster, npz
 from clsl_jax import config as config_lib
 from clsl_jax.data import partial
-from clsl_jax.errors import InputError, writing_to
+from clsl_jax.errors import InputError, writing, writing_to
 
 CONFIG_NAME = "config.json"
 MASK_NAME = "known_mask.npz"
@@ -24,41 +25,73 @@ class Workdir:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._lock: IO[str] | None = None
+        self._locks = contextlib.ExitStack()
 
     def path(self, *names: str) -> str:
         """Returns the path of something in the directory."""
         return os.path.join(self._directory, *names)
 
+    def checkpoints(self, config: ml_collections.ConfigDict) -> str:
+        """Returns the directory, or the bucket, that a run of this configuration saves to."""
+        return config.checkpoint.dir or self.path("checkpoints")
+
     def __enter__(self) -> "Workdir":
-        cluster.agree(self._take)
+        with contextlib.ExitStack() as locks:
+            cluster.agree(lambda: self._take(locks))
+            self._locks = locks.pop_all()
         return self
 
-    def _take(self) -> None:
+    def _take(self, locks: contextlib.ExitStack) -> None:
         with writing_to(self._directory):
             os.makedirs(self._directory, exist_ok=True)
-            if jax.process_index() == 0:
-                self._lock = open(self.path(".lock"), "a", encoding="utf-8")  # noqa: SIM115
-        if self._lock is not None:
-            try:
-                # The system drops this lock when the process ends, however it ends.
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
-                if isinstance(error, BlockingIOError):
-                    raise InputError(
-                        f"Another process is running in --workdir={self._directory}: wait for it, "
-                        "stop it, or name another directory."
-                    ) from None
-                raise InputError(
-                    f"--workdir={self._directory} is on a file system without locks "
-                    f"({error.strerror}), so that two runs could write there at once: name a "
-                    "directory on another, or have it mounted with them (Lustre: -o flock)."
-                ) from None
+            if jax.process_index() != 0:
+                return
+            lock = locks.enter_context(_lock_file(self._directory, ".lock"))
+        try:
+            # The system drops this lock when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"Another process is running in --workdir={self._directory}: wait for it, "
+                "stop it, or name another directory."
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"--workdir={self._directory} is on a file system without locks "
+                f"({error.strerror}), so that two runs could write there at once: name a "
+                "directory on another, or have it mounted with them (Lustre: -o flock)."
+            ) from None
 
     def __exit__(self, *unused: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._locks.close()
+
+    def hold_checkpoints(self, directory: str) -> None:
+        """Holds a directory of checkpoints against runs of other workdirs, as long as the workdir.
+
+        A bucket, or a directory on a file system without locks, is not held.
+
+        Raises:
+          InputError: another run holds it, or it cannot be written to.
+        """
+        if "://" not in directory:
+            cluster.agree(lambda: self._take_checkpoints(directory))
+
+    def _take_checkpoints(self, directory: str) -> None:
+        if jax.process_index() != 0:
+            return
+        with writing(directory, ", where checkpoints are to be kept"):
+            os.makedirs(directory, exist_ok=True)
+            # Not named as the workdir's own, which may be in the same directory.
+            lock = self._locks.enter_context(_lock_file(directory, ".checkpoints.lock"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"Another process keeps its checkpoints in {directory}: wait for it, stop it, or "
+                "name another directory by --config.checkpoint.dir."
+            ) from None
+        except OSError:  # no locks there
+            pass
 
     def check(self, config: ml_collections.ConfigDict) -> None:
         """Checks the configuration against the one that the run here was started with, if any.
@@ -111,3 +144,7 @@ class Workdir:
         if jax.process_index() == 0 and not os.path.exists(path):
             names = np.asarray(class_names, np.str_)
             npz.write(path, {"embeddings": embeddings, "class_names": names})
+
+
+def _lock_file(directory: str, name: str) -> IO[str]:
+    return open(os.path.join(directory, name), "a", encoding="utf-8")

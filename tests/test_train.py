@@ -503,7 +503,7 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best(shared, finished, tmp_pa
     arrays = list((workdir / "checkpoints" / "18" / "state").rglob("d/*"))
     assert arrays
     for path in arrays:
-        os.truncate(path, 100)
+        os.truncate(path, 0)
     status, out, err = run(shared, workdir, f"--workdir={workdir}", "--mode=evaluate", tiny=False)
     assert status == 0, err
     assert "checkpoints/18 cannot be used" in out
@@ -550,6 +550,32 @@ def test_two_runs_in_one_workdir(shared, tmp_path):
     for status, _, err in refused:
         assert status == 2
         assert "Another process is running" in err
+
+
+def test_two_runs_with_one_directory_of_checkpoints(shared, tmp_path):
+    first = start(shared, tmp_path / "run")
+    wait_for((tmp_path / "run" / "config.json").exists, first)
+    first.send_signal(signal.SIGSTOP)
+    there = tmp_path / "run" / "checkpoints"
+    status, _, err = run(shared, tmp_path / "other", f"--config.checkpoint.dir={there}")
+    first.kill()
+    first.communicate()
+    assert status == 2
+    assert (
+        f"Another process keeps its checkpoints in {there}: wait for it, stop it, or name another "
+        "directory by --config.checkpoint.dir." in err
+    )
+    assert not (tmp_path / "other" / "config.json").exists()
+    status, _, err = run(shared, tmp_path / "run")
+    assert status == 0, err
+
+
+def test_checkpoints_in_the_workdir_itself(shared, tmp_path):
+    status, _, err = run(
+        shared, tmp_path, f"--config.checkpoint.dir={tmp_path}", "--config.epochs=1"
+    )
+    assert status == 0, err
+    assert (tmp_path / "6" / "state").is_dir()
 
 
 def test_evaluation_divides_the_cpu_as_training_does(tmp_path):

@@ -1,0 +1,45 @@
+"""What a run holds, where it cannot, and where there is nothing to hold."""
+
+import errno
+import fcntl
+import os
+
+import pytest
+
+from clsl_jax.errors import InputError
+from clsl_jax.workdir import Workdir
+
+
+def test_a_directory_of_checkpoints_is_held_as_long_as_the_workdir(tmp_path):
+    there = str(tmp_path / "checkpoints")
+    with Workdir(str(tmp_path / "a")) as first, Workdir(str(tmp_path / "b")) as second:
+        first.hold_checkpoints(there)
+        with pytest.raises(InputError, match=f"Another process keeps its checkpoints in {there}: "):
+            second.hold_checkpoints(there)
+    with Workdir(str(tmp_path / "b")) as second:
+        second.hold_checkpoints(there)
+    assert os.listdir(there) == [".checkpoints.lock"]
+
+
+def test_what_has_no_locks(tmp_path, monkeypatch):
+    """Refused as a workdir, and not held as a place of checkpoints."""
+
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    with Workdir(str(tmp_path / "run")) as where:
+        monkeypatch.setattr(fcntl, "flock", unsupported)
+        where.hold_checkpoints(str(tmp_path / "checkpoints"))
+        where.hold_checkpoints("gs://bucket/run")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "run"]
+    message = r"file system without locks \(Operation not supported\)"
+    with pytest.raises(InputError, match=message), Workdir(str(tmp_path / "run")):
+        pass
+
+
+def test_checkpoints_where_a_file_is(tmp_path):
+    (tmp_path / "file").write_text("")
+    with Workdir(str(tmp_path / "run")) as where:
+        message = r"/file cannot be written to \(File exists\), where checkpoints are to be kept\."
+        with pytest.raises(InputError, match=message):
+            where.hold_checkpoints(str(tmp_path / "file"))
