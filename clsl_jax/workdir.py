@@ -79,7 +79,7 @@ class Workdir:
     def _take_checkpoints(self, directory: str) -> None:
         if jax.process_index() != 0:
             return
-        with writing(directory, ", where checkpoints are to be kept"):
+        with writing(directory, ": name another directory by --config.checkpoint.dir"):
             os.makedirs(directory, exist_ok=True)
             # Not named as the workdir's own, which may be in the same directory.
             lock = self._locks.enter_context(_lock_file(directory, ".checkpoints.lock"))

@@ -27,6 +27,7 @@ def test_what_has_no_locks(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
+    monkeypatch.chdir(tmp_path)
     with Workdir(str(tmp_path / "run")) as where:
         monkeypatch.setattr(fcntl, "flock", unsupported)
         where.hold_checkpoints(str(tmp_path / "checkpoints"))
@@ -40,6 +41,6 @@ def test_what_has_no_locks(tmp_path, monkeypatch):
 def test_checkpoints_where_a_file_is(tmp_path):
     (tmp_path / "file").write_text("")
     with Workdir(str(tmp_path / "run")) as where:
-        message = r"/file cannot be written to \(File exists\), where checkpoints are to be kept\."
+        message = r"/file cannot be written to \(File exists\): name another directory by --config"
         with pytest.raises(InputError, match=message):
             where.hold_checkpoints(str(tmp_path / "file"))
