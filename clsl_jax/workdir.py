@@ -48,13 +48,11 @@ class Workdir:
                 return
             lock = locks.enter_context(_lock_file(self._directory, ".lock"))
         try:
-            # The system drops this lock when the process ends, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
+            _hold(
+                lock,
                 f"Another process is running in --workdir={self._directory}: wait for it, "
-                "stop it, or name another directory."
-            ) from None
+                "stop it, or name another directory.",
+            )
         except OSError as error:
             raise InputError(
                 f"--workdir={self._directory} is on a file system without locks "
@@ -83,15 +81,12 @@ class Workdir:
             os.makedirs(directory, exist_ok=True)
             # Not named as the workdir's own, which may be in the same directory.
             lock = self._locks.enter_context(_lock_file(directory, ".checkpoints.lock"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
+        with contextlib.suppress(OSError):  # no locks there
+            _hold(
+                lock,
                 f"Another process keeps its checkpoints in {directory}: wait for it, stop it, or "
-                "name another directory by --config.checkpoint.dir."
-            ) from None
-        except OSError:  # no locks there
-            pass
+                "name another directory by --config.checkpoint.dir.",
+            )
 
     def check(self, config: ml_collections.ConfigDict) -> None:
         """Checks the configuration against the one that the run here was started with, if any.
@@ -148,3 +143,16 @@ class Workdir:
 
 def _lock_file(directory: str, name: str) -> IO[str]:
     return open(os.path.join(directory, name), "a", encoding="utf-8")
+
+
+def _hold(lock: IO[str], taken: str) -> None:
+    """Holds an open file; the system lets go when the process ends, however it ends.
+
+    Raises:
+      InputError: another process holds it, which `taken` says.
+      OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(taken) from None

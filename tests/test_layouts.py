@@ -137,20 +137,27 @@ def assert_close_runs(expected, found, start_parameters):
 
 
 @pytest.mark.parametrize(
-    ("saved", "restored"), [("1x1", "4x2"), ("4x2", "1x8"), ("2x4", "1x8"), ("1x1", "2x4")]
+    ("saved", "restored", "model", "rounding"),
+    [
+        ("1x1", "4x2", 1, 0),
+        ("4x2", "1x8", 2, 0),
+        ("2x4", "1x8", 1, 0),
+        ("1x8", "2x4", 4, 0),
+        # Of layers in halves, an AMD EPYC without AVX-512 rounds the sums otherwise.
+        ("1x1", "4x2", 2, 1e-6),
+        ("4x2", "1x1", 1, 1e-6),
+    ],
 )
-def test_a_checkpoint_is_evaluated_alike_on_another_layout(shared, runs, tmp_path, saved, restored):
-    """Restored on other processes and devices: every number of the evaluation is the same.
-
-    Where wide layers are divided among as many devices: of narrower products some CPUs round the
-    sums otherwise.
-    """
+def test_a_checkpoint_is_evaluated_alike_on_another_layout(
+    shared, runs, tmp_path, saved, restored, model, rounding
+):
+    """Restored on other processes and devices: every number of the evaluation is the same."""
     workdir = tmp_path / "run"
     shutil.copytree(runs[saved], workdir)
     processes, devices = LAYOUTS[restored]
     statuses, said = run_several(
-        shared, workdir, "--mode=evaluate", *of_layout(restored, MODEL[saved]),
-        pictures_of(workdir), processes=processes, devices=devices,
+        shared, workdir, "--mode=evaluate", *of_layout(restored, model), pictures_of(workdir),
+        processes=processes, devices=devices,
     )  # fmt: skip
     assert statuses == [0] * processes, said[0]
     before, after = (
@@ -159,31 +166,9 @@ def test_a_checkpoint_is_evaluated_alike_on_another_layout(shared, runs, tmp_pat
     for key in ("results", "recovery", "labels", "dataset"):
         assert after[key] == before[key], key
     with np.load(runs[saved] / "predictions.npz") as a, np.load(workdir / "predictions.npz") as b:
-        np.testing.assert_array_equal(a["scores"], b["scores"])
-    for name in ("recovered.csv", "probabilities.csv"):
+        np.testing.assert_allclose(b["scores"], a["scores"], rtol=0, atol=rounding)
+    for name in ("recovered.csv", "probabilities.csv")[: 1 if rounding else 2]:
         assert (runs[saved] / name).read_bytes() == (workdir / name).read_bytes()
-
-
-@pytest.mark.parametrize(("saved", "restored"), [("4x2", "1x1"), ("1x8", "2x4")])
-def test_a_checkpoint_is_evaluated_to_rounding_where_layers_are_divided_otherwise(
-    shared, runs, tmp_path, saved, restored
-):
-    workdir = tmp_path / "run"
-    shutil.copytree(runs[saved], workdir)
-    processes, devices = LAYOUTS[restored]
-    statuses, said = run_several(
-        shared, workdir, "--mode=evaluate", *of_layout(restored), pictures_of(workdir),
-        processes=processes, devices=devices,
-    )  # fmt: skip
-    assert statuses == [0] * processes, said[0]
-    with np.load(runs[saved] / "predictions.npz") as a, np.load(workdir / "predictions.npz") as b:
-        np.testing.assert_allclose(b["scores"], a["scores"], rtol=0, atol=1e-6)
-    assert (runs[saved] / "recovered.csv").read_bytes() == (workdir / "recovered.csv").read_bytes()
-    before, after = (
-        json.loads((workdir / name).read_text()) for name in ("results.json", "evaluation.json")
-    )
-    for key in ("labels", "dataset"):
-        assert after[key] == before[key], key
 
 
 RESTORED = """
