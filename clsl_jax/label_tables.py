@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,9 @@ RECOVERED_NAME = "recovered.csv"
 PROBABILITIES_NAME = "probabilities.csv"
 # More cells than this are no table that anybody opens (COCO 2014 has 10 million).
 MOST_CELLS = 2**27
+
+# One program: compiling its operations one by one takes longer than all they do.
+_recover = jax.jit(recover_labels, static_argnames=("soft",))
 
 
 def fill_labels(
@@ -37,7 +41,7 @@ def fill_labels(
     Returns:
       int8 [N, C]; -1 where a label stays unknown.
     """
-    recovered, weight = recover_labels(
+    recovered, weight = _recover(
         jnp.asarray(probabilities),
         jnp.ones(len(probabilities), jnp.int32),
         jnp.asarray(annotations),

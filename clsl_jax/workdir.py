@@ -9,6 +9,7 @@ from typing import IO
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 
 from clsl_jax import atomic, cluster, npz
 from clsl_jax import config as config_lib
@@ -81,11 +82,18 @@ class Workdir:
             os.makedirs(directory, exist_ok=True)
             # Not named as the workdir's own, which may be in the same directory.
             lock = self._locks.enter_context(_lock_file(directory, ".checkpoints.lock"))
-        with contextlib.suppress(OSError):  # no locks there
+        try:
             _hold(
                 lock,
                 f"Another process keeps its checkpoints in {directory}: wait for it, stop it, or "
                 "name another directory by --config.checkpoint.dir.",
+            )
+        except OSError as error:
+            logging.warning(
+                "%s is on a file system without locks (%s): no second run is kept from saving "
+                "its checkpoints there.",
+                directory,
+                error.strerror,
             )
 
     def check(self, config: ml_collections.ConfigDict) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ class RunLog:
             rows = read_log(path) if os.path.exists(path) else []
             kept = [json.dumps(row, sort_keys=True) for row in rows if row["step"] <= step]
             atomic.write_text(path, "".join(line + "\n" for line in kept))
-        from tensorboardX import SummaryWriter  # slow where torch is installed, which it imports
+        with _hidden("torch"):  # which it imports, for seconds, and needs for torch's tensors alone
+            from tensorboardX import SummaryWriter
 
         self._tensorboard = SummaryWriter(
             os.path.join(self._workdir, "tensorboard"), purge_step=step + 1
@@ -117,6 +119,19 @@ class Bar:
         seconds = time.perf_counter() - self._start
         rate = f"{self._done * self._batch_size / max(seconds, 1e-9):,.0f} images/s"
         self._shown.update(self._task, advance=1, rate=rate)
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Lets imports of a module fail, unless it has been imported before."""
+    absent = module not in sys.modules
+    if absent:
+        sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[module]
 
 
 def read_log(path: str) -> list[dict[str, Any]]:

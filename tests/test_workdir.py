@@ -21,8 +21,8 @@ def test_a_directory_of_checkpoints_is_held_as_long_as_the_workdir(tmp_path):
     assert os.listdir(there) == [".checkpoints.lock"]
 
 
-def test_what_has_no_locks(tmp_path, monkeypatch):
-    """Refused as a workdir, and not held as a place of checkpoints."""
+def test_what_has_no_locks(tmp_path, monkeypatch, caplog):
+    """Refused as a workdir, and not held as a place of checkpoints, which is said."""
 
     def unsupported(*_):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
@@ -32,6 +32,11 @@ def test_what_has_no_locks(tmp_path, monkeypatch):
         monkeypatch.setattr(fcntl, "flock", unsupported)
         where.hold_checkpoints(str(tmp_path / "checkpoints"))
         where.hold_checkpoints("gs://bucket/run")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}/checkpoints is on a file system without locks (Operation not supported): no "
+        "second run is kept from saving its checkpoints there."
+    )
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "run"]
     message = r"file system without locks \(Operation not supported\)"
     with pytest.raises(InputError, match=message), Workdir(str(tmp_path / "run")):

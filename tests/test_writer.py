@@ -1,6 +1,8 @@
 """Logs: rows after a checkpoint are dropped, half lines too, and files are written whole."""
 
 import json
+import subprocess
+import sys
 
 from clsl_jax import atomic
 from clsl_jax.writer import RunLog, read_log
@@ -23,6 +25,18 @@ def test_rows_after_the_checkpoint_are_dropped_and_written_again(tmp_path, capsy
     assert (tmp_path / "log.jsonl").read_bytes() == whole
     assert [row["step"] for row in read_log(tmp_path / "timing.jsonl")] == [1, 2, 3]
     assert "epoch 3" in capsys.readouterr().out
+
+
+def test_torch_is_left_alone_where_it_is_installed(tmp_path):
+    """It would take seconds of every run, and 180 MiB."""
+    program = (
+        "import sys; from clsl_jax.writer import RunLog; RunLog(sys.argv[1]).start(0); "
+        "print('torch' in sys.modules); import torch; print(torch.ones(1).item())"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "False\n1.0\n"
 
 
 def test_rows_are_json_with_the_step(tmp_path):

@@ -1,6 +1,3 @@
-"""Stands before torch in the processes that the tests start: users have none.
-
-tensorboardX would spend two seconds of each on importing it.
-"""
+"""Stands before torch in the processes that the tests start: users have none."""
 
 raise ImportError("The tests' processes run without torch, as users do.")
