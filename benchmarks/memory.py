@@ -132,14 +132,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--without", action="store_true", help="what makes it fast, one by one")
+    parser.add_argument("--without", nargs="*", choices=list(WITHOUT), help="all of these, or some")
     parser.add_argument("--h100", action="store_true", help="compile for that GPU")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
     if options.h100 and options.rounds:
         parser.error("--h100 compiles alone: leave --rounds out.")
     memory, ways = {}, {}
-    for name, settings in (WITHOUT if options.without else KEYS).items():
+    for name, settings in _rows(options.without).items():
         compiled, kept, start = prepare(options, **settings)
         memory[name] = (kept, compiled.memory_analysis().temp_size_in_bytes / MIB)
         print(f"{name}: {memory[name][0]:,.0f}, {memory[name][1]:,.0f} MiB", file=sys.stderr)
@@ -168,6 +168,14 @@ def main() -> None:
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"machine": rounds.machine(), "mib": memory, "times": times}, file, indent=2)
+
+
+def _rows(without: list[str] | None) -> dict[str, dict]:
+    """Settings of the steps, by name."""
+    if without is None:
+        return KEYS
+    chosen = ["as it is", *without] if without else list(WITHOUT)
+    return {name: WITHOUT[name] for name in chosen}
 
 
 def _run(compiled, state, batch) -> None:
