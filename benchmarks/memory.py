@@ -8,7 +8,8 @@ traced program, the same on every device; "temporaries" are of the whole step be
 moments, by XLA's analysis of the program compiled for this device; with --h100 for that GPU, which
 need not be there (what has to be installed and set: `benchmarks/gpu_traffic.py`). With --rounds,
 the same steps are also run and timed, in turn. With --without, each step is the default's with one
-of the package's own ways replaced by the formula as written, for XLA to make of it what it will.
+of the package's own ways replaced by the formula as written, for XLA to make of it what it will;
+names behind it choose some of these steps, beside the default's.
 """
 
 import argparse
@@ -132,14 +133,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--without", nargs="*", choices=list(WITHOUT), help="all of these, or some")
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        choices=list(WITHOUT)[1:],
+        help="steps without what makes it fast: those named here, or every one",
+    )
     parser.add_argument("--h100", action="store_true", help="compile for that GPU")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
     if options.h100 and options.rounds:
         parser.error("--h100 compiles alone: leave --rounds out.")
     memory, ways = {}, {}
-    for name, settings in _rows(options.without).items():
+    for name, settings in _chosen(options.without).items():
         compiled, kept, start = prepare(options, **settings)
         memory[name] = (kept, compiled.memory_analysis().temp_size_in_bytes / MIB)
         print(f"{name}: {memory[name][0]:,.0f}, {memory[name][1]:,.0f} MiB", file=sys.stderr)
@@ -170,12 +176,12 @@ def main() -> None:
             json.dump({"machine": rounds.machine(), "mib": memory, "times": times}, file, indent=2)
 
 
-def _rows(without: list[str] | None) -> dict[str, dict]:
+def _chosen(without: list[str] | None) -> dict[str, dict]:
     """Settings of the steps, by name."""
     if without is None:
         return KEYS
-    chosen = ["as it is", *without] if without else list(WITHOUT)
-    return {name: WITHOUT[name] for name in chosen}
+    names = ["as it is", *without] if without else list(WITHOUT)
+    return {name: WITHOUT[name] for name in names}
 
 
 def _run(compiled, state, batch) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv
@@ -17,7 +16,7 @@ PROBABILITIES_NAME = "probabilities.csv"
 # More cells than this are no table that anybody opens (COCO 2014 has 10 million).
 MOST_CELLS = 2**27
 
-# One program: compiling its operations one by one takes longer than all they do.
+# Jitted: compiled one by one, its operations would take longer to compile than to run.
 _recover = jax.jit(recover_labels, static_argnames=("soft",))
 
 
@@ -42,9 +41,9 @@ def fill_labels(
       int8 [N, C]; -1 where a label stays unknown.
     """
     recovered, weight = _recover(
-        jnp.asarray(probabilities),
-        jnp.ones(len(probabilities), jnp.int32),
-        jnp.asarray(annotations),
+        probabilities,
+        np.ones(len(probabilities), np.int32),
+        annotations,
         positive_threshold=positive_threshold,
         negative_threshold=negative_threshold,
         soft=soft,

@@ -187,6 +187,7 @@ class _Run:
             self._foretell_recovery()
         self.inputs = self._inputs(state)
         self.saved = None if restored is None else (step, epoch_done)
+        # Before the threads of the data start: it imports, with torch hidden from all threads.
         self.log.start(step if epoch_done else step - 1)
         data = self.data = self._train_batches(step)
         cluster.meet("is ready")

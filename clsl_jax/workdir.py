@@ -67,7 +67,8 @@ class Workdir:
     def hold_checkpoints(self, directory: str) -> None:
         """Holds a directory of checkpoints against runs of other workdirs, as long as the workdir.
 
-        A bucket, or a directory on a file system without locks, is not held.
+        A bucket, or a directory on a file system without locks, is not held; of the latter it
+        warns.
 
         Raises:
           InputError: another run holds it, or it cannot be written to.
@@ -90,8 +91,8 @@ class Workdir:
             )
         except OSError as error:
             logging.warning(
-                "%s is on a file system without locks (%s): no second run is kept from saving "
-                "its checkpoints there.",
+                "%s is on a file system without locks (%s): nothing keeps a second run from saving "
+                "its checkpoints there, too. Give each run a --config.checkpoint.dir of its own.",
                 directory,
                 error.strerror,
             )

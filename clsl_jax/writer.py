@@ -123,7 +123,10 @@ class Bar:
 
 @contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """Lets imports of a module fail, unless it has been imported before."""
+    """Makes importing a module fail, as if it were not installed, unless it has been imported.
+
+    The whole process sees it: for imports beside which no other thread imports anything.
+    """
     absent = module not in sys.modules
     if absent:
         sys.modules[module] = None  # type: ignore[assignment]
@@ -131,7 +134,7 @@ def _hidden(module: str) -> Iterator[None]:
         yield
     finally:
         if absent:
-            del sys.modules[module]
+            sys.modules.pop(module, None)
 
 
 def read_log(path: str) -> list[dict[str, Any]]:

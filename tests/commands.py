@@ -37,7 +37,6 @@ def environment(shared, devices=1, processes=1):
         "JAX_COMPILATION_CACHE_DIR": os.path.join(shared, f"compiled-{processes}x{devices}"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.path.join(REPOSITORY, "tests", "without_torch"),
         "PYTHONUNBUFFERED": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
     }

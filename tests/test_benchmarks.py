@@ -1,7 +1,6 @@
 """Programs of `benchmarks/` that the documentation's figures of recovery rest on."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -98,7 +97,7 @@ def test_an_ablation_in_under_sixty_lines(shared, tmp_path):
     )
     assert status == 0, errors
     environment = commands.environment(shared)
-    environment["PYTHONPATH"] = os.pathsep.join([commands.REPOSITORY, environment["PYTHONPATH"]])
+    environment["PYTHONPATH"] = commands.REPOSITORY
     done = subprocess.run(
         [sys.executable, program, workdir],
         cwd=commands.REPOSITORY,

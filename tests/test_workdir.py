@@ -32,10 +32,11 @@ def test_what_has_no_locks(tmp_path, monkeypatch, caplog):
         monkeypatch.setattr(fcntl, "flock", unsupported)
         where.hold_checkpoints(str(tmp_path / "checkpoints"))
         where.hold_checkpoints("gs://bucket/run")
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        f"{tmp_path}/checkpoints is on a file system without locks (Operation not supported): no "
-        "second run is kept from saving its checkpoints there."
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "absl"]
+    assert said == (
+        f"{tmp_path}/checkpoints is on a file system without locks (Operation not supported): "
+        "nothing keeps a second run from saving its checkpoints there, too. Give each run a "
+        "--config.checkpoint.dir of its own."
     )
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "run"]
     message = r"file system without locks \(Operation not supported\)"

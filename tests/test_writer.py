@@ -30,13 +30,14 @@ def test_rows_after_the_checkpoint_are_dropped_and_written_again(tmp_path, capsy
 def test_torch_is_left_alone_where_it_is_installed(tmp_path):
     """It would take seconds of every run, and 180 MiB."""
     program = (
-        "import sys; from clsl_jax.writer import RunLog; RunLog(sys.argv[1]).start(0); "
+        "import sys; from clsl_jax.writer import RunLog; log = RunLog(sys.argv[1]); log.start(0); "
+        "log.epoch(1, {'loss': 0.5}, {'seconds': 1.0}, 'epoch 1'); log.close(); "
         "print('torch' in sys.modules); import torch; print(torch.ones(1).item())"
     )
     said = subprocess.run(
         [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True
     )
-    assert said.stdout == "False\n1.0\n"
+    assert said.stdout == "epoch 1\nFalse\n1.0\n"
 
 
 def test_rows_are_json_with_the_step(tmp_path):
