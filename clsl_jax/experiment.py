@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from clsl_jax import cluster, embed, features, optim, sharding, train_state
 from clsl_jax.config import ConfigError
 from clsl_jax.data import label_file, partial, pipeline, scenes, sources, transforms
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, listed
 from clsl_jax.models import efficientnet
 from clsl_jax.models.backbone_weights import load_backbone
 from clsl_jax.models.clsl import CLSL, head_of
@@ -160,8 +160,7 @@ def build(
         step_options(config, steps_per_epoch),
         positives_per_image=_positives_per_image(config, annotations),
     )
-    if options.needs_statistics:
-        _check_statistics(annotations, dataset.class_names)
+    _check_negatives(options, annotations, dataset.class_names, report)
     network = build_network(
         config,
         options,
@@ -383,16 +382,35 @@ def _positives_per_image(config: ml_collections.ConfigDict, annotations: np.ndar
     return float((positives / np.maximum(positives + negatives, 1)).sum())
 
 
-def _check_statistics(annotations: np.ndarray, class_names: Sequence[str]) -> None:
-    """Refuses label statistics of classes that by the known labels are always there."""
-    always = (annotations == 1).any(axis=0) & ~(annotations == 0).any(axis=0)
-    names = [class_names[c] for c in np.flatnonzero(always)]
-    if names:
+def _check_negatives(
+    options: StepOptions,
+    annotations: np.ndarray,
+    class_names: Sequence[str],
+    report: Callable[[str], None],
+) -> None:
+    """Refuses known positives alone, where nothing else says that labels may be absent."""
+    positives, negatives = ((annotations == kind).any(axis=0) for kind in (1, 0))
+    always = np.flatnonzero(positives & ~negatives)
+    named = listed([class_names[c] for c in always], 5)
+    if options.needs_statistics and named:
         raise InputError(
             "Label statistics (loss.statistics, evaluation.statistics, recovery.source=statistics "
             "or both) need known negatives beside known positives, and there are none of "
-            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}: label some images as "
-            "negative for these, or turn them off."
+            f"{named}: label some images as negative for these, or turn them off."
+        )
+    if options.recovery_mode == "assume" or options.expected_positives:
+        return
+    if not negatives.any():
+        raise InputError(
+            "No training label is known to be absent, and from known positives alone a network "
+            "learns that everything is in every image. If what a table leaves empty is not there, "
+            "prepare it with --empty=negative (what its lists leave out: --unlisted=negative); to "
+            "take unknown labels for absent in the training alone, set recovery.mode=assume."
+        )
+    if named:
+        report(
+            f"Of {len(always)} of {len(positives)} classes no training label is known to be "
+            f"absent, so that they will be found in every image: {named}."
         )
 
 
@@ -414,6 +432,12 @@ def _check_selection(
                 f"No image of the {name} split is labelled as positive for any class, so that no "
                 "epoch could be picked by it: label some of its images, or pick by another split "
                 "(evaluation.selection)."
+            )
+        if scored and not ((split.labels == 0) & ~split.difficult).any():
+            raise InputError(
+                f"No label of the {name} split is known to be absent, so that every mAP would be "
+                "100 %: label some of its images, prepare the table with --empty=negative if what "
+                "it leaves empty is not there, or pick by another split (evaluation.selection)."
             )
     if (
         config.evaluation.selection == "validation"

@@ -52,6 +52,7 @@ _BELONGS_TO = {
     "labels_column": ("table",),
     "label_separator": ("table",),
     "unlisted": ("table",),
+    "empty": ("table",),
     "ignore_columns": ("table",),
     "cells": ("table",),
     "test_fraction": ("table",),
@@ -295,6 +296,9 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "unlisted", "negative", table.UNLISTED, "table: what labels are that a list leaves out."
     )
+    flags.DEFINE_enum(
+        "empty", "unknown", table.EMPTY, "table: what an empty cell says, or a list of no labels."
+    )
     flags.DEFINE_list("ignore_columns", [], "table: columns that are no classes.")
     flags.DEFINE_list(
         "cells",
@@ -339,6 +343,7 @@ def read_listing(values: flags.FlagValues) -> Listing:
         ),
         words=values.cells,
         unlisted=values.unlisted,
+        empty=values.empty,
         class_names=class_names,
         images=pathlib.Path(values.images) if values.images else None,
         may_miss=MISSING in values.leave_out,

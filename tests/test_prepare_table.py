@@ -182,6 +182,8 @@ def test_lists_of_labels(tmp_path):
     assert found.splits["train"].labels.tolist() == [[1, 1, 0], [-1, -1, -1], [0, 0, 1]]
     found = table.read_own_table(path, columns=columns, may_miss=True, unlisted="unknown")
     assert found.splits["train"].labels.tolist() == [[1, 1, -1], [-1, -1, -1], [-1, -1, 1]]
+    found = table.read_own_table(path, columns=columns, may_miss=True, empty="negative")
+    assert found.splits["train"].labels.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
     names = write(tmp_path / "names.txt", "tree\ndog\n")
     with pytest.raises(ValueError, match=r"row 2, column 'labels': 'dog\| cat'; 'cat' is not in"):
         table.read_own_table(path, columns=columns, may_miss=True, class_names=names)
@@ -190,6 +192,16 @@ def test_lists_of_labels(tmp_path):
         table.read_own_table(path, columns=columns, may_miss=True, class_names=names)
     with pytest.raises(ValueError, match="found none; give --source=FILE"):
         table.read_own_table(tmp_path / ("long" * 99))
+
+
+def test_an_empty_cell_may_say_that_a_thing_is_not_there(tmp_path):
+    path = write(tmp_path / "t.csv", "image,cat,dog\na.jpg,1,\nb.jpg,?,1\nc.jpg,,\n")
+    for empty, labels in (
+        ("unknown", [[1, -1], [-1, 1], [-1, -1]]),
+        ("negative", [[1, 0], [-1, 1], [0, 0]]),
+    ):
+        found = table.read_own_table(path, words=("?",), may_miss=True, empty=empty)
+        assert found.splits["train"].labels.tolist() == labels
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,22 @@
 """Sets at the edge of what can be trained: two classes, splits without labels."""
 
 import json
+import os
 import re
 
 import numpy as np
 import pytest
-from commands import run
+from commands import CONFIG, TINY, run
 from preparing import DRAWN, drawn_set
+
+from clsl_jax import command_line, experiment
+from clsl_jax.errors import InputError
 
 pytestmark = pytest.mark.slow
 
 
 def prepare(root, **given):
-    """Two classes; `split=value` gives every cell of a split that value."""
+    """Two classes; `split=value` gives every cell of a split that value, or each class its own."""
 
     def change(split, row, encoded, labels):
         return encoded, np.full_like(labels, given[split]) if split in given else labels
@@ -58,3 +62,30 @@ def test_a_split_that_cannot_pick_an_epoch_is_refused_and_the_workdir_stays_free
     status, _, err = run(shared, tmp_path / "run", *arguments, *statistics)
     assert status == 2
     assert "none of a, b: label some images as negative" in err
+
+
+def test_known_positives_alone_teach_nothing(tmp_path):
+    """Who finds everything everywhere would have no loss, and 100 % in every metric."""
+
+    def build(*more, **given):
+        root = tmp_path / str(len(os.listdir(tmp_path)))
+        prepare(root, **given)
+        alone = [f"--config.{key}=False" for key in ("loss.statistics", "evaluation.statistics")]
+        arguments = (f"--config={CONFIG}", *TINY, *DRAWN, *alone, "--config.recovery.source=scores")
+        config = command_line.config_of([*arguments, f"--config.data.dir={root}", *more])
+        said = []
+        experiment.build(config, report=said.append)
+        return said
+
+    with pytest.raises(InputError, match=r"No training label is known to be absent.*--empty=neg"):
+        build(train=1)
+    assert build("--config.recovery.mode=assume", train=1) == []
+    expected = ("--config.loss.expected_positives=1", "--config.loss.positives_per_image=1")
+    assert build(*expected, train=1) == []
+    (said,) = build(train=(1, 0))
+    assert said == (
+        "Of 1 of 2 classes no training label is known to be absent, so that they will be found in "
+        "every image: a."
+    )
+    with pytest.raises(InputError, match="No label of the validation split is known to be absent"):
+        build(validation=1)

@@ -27,6 +27,7 @@ WORDS = {
     "-1": {"-1": -1, "-1.0": -1},
 }
 UNLISTED = ("negative", "unknown")
+EMPTY = ("unknown", "negative")
 IMAGE_COLUMNS = ("image", "image_path", "path", "file", "filename", "file_name")
 SPLIT_COLUMNS = ("split", "subset")
 _SPLITS = {
@@ -91,6 +92,7 @@ def read_own_table(
     columns: Columns = _BY_NAME,
     words: Sequence[str] = (),
     unlisted: str = "negative",
+    empty: str = "unknown",
     class_names: pathlib.Path | None = None,
     images: pathlib.Path | None = None,
     may_miss: bool = False,
@@ -101,8 +103,8 @@ def read_own_table(
       source: the table, or the folder that holds it.
       columns: which column says what.
       words: of `WORDS`: what cells may say beside 1, 0 and nothing; capitals do not matter.
-      unlisted: what a label is that a list does not name: `negative` or `unknown`. An empty list
-        says nothing: all labels are unknown.
+      unlisted: what a label is that a list does not name: `negative` or `unknown`.
+      empty: what an empty cell says of its class, or an empty list of all: `unknown` or `negative`.
       class_names: for lists: text file with the labels that there are, in order; by default all
         that occur, by alphabet.
       images: folder of the images; by default the table's own.
@@ -123,12 +125,14 @@ def read_own_table(
     faults = _Faults(table)
     if columns.labels:
         column = _column(table, columns.labels, (), "--labels_column")
-        names, labels = _read_lists(table, column, columns.separator, unlisted, class_names, faults)
+        names, labels = _read_lists(
+            table, column, columns.separator, (unlisted, empty), class_names, faults
+        )
     else:
         ignored = {_column(table, name, (), "--ignore_columns") for name in columns.ignored}
         of_class = [c for c in range(len(table.columns)) if c not in {image, split} | ignored]
         names = tuple(table.columns[c] for c in of_class)
-        labels = _read_cells(table, of_class, words, faults)
+        labels = _read_cells(table, of_class, words, empty, faults)
     rows_of = _read_splits(table, split, faults)
     folder = images or table.path.parent
     paths, ids = _read_images(table, image, folder, may_miss, faults)
@@ -212,11 +216,13 @@ def _column(
 
 
 def _read_cells(
-    table: Table, of_class: Sequence[int], words: Sequence[str], faults: _Faults
+    table: Table, of_class: Sequence[int], words: Sequence[str], empty: str, faults: _Faults
 ) -> np.ndarray:
     meaning = dict(CELLS)
     for word in words:
         meaning |= WORDS[word]
+    if empty == "negative":
+        meaning[""] = 0
     allowed = [word for word in meaning if word and not word.endswith(".0")]
     expected = f"expected {', '.join(allowed)} or an empty cell"
     labels = np.full((len(table.rows), len(of_class)), -1, np.int8)
@@ -256,10 +262,11 @@ def _read_lists(
     table: Table,
     column: int,
     separator: str,
-    unlisted: str,
+    unnamed: tuple[str, str],
     class_names: pathlib.Path | None,
     faults: _Faults,
 ) -> tuple[tuple[str, ...], np.ndarray]:
+    unlisted, empty = unnamed
     lists = [
         [label for label in map(str.strip, cells[column].split(separator)) if label]
         for cells in table.rows
@@ -272,7 +279,7 @@ def _read_lists(
     index = {name: place for place, name in enumerate(names)}
     labels = np.full((len(lists), len(names)), -1, np.int8)
     for row, found in enumerate(lists):
-        if found and unlisted == "negative":
+        if (unlisted if found else empty) == "negative":
             labels[row] = 0
         for label in found:
             if label in index:
