@@ -154,12 +154,15 @@ def base_config() -> ml_collections.ConfigDict:
     # Of adaptive thresholds: whose precision it is: known (entries, as labelled) | expected (of the
     # unknown ones, by their own probabilities).
     c.recovery.calibration = "known"
+    # epoch: of unknown labels left open, which then count as negatives; 0: they say nothing.
+    c.recovery.open_weight = 0.0
     c.recovery.positive_threshold = 0.5  # fixed: a score from here on is a recovered positive
     c.recovery.negative_threshold = 0.5  # fixed: a score below is a recovered negative
     c.recovery.positive_precision = 0.9  # adaptive: what the threshold has to reach
     c.recovery.negative_precision = 0.985
     c.recovery.min_count = 5  # adaptive: entries a threshold must rest on
-    c.recovery.min_known = 1  # all but fixed: known positives, and negatives, that a class needs
+    # All but fixed: known positives, and negatives, that a class needs; 0 with expected alone.
+    c.recovery.min_known = 1
     c.recovery.positive_coverage = 0.5  # matched: share of the expected positives
     c.recovery.negative_coverage = 0.0  # matched: share of the expected negatives
     c.recovery.soft = True  # recovered labels are the scores themselves; False: 0 and 1
@@ -188,6 +191,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.evaluation.convention = (
         "interpolated"  # AP of selection and log: interpolated | uninterpolated
     )
+    c.evaluation.unknown = "ignored"  # labels of these splits: ignored | negative, they count so
     c.evaluation.selection = "validation"  # the split that picks the best epoch: validation | test
     c.evaluation.test_every_epoch = (
         False  # also log the test split each epoch (never used to select)
@@ -224,6 +228,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "recovery.calibration": ("known", "expected"),
     "evaluation.weights": ("ema", "raw"),
     "evaluation.convention": ("interpolated", "uninterpolated"),
+    "evaluation.unknown": ("ignored", "negative"),
     "evaluation.selection": ("validation", "test"),
 }
 
@@ -283,7 +288,8 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
     ("recovery.positive_precision", 0, 1),
     ("recovery.negative_precision", 0, 1),
     ("recovery.min_count", 1, 2**31 - 1),
-    ("recovery.min_known", 1, 2**31 - 1),
+    ("recovery.open_weight", 0, None),
+    ("recovery.min_known", 0, 2**31 - 1),
     ("recovery.positive_coverage", 0, 1),
     ("recovery.negative_coverage", 0, 1),
     ("recovery.confidence_power", 0, None),
@@ -424,6 +430,8 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
         )
     if r.correction != "none" and r.mode != "assume":
         problems.append(f"recovery.correction={r.correction!r} goes with recovery.mode=assume")
+    if r.open_weight and r.mode not in ("epoch", "none"):
+        problems.append(f"recovery.open_weight={r.open_weight} goes with recovery.mode=epoch")
     if r.source != "scores" and r.mode not in ("epoch", "none"):
         problems.append(f"recovery.source={r.source!r} goes with recovery.mode=epoch")
     from_prototypes = r.mode == "epoch" and r.source == "prototypes"
@@ -437,6 +445,12 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
                 "recovery.source='prototypes' scores are likenesses, no probabilities: set "
                 + ", ".join(f"recovery.{name}={value}" for name, value in needed.items())
             )
+    by_known = r.calibration == "known" or r.thresholds == "matched"
+    if r.mode == "epoch" and r.thresholds != "fixed" and by_known and not r.min_known:
+        problems.append(
+            "recovery.min_known=0: thresholds by known labels need some; set it to 1 or more, or "
+            "recovery.calibration=expected with recovery.thresholds=adaptive or none"
+        )
     if r.mode == "epoch" and r.thresholds == "matched" and r.soft:
         problems.append(
             "recovery.thresholds='matched' teaches hard labels: set recovery.soft=False"

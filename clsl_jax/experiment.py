@@ -70,6 +70,7 @@ class Experiment(Network):
       total_steps: updates of the whole run.
       batch_size: of training, over all devices.
       eval_batch_size: of evaluation, over all devices.
+      unknown: what unknown labels are when predictions are scored: `ignored` or `negative`.
     """
 
     dataset: sources.Dataset
@@ -81,6 +82,7 @@ class Experiment(Network):
     total_steps: int
     batch_size: int
     eval_batch_size: int
+    unknown: str
 
     def new_state(self, report: Callable[[str], None] = lambda line: None) -> TrainState:
         """Returns the state before the first step, with pretrained weights if any are named.
@@ -108,6 +110,10 @@ class Experiment(Network):
     def _read_backbone(self) -> tuple[Mapping[str, Any], str]:
         file = backbone_file(self.pretrained, self.model.backbone)
         return load_backbone(self.model.backbone, file, self.backbone_shapes)
+
+    def scored_labels(self, split: sources.Split) -> np.ndarray:
+        """Returns the labels int8 [N, C] that predictions of a split are scored by."""
+        return scored_labels(split.labels, self.unknown)
 
     @property
     def mask(self) -> np.ndarray:
@@ -182,6 +188,7 @@ def build(
         total_steps=options.total_steps,
         batch_size=config.batch_size,
         eval_batch_size=eval_batch_size,
+        unknown=config.evaluation.unknown,
     )
 
 
@@ -398,7 +405,8 @@ def _check_negatives(
             "or both) need known negatives beside known positives, and there are none of "
             f"{named}: label some images as negative for these, or turn them off."
         )
-    if options.recovery_mode == "assume" or options.expected_positives:
+    assumes = options.recovery_mode == "assume" or options.open_weight
+    if assumes or options.expected_positives:
         return
     if not negatives.any():
         raise InputError(
@@ -433,11 +441,12 @@ def _check_selection(
                 "epoch could be picked by it: label some of its images, or pick by another split "
                 "(evaluation.selection)."
             )
-        if scored and not ((split.labels == 0) & ~split.difficult).any():
+        labels = scored_labels(split.labels, config.evaluation.unknown)
+        if scored and not ((labels == 0) & ~split.difficult).any():
             raise InputError(
                 f"No label of the {name} split is known to be absent, so that every mAP would be "
-                "100 %: label some of its images, prepare the table with --empty=negative if what "
-                "it leaves empty is not there, or pick by another split (evaluation.selection)."
+                "100 %: label some of its images, count what is unknown as absent "
+                "(evaluation.unknown=negative), or pick by another split (evaluation.selection)."
             )
     if (
         config.evaluation.selection == "validation"
@@ -448,6 +457,11 @@ def _check_selection(
             "data.validation_fraction=0 validates on the training images, whose hidden labels "
             "would pick the best epoch: set a fraction, or evaluation.selection=test."
         )
+
+
+def scored_labels(labels: np.ndarray, unknown: str) -> np.ndarray:
+    """Returns labels int8 [N, C] to score predictions by; `unknown` is `ignored` or `negative`."""
+    return np.maximum(labels, 0) if unknown == "negative" else labels
 
 
 def scored_splits(config: ml_collections.ConfigDict, dataset: sources.Dataset) -> tuple[str, ...]:
@@ -554,6 +568,7 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Ste
         recovery_mode=r.mode,
         assumed=r.assumed,
         assumed_weight=r.assumed_weight,
+        open_weight=r.open_weight,
         correction=r.correction,
         correction_threshold=r.correction_threshold,
         correction_rate=r.correction_rate,

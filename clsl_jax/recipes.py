@@ -70,6 +70,25 @@ def adaptive_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) 
     config.recovery.momentum = 0.5
 
 
+def positives_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) -> None:
+    """Sets what did best where positives alone are known (docs/study-details.md).
+
+    Unknown labels count as negatives at first, then by the probabilities of a teacher that has
+    learned so. Known and unknown ones have a mean loss each, by which the few positives weigh as
+    much as all others. In evaluation what is unknown counts as negative.
+
+    Args:
+      config: is changed.
+      warmup_epochs: before the first recovery.
+    """
+    soft_recovery(config, warmup_epochs=warmup_epochs)
+    config.recovery.open_weight = 1.0
+    config.recovery.confidence_power = 0.0
+    config.recovery.min_known = 0
+    config.loss.name = "bce"
+    config.evaluation.unknown = "negative"
+
+
 def soft_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) -> None:
     """Sets the recovery that did best on `scenes` (docs/study-details.md).
 

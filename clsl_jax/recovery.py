@@ -157,7 +157,7 @@ def adaptive_thresholds(
         positive_precision=positive_precision,
         negative_precision=negative_precision,
         min_count=min_count,
-        min_known=min_known,
+        min_known=jnp.maximum(min_known, 1),
     )
 
 
@@ -189,7 +189,7 @@ def expected_thresholds(
         positive_precision: target, scalar or [C], may be traced.
         negative_precision: target, scalar or [C], may be traced.
         min_count: unknown entries that a threshold must rest on, >= 1, may be traced.
-        min_known: as in `adaptive_thresholds`.
+        min_known: as in `adaptive_thresholds`, but may be 0.
         bins: resolution, a power of two, so that the edges are exact in float32.
         axis_name: inside `jax.shard_map`: the mesh axis over which the rows are spread.
 
@@ -260,7 +260,7 @@ def matched_thresholds(
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)
     known = counts[:, :2].sum(2)
-    enough = _enough(known, min_known)
+    enough = _enough(known, jnp.maximum(min_known, 1))
     above = _sums_from(counts[:, 2])
     unknown = above[:, :1]
     # A product first: a share rounded down would miss a count that is due.
@@ -482,7 +482,7 @@ def _rates(counts: RecoveryCounts) -> dict[str, np.ndarray]:
 
 def _enough(known: jax.Array, min_known: jax.Array | int) -> jax.Array:
     """Which classes [C, 1] have so many known negatives and so many known positives, [C, 2]."""
-    return jnp.min(known, axis=1, keepdims=True) >= jnp.maximum(min_known, 1)
+    return jnp.min(known, axis=1, keepdims=True) >= min_known
 
 
 def _sums_from(bins: jax.Array) -> jax.Array:

@@ -190,7 +190,7 @@ def _label_tables(
         labels.append(np.where(split.labels == partial.UNKNOWN, given[-1], split.labels))
         probabilities.append(probability)
     held_out = held_out_precision(
-        np.concatenate([split.labels for split in splits[1:]]), np.concatenate(given)
+        np.concatenate([built.scored_labels(split) for split in splits[1:]]), np.concatenate(given)
     )
     return _Tables(np.concatenate(labels), np.concatenate(probabilities), held_out)
 
@@ -262,12 +262,13 @@ def _scored(
         for convention in metrics.CONVENTIONS:
             found = score_convention(
                 values,
-                split.labels,
+                built.scored_labels(split),
                 split.difficult,
                 built.dataset.class_names,
                 convention=convention,
             )
             named = {"weights": label, "epoch": epochs[label], "split": split_name}
+            named["unknown"] = built.unknown
             rows.append({**named, **found})
     return rows
 
@@ -301,7 +302,7 @@ def _write_predictions(path: str, built: Experiment, scores: np.ndarray) -> None
         path,
         {
             "scores": scores,
-            "labels": split.labels,
+            "labels": built.scored_labels(split),
             "ignore": split.difficult,
             "ids": np.asarray(split.ids, dtype=np.str_),
             "class_names": np.asarray(built.dataset.class_names, dtype=np.str_),
@@ -355,6 +356,8 @@ def _print(
         f"{result['dataset']['name']}, {100 * share:.1f} % of the training labels known "
         f"({labels['protocol']}); AP interpolated"
     )
+    if any(row["unknown"] == "negative" for row in result["results"]):
+        title += ", unknown labels scored as absent"
     log.table(title, header, rows)
     found = result["recovery"]
     if found.get("recovery/positive_recall") is not None:

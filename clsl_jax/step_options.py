@@ -33,6 +33,7 @@ class StepOptions:
     sharpening: str = "safe"
     assumed: float = 0.0
     assumed_weight: float = 1.0
+    open_weight: float = 0.0
     correction: str = "none"
     correction_threshold: float = 0.6
     correction_rate: float = 0.002

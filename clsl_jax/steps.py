@@ -379,7 +379,10 @@ def _targets(
         stated = logits if options.scale == "released" else stated_log_odds(logits, options)
         targets = recovery.online_targets(stated, annotations, sharpening=options.sharpening)
         return targets, (annotations < 0).astype(jnp.float32)
-    return state.recovered[rows], state.recovered_weight[rows]
+    targets, weights = state.recovered[rows], state.recovered_weight[rows]
+    if options.open_weight:
+        weights = jnp.where((annotations < 0) & (weights == 0), options.open_weight, weights)
+    return targets, weights
 
 
 def _remembered(

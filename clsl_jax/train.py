@@ -407,7 +407,7 @@ class _Run:
         for convention in metrics.CONVENTIONS:
             scored = score_convention(
                 scores,
-                split.labels,
+                self.experiment.scored_labels(split),
                 split.difficult,
                 self.experiment.dataset.class_names,
                 convention=convention,

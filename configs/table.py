@@ -4,21 +4,24 @@
     python -m clsl_jax.prepare --dataset=table --source=labels.csv --out=DATA
     python -m clsl_jax.main --config=configs/table.py --workdir=DIR --config.data.dir=DATA
 
+    python -m clsl_jax.main --config=configs/table.py:positives ...
+
 The empty cells are the protocol: nothing else is hidden. An EfficientNet-Lite0 with ImageNet
 weights stays as it is, its features are computed once and kept; all the rest is trained on them.
-The run leaves the filled table in DIR/recovered.csv. Hardware: a laptop's CPU.
+The run leaves the filled table in DIR/recovered.csv. `positives` is for a table in which nothing
+is marked as absent, and not all as there. Hardware: a laptop's CPU.
 """
 
 import ml_collections
 
 from clsl_jax import config as config_lib
-from clsl_jax.recipes import adaptive_recovery
+from clsl_jax.recipes import adaptive_recovery, positives_recovery
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; it takes no argument."""
-    if arg:
-        raise config_lib.ConfigError(f"configs/table.py:{arg}: expected nothing after the name.")
+    """Returns the configuration; `arg` is None or `positives`."""
+    if arg not in (None, "", "positives"):
+        raise config_lib.ConfigError(f"configs/table.py:{arg}: expected nothing or positives.")
     config = config_lib.base_config()
     config.epochs = 30
     config.batch_size = 32
@@ -41,7 +44,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.embedding_dim = 64
     config.model.learn_embeddings = True
 
-    adaptive_recovery(config, warmup_epochs=15)
+    if arg == "positives":
+        positives_recovery(config, warmup_epochs=5)
+    else:
+        adaptive_recovery(config, warmup_epochs=15)
 
     config.optim.learning_rate = 3e-4
     config.optim.ema_decay = 0.99

@@ -432,7 +432,7 @@ def brute_force_expected(scores, annotations, visits, target, min_count, min_kno
         low, high = 2.0, -1.0
         for edge in edges:
             above, below = middle[score >= edge], 1 - middle[score < edge]
-            if not all((known == kind).sum() >= max(min_known, 1) for kind in (0, 1)):
+            if not all((known == kind).sum() >= min_known for kind in (0, 1)):
                 continue
             if len(above) >= max(min_count, 1):
                 margins.append(above.mean() - target[0])

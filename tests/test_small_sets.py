@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import runpy
 
 import numpy as np
 import pytest
-from commands import CONFIG, TINY, run
+from commands import CONFIG, REPOSITORY, TINY, run
 from preparing import DRAWN, drawn_set
+from sklearn.metrics import average_precision_score
 
 from clsl_jax import command_line, experiment
+from clsl_jax import config as config_lib
 from clsl_jax.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -89,3 +92,39 @@ def test_known_positives_alone_teach_nothing(tmp_path):
     )
     with pytest.raises(InputError, match="No label of the validation split is known to be absent"):
         build(validation=1)
+
+
+def test_a_table_of_positives_alone_is_trained_and_scored(shared, tmp_path):
+    """What is unknown counts as absent, at first in training, and in scoring; it stays unknown."""
+
+    def change(split, row, encoded, labels):
+        return encoded, np.where(labels == 1, 1, -1).astype(labels.dtype)
+
+    drawn_set(tmp_path / "data", ("a", "b"), change)
+    recipe = runpy.run_path(f"{REPOSITORY}/configs/table.py")["get_config"]("positives")
+    plain = command_line.config_of([f"--config={REPOSITORY}/configs/table.py"])
+    changed = config_lib.changed_keys(plain, recipe)
+    assert {key.partition(".")[0] for key in changed} == {"recovery", "loss", "evaluation"}
+    keys = {key: value for key, (_, value) in changed.items()}
+    keys |= {"loss.statistics": False, "evaluation.statistics": False, "recovery.source": "scores"}
+    keys |= {"recovery.mode": "epoch", "recovery.warmup_epochs": 1}
+    arguments = [*DRAWN, f"--config.data.dir={tmp_path / 'data'}"]
+    arguments += [f"--config.{key}={value}" for key, value in keys.items()]
+    status, out, err = run(shared, tmp_path / "run", *arguments)
+    assert status == 0, err
+    assert "AP interpolated, unknown labels scored as absent" in " ".join(out.split())
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    assert {row["unknown"] for row in found} == {"negative"}
+    with np.load(tmp_path / "run" / "predictions.npz") as predicted:
+        labels, scores = predicted["labels"], predicted["scores"]
+    assert set(np.unique(labels)) == {0, 1}
+    (row,) = [
+        row
+        for row in found
+        if (row["split"], row["weights"], row["AP_convention"])
+        == ("test", "best", "uninterpolated")
+    ]
+    expected = [average_precision_score(labels[:, c], scores[:, c]) for c in range(2)]
+    np.testing.assert_allclose(list(row["AP"].values()), expected, rtol=1e-6)
+    given = (tmp_path / "run" / "recovered.csv").read_text().splitlines()[1:]
+    assert any(line.endswith(",") for line in given)

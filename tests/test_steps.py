@@ -337,6 +337,30 @@ def test_known_entries_never_change_and_padding_is_never_recovered():
     np.testing.assert_array_equal(state.annotations[:N], annotations)
 
 
+def test_labels_left_open_may_count_as_negatives():
+    """As `assume` has them, as long as nothing is recovered; then those that still are open."""
+    changes = {"scale": "mean", "loss_name": "bce", "recovery_weight": 1.0}
+    opened = Harness(make_options(open_weight=0.5, warmup_steps=9, **changes)).run(3)
+    assumed = Harness(make_options(recovery_mode="assume", assumed_weight=0.5, **changes)).run(3)
+    assert opened.sums["loss_recovered"] > 0
+    for a, b in zip(jax.tree.leaves(opened.params), jax.tree.leaves(assumed.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+    options = make_options(open_weight=0.5, soft=False, positive_threshold=0.5, **changes)
+    harness = Harness(dataclasses.replace(options, negative_threshold=0.0))
+    state = harness.run(3)
+    unknown = make_labels()[1] < 0
+    found = unknown & (state.scores[:N] >= 0.5)
+    assert 0 < found.sum() < unknown.sum()
+    np.testing.assert_array_equal(state.recovered_weight[:N], found)
+    logits = jnp.zeros((N, C))
+    targets, weights = steps._targets(
+        state, np.arange(N), logits, make_labels()[1], options, losses.binary_cross_entropy
+    )
+    np.testing.assert_array_equal(targets[unknown], found[unknown])
+    np.testing.assert_array_equal(weights[unknown], np.where(found, 1.0, 0.5)[unknown])
+
+
 def test_recovery_waits_for_the_warm_up():
     harness = Harness(make_options(warmup_steps=6))
     assert (harness.run(3).recovered_weight == 0).all()
