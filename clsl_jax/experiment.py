@@ -161,12 +161,12 @@ def build(
             f"{len(labels)} images: choose a smaller one."
         )
     annotations = known_labels(config, dataset, report)
-    _check_selection(config, dataset, annotations)
     options = dataclasses.replace(
         step_options(config, steps_per_epoch),
         positives_per_image=_positives_per_image(config, annotations),
     )
     _check_negatives(options, annotations, dataset.class_names, report)
+    _check_selection(config, dataset, annotations)
     network = build_network(
         config,
         options,
@@ -412,8 +412,8 @@ def _check_negatives(
         raise InputError(
             "No training label is known to be absent, and from known positives alone a network "
             "learns that everything is in every image. If what a table leaves empty is not there, "
-            "prepare it with --empty=negative (what its lists leave out: --unlisted=negative); to "
-            "take unknown labels for absent in the training alone, set recovery.mode=assume."
+            "prepare it with --empty=negative (what its lists leave out: --unlisted=negative); if "
+            "it may be there, train by configs/table.py:positives (recovery.open_weight)."
         )
     if named:
         report(
