@@ -432,6 +432,16 @@ def _recovery_misfits(config: ml_collections.ConfigDict) -> list[str]:
         problems.append(f"recovery.correction={r.correction!r} goes with recovery.mode=assume")
     if r.open_weight and r.mode not in ("epoch", "none"):
         problems.append(f"recovery.open_weight={r.open_weight} goes with recovery.mode=epoch")
+    if r.open_weight and r.ramp_epochs:
+        problems.append(
+            "recovery.open_weight counts from the first step on, recovery.ramp_epochs from the end "
+            "of the warm-up: set one of them to 0"
+        )
+    if r.open_weight and r.soft and r.confidence_power:
+        problems.append(
+            "recovery.open_weight takes a soft label without weight for one that was left open: "
+            "set recovery.confidence_power=0, or recovery.soft=False"
+        )
     if r.source != "scores" and r.mode not in ("epoch", "none"):
         problems.append(f"recovery.source={r.source!r} goes with recovery.mode=epoch")
     from_prototypes = r.mode == "epoch" and r.source == "prototypes"

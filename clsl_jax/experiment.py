@@ -131,13 +131,16 @@ def build(
     *,
     embeddings_file: str = "",
     report: Callable[[str], None] = lambda line: None,
+    training: bool = True,
 ) -> Experiment:
     """Loads the data and builds the model and its steps; compiles nothing yet.
 
     Args:
       config: validated.
       embeddings_file: a run's own copy of its label embeddings, used if it exists.
-      report: takes a line where images are decoded into a cache, or labels read from a file.
+      report: takes a line where images are decoded into a cache, labels read from a file, or known
+        labels will teach or show little.
+      training: whether it is to be trained, for which some labels have to be known to be absent.
 
     Raises:
       InputError: if data and configuration do not fit each other, saying how.
@@ -165,8 +168,11 @@ def build(
         step_options(config, steps_per_epoch),
         positives_per_image=_positives_per_image(config, annotations),
     )
-    _check_negatives(options, annotations, dataset.class_names, report)
-    _check_selection(config, dataset, annotations)
+    if options.needs_statistics:
+        _check_statistics(annotations, dataset.class_names)
+    if training:
+        _check_negatives(options, annotations, dataset.class_names, report)
+    _check_selection(config, dataset, annotations, report)
     network = build_network(
         config,
         options,
@@ -389,6 +395,16 @@ def _positives_per_image(config: ml_collections.ConfigDict, annotations: np.ndar
     return float((positives / np.maximum(positives + negatives, 1)).sum())
 
 
+def _check_statistics(annotations: np.ndarray, class_names: Sequence[str]) -> None:
+    """Refuses label statistics of classes that by the known labels are always there."""
+    if named := listed(_always_there(annotations, class_names), 5):
+        raise InputError(
+            "Label statistics (loss.statistics, evaluation.statistics, recovery.source=statistics "
+            "or both) need known negatives beside known positives, and there are none of "
+            f"{named}: label some images as negative for these, or turn them off."
+        )
+
+
 def _check_negatives(
     options: StepOptions,
     annotations: np.ndarray,
@@ -396,34 +412,37 @@ def _check_negatives(
     report: Callable[[str], None],
 ) -> None:
     """Refuses known positives alone, where nothing else says that labels may be absent."""
-    positives, negatives = ((annotations == kind).any(axis=0) for kind in (1, 0))
-    always = np.flatnonzero(positives & ~negatives)
-    named = listed([class_names[c] for c in always], 5)
-    if options.needs_statistics and named:
-        raise InputError(
-            "Label statistics (loss.statistics, evaluation.statistics, recovery.source=statistics "
-            "or both) need known negatives beside known positives, and there are none of "
-            f"{named}: label some images as negative for these, or turn them off."
-        )
-    assumes = options.recovery_mode == "assume" or options.open_weight
-    if assumes or options.expected_positives:
+    assumed = options.recovery_mode == "assume" or (
+        options.recovery_mode == "epoch" and options.open_weight > 0
+    )
+    if options.expected_positives or (assumed and options.recovery_weight > 0):
         return
-    if not negatives.any():
+    if not (annotations == 0).any():
         raise InputError(
             "No training label is known to be absent, and from known positives alone a network "
             "learns that everything is in every image. If what a table leaves empty is not there, "
             "prepare it with --empty=negative (what its lists leave out: --unlisted=negative); if "
-            "it may be there, train by configs/table.py:positives (recovery.open_weight)."
+            "it may be there, train by configs/table.py:positives, or set as there recovery.mode="
+            "epoch, recovery.open_weight=1 and evaluation.unknown=negative."
         )
-    if named:
+    if named := _always_there(annotations, class_names):
         report(
-            f"Of {len(always)} of {len(positives)} classes no training label is known to be "
-            f"absent, so that they will be found in every image: {named}."
+            f"Of {len(named)} of {len(class_names)} classes no training label is known to be "
+            f"absent, so that they will be found in every image: {listed(named, 5)}."
         )
+
+
+def _always_there(annotations: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """Returns the classes of which positives are known and no negative is."""
+    positives, negatives = ((annotations == kind).any(axis=0) for kind in (1, 0))
+    return [class_names[c] for c in np.flatnonzero(positives & ~negatives)]
 
 
 def _check_selection(
-    config: ml_collections.ConfigDict, dataset: sources.Dataset, annotations: np.ndarray
+    config: ml_collections.ConfigDict,
+    dataset: sources.Dataset,
+    annotations: np.ndarray,
+    report: Callable[[str], None],
 ) -> None:
     """Refuses splits that cannot pick an epoch, or would by hidden labels of training images."""
     train = dataset.train
@@ -442,12 +461,20 @@ def _check_selection(
                 "(evaluation.selection)."
             )
         labels = scored_labels(split.labels, config.evaluation.unknown)
-        if scored and not ((labels == 0) & ~split.difficult).any():
-            raise InputError(
-                f"No label of the {name} split is known to be absent, so that every mAP would be "
-                "100 %: label some of its images, count what is unknown as absent "
-                "(evaluation.unknown=negative), or pick by another split (evaluation.selection)."
+        there, absent = (((labels == kind) & ~split.difficult).any(axis=0) for kind in (1, 0))
+        if there.any() and not (there & absent).any():
+            found = (
+                f"Of no class has the {name} split a label that is known to be absent beside one "
+                "that is there, so that every mAP would be 100 %: "
             )
+            advice = "count what is unknown as absent (evaluation.unknown=negative)"
+            if scored:
+                raise InputError(
+                    f"{found}label some of its images, {advice}, or pick by another split "
+                    "(evaluation.selection)."
+                )
+            if name in scored_splits(config, dataset):
+                report(f"{found}label some of its images, or {advice}.")
     if (
         config.evaluation.selection == "validation"
         and dataset.validates_on_train

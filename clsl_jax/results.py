@@ -201,7 +201,8 @@ def held_out_precision(labels: np.ndarray, given: np.ndarray) -> dict[str, Any]:
     It is the one honest estimate where unknown training labels really are unknown.
 
     Args:
-      labels: int8 [N, C], -1 unknown.
+      labels: int8 [N, C], -1 unknown. As predictions are scored by: where what is unknown counts as
+        absent, positives are at least as right, negatives at most.
       given: int8 [N, C], what the thresholds make of every cell, known or not; -1 nothing.
 
     Returns:
@@ -323,7 +324,7 @@ def _write_pictures(
     report.picture_sheet(
         path,
         images=images,
-        labels=test.labels[: len(images)],
+        labels=built.scored_labels(test)[: len(images)],
         probabilities=probabilities,
         heat=heat,
         class_names=built.dataset.class_names,
@@ -356,9 +357,9 @@ def _print(
         f"{result['dataset']['name']}, {100 * share:.1f} % of the training labels known "
         f"({labels['protocol']}); AP interpolated"
     )
-    if any(row["unknown"] == "negative" for row in result["results"]):
-        title += ", unknown labels scored as absent"
-    log.table(title, header, rows)
+    absent = any(row["unknown"] == "negative" for row in result["results"])
+    note = ", unknown labels scored as absent" if absent else ""
+    log.table(title + note, header, rows)
     found = result["recovery"]
     if found.get("recovery/positive_recall") is not None:
         recall, right = (found[f"recovery/positive_{k}"] for k in ("recall", "precision"))
@@ -374,7 +375,9 @@ def _print(
         if found.get(key := f"recovery/held_out_{kind}_precision") is not None
     ]
     if right:
-        log.console.print(f"The same thresholds on held-out images: {', '.join(right)} right.")
+        log.console.print(
+            f"The same thresholds on held-out images: {', '.join(right)} right{note}."
+        )
     names = [name, PREDICTIONS_NAME]
     if pictured:
         names.append(PICTURES_NAME)

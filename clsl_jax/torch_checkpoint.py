@@ -58,7 +58,9 @@ def evaluate_checkpoint(
     with Workdir(workdir) as where:
         with writing_to(workdir):
             log = RunLog(workdir)
-        built = cluster.agree(lambda: experiment.build(config, report=log.console.print))
+        built = cluster.agree(
+            lambda: experiment.build(config, report=log.console.print, training=False)
+        )
         weights = _weights(built, config, state_dict, path)
         compiled = compile_steps(
             built, config, report=log.console.print, training=False, weights_alone=True

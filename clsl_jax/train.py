@@ -48,7 +48,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         where.hold_checkpoints(where.checkpoints(config))
         log = RunLog(workdir)
         log.console.print(f"clsl_jax: {config.data.name}, workdir {workdir}{_processes()}")
-        built = _build(config, where, log)
+        built = _build(config, where, log, training=True)
         run = _Run(config, built, where, log, guard)
         try:
             with unwritable(workdir, "it goes on from the last checkpoint"):
@@ -89,7 +89,7 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
     config = stored if config is None else config
     with Workdir(workdir) as where, PreemptionGuard() as guard:
         log = RunLog(workdir)
-        built = _build(config, where, log)
+        built = _build(config, where, log, training=False)
         run = _Run(config, built, where, log, guard, read_only=True)
         try:
             with unwritable(workdir, "it goes on from the last checkpoint"):
@@ -101,10 +101,14 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
             run.close()
 
 
-def _build(config: ml_collections.ConfigDict, where: Workdir, log: RunLog) -> Experiment:
+def _build(
+    config: ml_collections.ConfigDict, where: Workdir, log: RunLog, *, training: bool
+) -> Experiment:
     kept = where.path(EMBEDDINGS_NAME)
     built = cluster.agree(
-        lambda: experiment.build(config, embeddings_file=kept, report=log.console.print)
+        lambda: experiment.build(
+            config, embeddings_file=kept, report=log.console.print, training=training
+        )
     )
     cluster.check_alike(
         {

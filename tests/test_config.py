@@ -23,7 +23,8 @@ def load(name, arg=None):
 @pytest.mark.parametrize(
     ("name", "arg"),
     [("scenes", None), ("scenes", "strong"), ("voc", None), ("voc", "released"), ("coco", None)]
-    + [("coco", "released"), ("nuswide", None), ("nuswide", "released"), ("table", None)],
+    + [("coco", "released"), ("nuswide", None), ("nuswide", "released"), ("table", None)]
+    + [("table", "positives")],
 )
 def test_every_config_is_valid_and_has_the_keys_scripts_rely_on(name, arg):
     config = load(name, arg)
@@ -134,6 +135,10 @@ def test_validate_names_every_key_at_fault():
         ({"source": "prototypes", "thresholds": "adaptive"}, "recovery.soft=False"),
         ({"thresholds": "none", "soft": False}, "teaches soft labels: set recovery.soft=True"),
         ({"thresholds": "matched"}, "teaches hard labels: set recovery.soft=False"),
+        ({"open_weight": 1.0}, "one that was left open: set recovery.confidence_power=0"),
+        ({"open_weight": 1.0, "ramp_epochs": 2.0}, "from the first step on, recovery.ramp_epochs"),
+        ({"open_weight": 1.0, "mode": "assume"}, "open_weight=1.0 goes with recovery.mode=epoch"),
+        ({"thresholds": "none", "min_known": 0}, "by known labels need some; set it to 1 or more"),
         ({"mode": "online", "branch": "global"}, "recovery.branch='global' goes with"),
         ({"source": "statistics", "branch": "mean"}, "recovery.branch='mean' goes with"),
         ({"mode": "blend", "blend_share": 1.0}, "blend_share=1.0: expected between"),

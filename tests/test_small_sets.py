@@ -82,16 +82,29 @@ def test_known_positives_alone_teach_nothing(tmp_path):
 
     with pytest.raises(InputError, match=r"No training label is known to be absent.*--empty=neg"):
         build(train=1)
-    assert build("--config.recovery.mode=assume", train=1) == []
+    assume, hard = "--config.recovery.mode=assume", "--config.recovery.soft=False"
+    opened, none = "--config.recovery.open_weight=1", "--config.recovery.mode=none"
+    nothing = "--config.recovery.weight=0"
+    for keys in ((assume, nothing), (opened, hard, nothing), (opened, hard, none)):
+        with pytest.raises(InputError, match="No training label is known to be absent"):
+            build(*keys, train=1)
     expected = ("--config.loss.expected_positives=1", "--config.loss.positives_per_image=1")
-    assert build(*expected, train=1) == []
+    for keys in (expected, (assume,), (opened, hard)):
+        assert build(*keys, train=1) == []
     (said,) = build(train=(1, 0))
     assert said == (
         "Of 1 of 2 classes no training label is known to be absent, so that they will be found in "
         "every image: a."
     )
-    with pytest.raises(InputError, match="No label of the validation split is known to be absent"):
-        build(validation=1)
+    for labels in (1, (1, 0)):
+        with pytest.raises(InputError, match="Of no class has the validation split a label that"):
+            build(validation=labels)
+    (said,) = build(test=1)
+    assert said == (
+        "Of no class has the test split a label that is known to be absent beside one that is "
+        "there, so that every mAP would be 100 %: label some of its images, or count what is "
+        "unknown as absent (evaluation.unknown=negative)."
+    )
 
 
 def test_a_table_of_positives_alone_is_trained_and_scored(shared, tmp_path):

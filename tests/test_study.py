@@ -248,7 +248,14 @@ def test_the_study_of_photographs_takes_its_data():
     assert search.split == "validation"
     assert len(study.cells(search)) == (1 + 24) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in study.cells(search))
-    for nothing in (None, "", "search:", "search", "ablation"):
+    positives = study.cells(get_config("positives:somewhere/DATA"))
+    assert len(positives) == (8 + 4) * 2
+    assert {cell.protocol for cell in positives} == {"single_positive"}
+    (cell, _) = [cell for cell in positives if cell.method == "positives"]
+    table = runpy.run_path(os.path.join(commands.REPOSITORY, "configs", "table.py"))["get_config"]
+    run, alone = command_line.config_of(cell.arguments).recovery, table("positives").recovery
+    assert run.to_dict() == alone.to_dict()
+    for nothing in (None, "", "search:", "search", "ablation", "positives:"):
         with pytest.raises(InputError, match="directory of the prepared data after the colon"):
             get_config(nothing)
 

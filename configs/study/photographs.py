@@ -10,7 +10,8 @@ expected precision (`expected`), with the surest half of the positives that each
 the product with label statistics of `configs/scenes.py` (`soft`, `product`, both).
 Two seeds of weights, order and mask. `photographs.py:ablation:DATA` has the recipe with one part
 changed, and each part alone on a bare network; `photographs.py:search:DATA` has its recovery with
-one choice made otherwise, compared on validation.
+one choice made otherwise, compared on validation. In `photographs.py:positives:DATA` one positive
+of each training image is known and nothing else; some are told how many an image has (2.4).
 """
 
 import ml_collections
@@ -54,16 +55,25 @@ OTHERWISE = {
     "half_double": f"{_HALF} recovery.weight=2.0",
 }
 
+# What `configs/table.py:positives` has otherwise than `configs/table.py`, but for the evaluation.
+POSITIVES = (
+    "loss.name=bce recovery.thresholds=none recovery.soft=True recovery.calibration=expected "
+    "recovery.positive_precision=0.9 recovery.negative_precision=0.985 recovery.min_known=0 "
+    "recovery.warmup_epochs=5 recovery.confidence_power=0.0 recovery.open_weight=1.0"
+)
+_TOLD = "loss.positives_per_image=2.4"
+_ASSUMED = ("negative_bce", "negative_asl", "negative_smooth", "negative_weak", "hill", "splc")
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the study; `arg` is the directory of the data, after `ablation:` or `search:`."""
+    """Returns the study; `arg` is the directory of the data, perhaps after `PART:`."""
     part, _, directory = (arg or "").partition(":")
-    if part not in ("ablation", "search"):
+    if part not in ("ablation", "search", "positives"):
         part, directory = "", arg
     if not directory:
         raise config_lib.ConfigError(
             f"configs/study/photographs.py:{arg or ''}: write the directory of the prepared data "
-            "after the colon, or ablation:DIRECTORY or search:DIRECTORY."
+            "after the colon, or ablation:, search: or positives:DIRECTORY."
         )
     config = study.base_study()
     config.configs = ("configs/table.py",)
@@ -81,6 +91,20 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         ablation.configure(config, CHANGED, ALONE, bare=bare)
     if part == "search":
         ablation.configure_search(config, OTHERWISE)
+    if part == "positives":
+        config.protocols = ("single_positive",)
+        config.baseline = "negative_asl"
+        config.methods = (*_ASSUMED, "ll_r", "ll_cp")
+        recover = (
+            f"{_TOLD} loss.expected_positives=1.0 loss.name=bce loss.scale=mean "
+            "recovery.thresholds=fixed recovery.negative_threshold=0.1"
+        )
+        config.variants = (
+            ("positives", "clsl", POSITIVES),
+            ("epr_told", "epr", _TOLD),
+            ("role_told", "role", _TOLD),
+            ("epr_told+recovery", "clsl", recover),
+        )
     config.known_fractions = (0.2,)
     config.seeds = (0, 1)
     config.weights = "last"  # the only ones that are saved: no epoch is picked
