@@ -585,7 +585,7 @@ def test_evaluation_divides_the_cpu_as_training_does(tmp_path):
     program = (
         "import sys, jax\n"
         "from clsl_jax import train\n"
-        "train._build = lambda *_: sys.exit(str(jax.device_count()))\n"
+        "train._build = lambda *_, **__: sys.exit(str(jax.device_count()))\n"
         "train.evaluate_only(None, sys.argv[1])"
     )
     settings = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
