@@ -122,6 +122,12 @@ def prepare(
     journal = home / "inspected.jsonl" if home else None
     inspected = _inspect(listing.splits, workers, journal)
     splits, notes = _with_test_split(listing, inspected, test_fraction, seed)
+    if not (splits["train"].labels == 0).any():
+        notes.append(
+            "No training label says that something is absent. If what is empty is not there: "
+            "--empty=negative (of lists: --unlisted=negative); else train by "
+            "configs/table.py:positives."
+        )
     inspected = {split: [inspected[path] for path in part.paths] for split, part in splits.items()}
     report = verification.build_report(listing, splits, inspected, source=source, notes=notes)
     text = report_text(report)

@@ -243,6 +243,16 @@ def test_commas_at_the_ends_of_lines_are_no_columns(tmp_path):
     assert table.read_own_table(path, may_miss=True).class_names == ("a",)
 
 
+def test_a_table_of_positives_alone_is_noted_before_anything_is_trained(tmp_path):
+    source = _folder(tmp_path / "mine", [["a.jpg", "1", "", ""], ["b.jpg", "1", "1", ""]])
+    flags = ("--dataset=table", f"--source={source}", "--check-only", "--test_fraction=0.5")
+    told = "Note: No training label says that something is absent."
+    for more, expected in (((), True), (("--empty=negative",), False)):
+        status, shown, errors = prepare(*flags, *more)
+        assert status == 0, errors
+        assert (told in " ".join(shown.split())) is expected
+
+
 def test_a_changed_table_does_not_pass_for_the_prepared_one(tmp_path):
     source = _folder(tmp_path / "mine", [["a.jpg", "1", "0", ""], ["b.jpg", "1", "1", ""]])
     flags = ("--dataset=table", f"--source={source}", f"--out={tmp_path}", "--test_fraction=0.5")
