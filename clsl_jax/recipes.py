@@ -71,7 +71,10 @@ def adaptive_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) 
 
 
 def positives_recovery(config: ml_collections.ConfigDict, *, warmup_epochs: int) -> None:
-    """Sets what did best where positives alone are known (docs/study-details.md).
+    """Sets what did best on validation where positives alone are known, and not how many.
+
+    That was over pretrained features; from random weights it ends up sure of everything
+    (docs/study-details.md).
 
     Unknown labels count as negatives at first, then by the probabilities of a teacher that has
     learned so. Known and unknown ones have a mean loss each, by which the few positives weigh as
