@@ -14,6 +14,8 @@ RIGHT, WRONG, MISSED = "#1a7f37", "#cf222e", "#9a6700"
 _NAME_LENGTH = 24
 # A class from this probability on counts as predicted; so many heat maps an image.
 THRESHOLD, SHOWN_CLASSES = 0.5, 3
+# Of two classes each, below an image: more would run into the next one's name.
+CAPTION_LINES = 6
 
 
 def picture_sheet(
@@ -97,14 +99,18 @@ def _caption(
 ) -> None:
     predicted = probabilities >= THRESHOLD
     groups = (
-        (RIGHT, np.flatnonzero(predicted & (labels == 1))),
-        (WRONG, np.flatnonzero(predicted & (labels == 0))),
-        (MISSED, np.flatnonzero(~predicted & (labels == 1))),
-        ("black", np.flatnonzero(predicted & (labels < 0))),
+        (RIGHT, predicted & (labels == 1)),
+        (WRONG, predicted & (labels == 0)),
+        (MISSED, ~predicted & (labels == 1)),
+        ("black", predicted & (labels < 0)),
     )
+    filled = [(color, np.flatnonzero(of_it)) for color, of_it in groups if of_it.any()]
+    fits = sum(-(-len(classes) // 2) for _, classes in filled) <= CAPTION_LINES
     line = 0
-    for color, classes in groups:
+    for color, classes in filled:
         names = [class_names[c] for c in classes]
+        if not fits:
+            names = _cut(names, 2 * (CAPTION_LINES // len(filled)))
         for start in range(0, len(names), 2):
             text = ", ".join(names[start : start + 2])
             axis.text(
@@ -112,6 +118,10 @@ def _caption(
                 transform=axis.transAxes, parse_math=False,
             )  # fmt: skip
             line += 1
+
+
+def _cut(names: Sequence[str], most: int) -> Sequence[str]:
+    return names if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
 
 
 def _heat(axis: object, image: np.ndarray, weights: np.ndarray) -> None:

@@ -41,3 +41,39 @@ def test_sheet(tmp_path, monkeypatch, count, with_heat, classes):
     found = (np.abs(sheet.astype(int) - (250, 10, 200)) < 3).all(axis=-1).sum()
     assert found > count * 80 * 80
     assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_what_is_written_below_an_image_does_not_reach_the_next_one(tmp_path, monkeypatch):
+    """All that fits in six lines; of more, as many lines of each kind."""
+    said, text = [], Axes.text
+    monkeypatch.setattr(
+        Axes,
+        "text",
+        lambda self, x, y, s, **how: said.append((how["color"], s)) or text(self, x, y, s, **how),
+    )
+
+    def captions(labels, probabilities):
+        said.clear()
+        report.picture_sheet(
+            str(tmp_path / "sheet.png"),
+            images=np.zeros((1, 8, 8, 3), np.uint8),
+            labels=np.array([labels], np.int8),
+            probabilities=np.array([probabilities]),
+            heat=None,
+            class_names=[str(c) for c in range(len(labels))],
+            names=["a"],
+        )
+        return list(said)
+
+    right, wrong, missed = report.RIGHT, report.WRONG, report.MISSED
+    everywhere = captions([1] * 5 + [0] * 7 + [1] * 3, [0.9] * 12 + [0.1] * 3)
+    assert everywhere == [
+        (right, "0, 1"), (right, "2, 2 more"),
+        (wrong, "5, 6"), (wrong, "7, 4 more"),
+        (missed, "12, 13"), (missed, "14"),
+    ]  # fmt: skip
+    assert captions([1] * 5 + [0] * 8, [0.9] * 13) == [
+        (right, "0, 1"), (right, "2, 3"), (right, "4"),
+        (wrong, "5, 6"), (wrong, "7, 8"), (wrong, "9, 3 more"),
+    ]  # fmt: skip
+    assert captions([1] * 12, [0.9] * 12) == [(right, f"{c}, {c + 1}") for c in range(0, 12, 2)]
