@@ -454,14 +454,14 @@ def _check_selection(
                 f"or raise data.validation_fraction={config.data.validation_fraction}."
             )
         scored = name == config.evaluation.selection
-        if scored and not ((split.labels == 1) & ~split.difficult).any():
+        labels = scored_labels(split.labels, config.evaluation.unknown)
+        there, absent = (((labels == kind) & ~split.difficult).any(axis=0) for kind in (1, 0))
+        if scored and not there.any():
             raise InputError(
                 f"No image of the {name} split is labelled as positive for any class, so that no "
                 "epoch could be picked by it: label some of its images, or pick by another split "
                 "(evaluation.selection)."
             )
-        labels = scored_labels(split.labels, config.evaluation.unknown)
-        there, absent = (((labels == kind) & ~split.difficult).any(axis=0) for kind in (1, 0))
         if there.any() and not (there & absent).any():
             found = (
                 f"Of no class has the {name} split a label that is known to be absent beside one "

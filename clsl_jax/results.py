@@ -269,8 +269,7 @@ def _scored(
                 convention=convention,
             )
             named = {"weights": label, "epoch": epochs[label], "split": split_name}
-            named["unknown"] = built.unknown
-            rows.append({**named, **found})
+            rows.append({**named, "unknown": built.unknown, **found})
     return rows
 
 

@@ -253,8 +253,9 @@ def test_the_study_of_photographs_takes_its_data():
     assert {cell.protocol for cell in positives} == {"single_positive"}
     (cell, _) = [cell for cell in positives if cell.method == "positives"]
     table = runpy.run_path(os.path.join(commands.REPOSITORY, "configs", "table.py"))["get_config"]
-    run, alone = command_line.config_of(cell.arguments).recovery, table("positives").recovery
-    assert run.to_dict() == alone.to_dict()
+    run, alone = command_line.config_of(cell.arguments), table("positives")
+    for section in ("recovery", "loss", "model", "optim"):
+        assert run[section].to_dict() == alone[section].to_dict()
     for nothing in (None, "", "search:", "search", "ablation", "positives:"):
         with pytest.raises(InputError, match="directory of the prepared data after the colon"):
             get_config(nothing)

@@ -126,7 +126,7 @@ def read_own_table(
     if columns.labels:
         column = _column(table, columns.labels, (), "--labels_column")
         names, labels = _read_lists(
-            table, column, columns.separator, (unlisted, empty), class_names, faults
+            table, column, columns.separator, unlisted, empty, class_names, faults
         )
     else:
         ignored = {_column(table, name, (), "--ignore_columns") for name in columns.ignored}
@@ -262,11 +262,11 @@ def _read_lists(
     table: Table,
     column: int,
     separator: str,
-    unnamed: tuple[str, str],
+    unlisted: str,
+    empty: str,
     class_names: pathlib.Path | None,
     faults: _Faults,
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    unlisted, empty = unnamed
     lists = [
         [label for label in map(str.strip, cells[column].split(separator)) if label]
         for cells in table.rows
