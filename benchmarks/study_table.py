@@ -4,11 +4,12 @@
         [--picture=FILE]
 
 Prints every method that was run with several seeds at one fraction, with the mean difference to the
-baseline and a two-sided t-test paired by seed; seed 0 of every method on `scenes` with moderate
-co-occurrence, over the known fraction; and how alike the two data sets rank the methods at 20 %
-known, with and without the default and those that take unknown labels for negatives. The picture
-has the default and known labels alone over the known fraction, and the gain of the one over the
-other.
+baseline and a two-sided t-test paired by seed; the ablation of either data set at three known
+fractions; seed 0 of every method on `scenes` with moderate co-occurrence, over the known fraction;
+and how alike the two data sets rank the methods at 20 % known, with and without the default and
+those that take unknown labels for negatives. A baseline of several names, `clsl,clsl_again`, is
+each seed's mean over the runs that it has of them. The picture has the default and known labels
+alone over the known fraction, and the gain of the one over the other.
 """
 
 import argparse
@@ -24,10 +25,20 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from clsl_jax import methods, study_report
+from configs.study import photographs, scenes
 
 OURS, KNOWN = "clsl", "known_asl"
 CEILING = ("scenes, all", 0.0, "all_known")
 SCENES, PHOTOGRAPHS, FRACTION = "scenes, uniform", "table, uniform", 0.2
+FRACTIONS = (0.1, 0.2, 0.3)  # of the ablation
+# The parts of the ablation: a data set, what its rows are compared with, and the rows; one training
+# under two names is one row.
+ABLATION = (
+    (SCENES, "clsl,clsl_again", (*scenes.CHANGED, "no_recovery,known_product")),
+    (SCENES, "bare", scenes.ALONE),
+    (PHOTOGRAPHS, "every_class", ("clsl", *photographs.CHANGED)),
+    (PHOTOGRAPHS, "bare", photographs.ALONE),
+)
 # What the picture calls each data set.
 NAMES = {
     SCENES: "scenes, moderate",
@@ -59,7 +70,7 @@ def table(runs: Runs, baseline: str) -> str:
         values = list(found.values())
         line = [f"{name}, {fraction:.0%}" if fraction else name, method, str(len(values))]
         line.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
-        against = runs.get((name, fraction, baseline), {})
+        against = pooled(runs, name, fraction, baseline)
         seeds = sorted(found.keys() & against.keys())
         if method == baseline or len(seeds) < 2:
             lines.append([*line, "", "", ""])
@@ -70,6 +81,52 @@ def table(runs: Runs, baseline: str) -> str:
         lines.append([*line, f"{difference:+.2f}", f"{p_value:.2g}", each])
     header = ["data, known", "method", "seeds", "test mAP", f"to {baseline}", "p", "each seed"]
     return rounds.markdown("Runs with several seeds", header, lines)
+
+
+def pooled(runs: Runs, data: str, fraction: float, names: str) -> dict[int, float]:
+    """{seed: mean test mAP of the runs that it has of methods, whose names commas part}."""
+    found = collections.defaultdict(list)
+    for method in names.split(","):
+        for seed, value in runs.get((data, fraction, method), {}).items():
+            found[seed].append(value)
+    return {seed: statistics.mean(values) for seed, values in found.items()}
+
+
+def ablation(runs: Runs, name: str, rows: Iterable[str], baseline: str) -> str:
+    """The Markdown table of the rows' mean difference to the baseline, in the first row.
+
+    The number of seeds follows where it is not five.
+    """
+    against = {f: pooled(runs, name, f, baseline) for f in FRACTIONS}
+    lines = [[f"`{baseline}`", *(_spread_of(against[f]) for f in FRACTIONS)]]
+    for row in rows:
+        if row == baseline:
+            continue
+        line = [f"`{row}`"]
+        for fraction in FRACTIONS:
+            found = pooled(runs, name, fraction, row)
+            seeds = sorted(found.keys() & against[fraction].keys())
+            line.append(_difference([found[s] - against[fraction][s] for s in seeds]))
+        lines.append(line)
+    header = ["test mAP", *(f"{f:.0%} known" for f in FRACTIONS)]
+    return rounds.markdown(f"{name}: to {baseline}", header, lines)
+
+
+def _spread_of(found: dict[int, float]) -> str:
+    values = list(found.values())
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _difference(differences: list[float]) -> str:
+    if not differences:
+        return ""
+    text = f"{statistics.mean(differences):+.2f}"
+    if len(differences) > 1:
+        _, p_value = study_report.paired_test(differences, [0.0] * len(differences))
+        text += f", p = {p_value:.2g}"
+    return text if len(differences) == 5 else f"{text} ({len(differences)})"
 
 
 def one_seed(runs: Runs, seed: int) -> str:
@@ -162,6 +219,8 @@ def main() -> None:
     options = parser.parse_args()
     runs = read(options.csv)
     print(table(runs, options.baseline))
+    for name, baseline, rows in ABLATION:
+        print(ablation(runs, name, rows, baseline))
     print(one_seed(runs, seed=0))
     assume = {n for n, m in methods.METHODS.items() if m.settings.get("recovery.mode") == "assume"}
     print(ranking(runs, methods.METHODS))

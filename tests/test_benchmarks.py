@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from scipy import stats
 from sklearn.metrics import precision_recall_curve
 
 from clsl_jax import sharding
@@ -35,6 +36,31 @@ def test_masks_of_what_was_recovered(monkeypatch):
     for label in (0, 1):
         assert (labels[drawn] == label).sum() == (labels[taken] == label).sum() > 0
     assert (drawn != taken).any()
+
+
+def test_the_ablation_pairs_seeds_and_takes_the_mean_of_runs_again(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(commands.REPOSITORY)
+    import study_table
+
+    data = "scenes, uniform"
+    runs = {
+        (data, 0.1, "clsl"): {0: 80.0, 1: 81.0, 2: 82.0},
+        (data, 0.1, "clsl_again"): {1: 83.0, 2: 82.0, 3: 84.0},
+        (data, 0.1, "bare+ema"): {1: 80.0, 2: 81.5, 3: 83.75, 9: 0.0},
+        (data, 0.2, "bare+ema"): {1: 80.0},
+        (data, 0.3, "clsl"): {0: 90.0},
+        (data, 0.3, "bare+ema"): {0: 91.5},
+    }
+    baseline = "clsl,clsl_again"
+    assert study_table.pooled(runs, data, 0.1, baseline) == {0: 80.0, 1: 82.0, 2: 82.0, 3: 84.0}
+    text = study_table.ablation(runs, data, ["bare+ema", baseline, "gcn"], baseline)
+    *_, header, _, first, row, empty = text.strip().splitlines()
+    assert header == "| test mAP | 10% known | 20% known | 30% known |"
+    assert first == "| `clsl,clsl_again` | 82.00 ± 1.63 |  | 90.00 |"
+    p_value = stats.ttest_rel([80.0, 81.5, 83.75], [82.0, 82.0, 84.0]).pvalue
+    assert row == f"| `bare+ema` | -0.92, p = {p_value:.2g} (3) |  | +1.50 (1) |"
+    assert empty == "| `gcn` |  |  |  |"
 
 
 def test_collectives_in_loops_count_as_often_as_they_run(monkeypatch):
