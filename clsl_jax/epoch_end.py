@@ -34,12 +34,14 @@ def make_recover(
         recovered, weight = recovered_labels(state, options, mesh)
         state = state.replace(recovered=recovered, recovered_weight=weight)
         if options.graph_layers and options.graph_refresh:
-            known = (state.annotations >= 0).astype(jnp.float32)
+            # What comes with a known positive: labels that are known, or as probable as they are.
+            known = state.annotations >= 0
             adjacency = label_adjacency(
                 state.recovered,
-                known + state.recovered_weight,
+                (known | (state.recovered_weight > 0)).astype(jnp.float32),
                 options.graph_threshold,
                 options.graph_smoothing,
+                given=known,
             )
             state = state.replace(adjacency=adjacency)
         if options.hands_out_others:

@@ -166,7 +166,7 @@ def build(
     annotations = known_labels(config, dataset, report)
     options = dataclasses.replace(
         step_options(config, steps_per_epoch),
-        positives_per_image=_positives_per_image(config, annotations),
+        positives_per_image=_positives_per_image(config, annotations, dataset.class_names),
     )
     if options.needs_statistics:
         _check_statistics(annotations, dataset.class_names)
@@ -378,7 +378,9 @@ def known_labels(
     return partial.annotate(train.labels, mask)
 
 
-def _positives_per_image(config: ml_collections.ConfigDict, annotations: np.ndarray) -> float:
+def _positives_per_image(
+    config: ml_collections.ConfigDict, annotations: np.ndarray, class_names: Sequence[str]
+) -> float:
     """Returns how many positives an image is expected to have, where the loss asks for it.
 
     Raises:
@@ -386,12 +388,13 @@ def _positives_per_image(config: ml_collections.ConfigDict, annotations: np.ndar
     """
     if config.loss.positives_per_image or not config.loss.expected_positives:
         return config.loss.positives_per_image
-    positives, negatives = (annotations == 1).sum(axis=0), (annotations == 0).sum(axis=0)
-    if not negatives.any():
+    if named := listed(_always_there(annotations, class_names), 5):
         raise InputError(
             "loss.expected_positives needs the number of positives an image has, which known "
-            "positives alone do not tell: set loss.positives_per_image."
+            f"positives alone do not tell, and no negative is known of {named}: set "
+            "loss.positives_per_image."
         )
+    positives, negatives = (annotations == 1).sum(axis=0), (annotations == 0).sum(axis=0)
     return float((positives / np.maximum(positives + negatives, 1)).sum())
 
 

@@ -117,7 +117,7 @@ def evidence(scores: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Log likelihood ratios of a label's presence that a network's probabilities stand for.
 
     ``logit(score) - logit(frequency)``: a network that says what is true of the class at large
-    gives no evidence.
+    gives no evidence. Not bounded but by float32, so that sure scores keep their order.
 
     Args:
       scores: [N, C], calibrated probabilities.
@@ -126,9 +126,8 @@ def evidence(scores: jax.Array, frequencies: jax.Array) -> jax.Array:
     Returns:
       float32 [N, C].
     """
-    score = jnp.clip(scores.astype(jnp.float32), 1e-6, 1.0 - 1e-6)
-    log_ratios = _log_odds(score) - _log_odds(frequencies)
-    return jnp.clip(log_ratios, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    score = jnp.clip(scores.astype(jnp.float32), 1e-30, 1.0 - 2.0**-24)
+    return _log_odds(score) - _log_odds(frequencies)
 
 
 def mixture_posterior(
@@ -155,7 +154,11 @@ def mixture_posterior(
 def _others_log_odds(
     mixture: Mixture, annotations: jax.Array, ratios: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log odds [N, C] of each label without its own evidence; the components' posterior [N, K]."""
+    """Log odds [N, C] of each label without its own evidence; the components' posterior [N, K].
+
+    Of one label at most 12 is heard for others, or one sure mistake would say what the image is.
+    """
+    ratios = jnp.clip(ratios, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
     log_on, log_off = jax.nn.log_sigmoid(mixture.logits), jax.nn.log_sigmoid(-mixture.logits)
 
     def said(on: jax.Array, off: jax.Array) -> jax.Array:

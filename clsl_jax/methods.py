@@ -63,11 +63,12 @@ class Method:
     note: str = ""
 
 
-# Label statistics have no part in training or prediction.
+# Label statistics have no part in training or prediction, unknown labels only the method's own.
 _ALONE = {
     "evaluation.statistics": False,
     "loss.statistics": False,
     "recovery.source": "scores",
+    "recovery.open_weight": 0.0,
 }
 _NEGATIVE = _ALONE | {"recovery.mode": "assume", "recovery.weight": 1.0, "loss.scale": "mean"}
 _BCE = {"loss.name": "bce"}

@@ -201,7 +201,7 @@ def _make_part(
         logits, sound, targets, semantic = kept
         found = {"sound": sound}
         if options.keeps_scores:
-            found["taught"] = _teach(model, state, part, logits, semantic, options)
+            found["taught"], semantic = _teach(model, state, part, logits, semantic, options)
         if options.correction == "correct_for_good":
             found["corrected"] = targets
         if options.keeps_prototypes:
@@ -434,14 +434,14 @@ def _teach(
     logits: jax.Array,
     semantic: jax.Array | None,
     options: StepOptions,
-) -> jax.Array:
-    """Returns the scores [B, C] that a step keeps, without gradient.
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the scores [B, C] that a step keeps, and the features [B, C, D] that they are of.
 
-    They are the teacher's calibrated probabilities or, with recovery "estimate", the estimates one
-    step on.
+    The scores, without gradient, are the teacher's calibrated probabilities or, with recovery
+    "estimate", the estimates one step on.
     """
     if options.recovery_mode == "estimate":
-        return corrections.estimate_update(
+        estimates = corrections.estimate_update(
             _estimates(state, batch["row"]),
             stated_log_odds(logits, options),
             state.annotations[batch["row"]],
@@ -449,6 +449,7 @@ def _teach(
             positives=options.positives_per_image,
             positives_weight=options.expected_positives,
         )
+        return estimates, semantic
     out: Mapping[str, Any] = {"semantic_features": semantic}
     if options.teacher == "ema":
         variables = {"params": state.ema_params["model"], "batch_stats": state.ema_batch_stats}
@@ -463,10 +464,10 @@ def _teach(
             logits = out["global_logits"]
         elif options.branch == "mean":
             logits = 0.5 * (logits + out["global_logits"])
+    semantic = jax.lax.stop_gradient(out["semantic_features"])
     if options.source == "prototypes":
-        semantic = jax.lax.stop_gradient(out["semantic_features"])
-        return label_statistics.prototype_scores(semantic, state.memory["prototypes"])
-    return calibrated(jax.lax.stop_gradient(logits), options)
+        return label_statistics.prototype_scores(semantic, state.memory["prototypes"]), semantic
+    return calibrated(jax.lax.stop_gradient(logits), options), semantic
 
 
 def make_predict_step(

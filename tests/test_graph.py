@@ -38,6 +38,31 @@ def test_hidden_entries_break_no_edge():
         np.testing.assert_array_equal(np.asarray(adjacency) > 0, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
 
 
+def test_soft_labels_keep_an_edge():
+    """Probabilities given what is seen of both classes; the truth is 60 % of b among those of a."""
+    rng, n, d = np.random.default_rng(1), 20_000, 1.5
+    given_b = np.array([[0.9, 0.1], [0.4, 0.6]])  # P(b | a), row a
+    joint = np.array([[0.95], [0.05]]) * given_b
+    drawn = rng.choice(4, n, p=joint.ravel())
+    labels = np.stack([drawn // 2, drawn % 2], axis=1)
+    known = rng.random((n, 2)) < 0.2
+    # An image's log odds of each class; a known label leaves no doubt.
+    seen = d * (rng.normal(size=(n, 2)) + d * labels) - d**2 / 2
+    odds = np.exp(np.where(known, np.where(labels == 1, 30, -30), seen))
+    both = joint * np.stack([np.ones(n), odds[:, 0]], 1)[:, :, None]
+    both = both * np.stack([np.ones(n), odds[:, 1]], 1)[:, None, :]
+    both /= both.sum(axis=(1, 2), keepdims=True)
+    soft = np.where(known, labels, np.stack([both[:, 1].sum(1), both[:, :, 1].sum(1)], 1))
+
+    pairs, counts = graph.cooccurrence(soft, np.ones_like(soft), given=known)
+    assert pairs[0, 1] / counts[0, 1] == pytest.approx(0.6, abs=0.03)
+    adjacency = graph.label_adjacency(soft, np.ones_like(soft), 0.4, 0.25, given=known)
+    assert adjacency[1, 0] > 0
+    # What hardly positive labels make of it, the surer the heavier.
+    pairs, counts = graph.cooccurrence(soft, np.abs(2 * soft - 1))
+    assert pairs[0, 1] / counts[0, 1] < 0.4
+
+
 def literal_adjacency(pairs, counts, threshold, smoothing):
     """Entry by entry, from the definition."""
     c = len(counts)

@@ -16,6 +16,7 @@ import torch
 
 from clsl_jax import config as config_lib
 from clsl_jax import corrections, epoch_end, experiment, losses, methods, steps, train_state
+from clsl_jax.errors import InputError
 
 STEPS = 10  # of an epoch
 STILL = optax.sgd(0.0)  # weights stay as they are
@@ -38,6 +39,19 @@ def test_a_rival_has_no_part_of_this_recovery_that_its_paper_has_not():
         with config.unlocked():
             config.update_from_flattened_dict(dict(methods.METHODS[name].settings))
         assert experiment.step_options(config, STEPS).min_known == 1
+
+
+@pytest.mark.parametrize("recipe", ["scenes", "table", "table:positives", "voc", "coco", "nuswide"])
+def test_every_method_can_be_set_over_every_recipe(recipe):
+    """And what a recipe makes of the labels that it leaves open has no part in it."""
+    file, _, argument = recipe.partition(":")
+    get_config = runpy.run_path(f"{commands.REPOSITORY}/configs/{file}.py")["get_config"]
+    for name, method in methods.METHODS.items():
+        config = get_config(argument) if argument else get_config()
+        with config.unlocked():
+            config.update_from_flattened_dict(dict(method.settings))
+        config_lib.validate(config)
+        assert experiment.step_options(config, STEPS).open_weight == 0 or name == "clsl"
 
 
 def state_in(epoch):
@@ -187,13 +201,17 @@ def test_role_starts_from_one_half():
 
 
 def test_expected_positives_are_those_of_the_known_labels():
-    """Of two known labels in the first class one is positive; the third has known negatives."""
+    """Of two known labels in two classes one is positive; the third has known negatives alone."""
     config = config_lib.base_config()
     config.loss.expected_positives = 1.0
     annotations = np.array([[1, 1, 0], [0, -1, 0], [-1, -1, -1]], np.int8)
-    assert experiment._positives_per_image(config, annotations) == 0.5 + 1.0 + 0.0
+    names = ["cat", "dog", "owl"]
+    with pytest.raises(InputError, match="no negative is known of dog: set"):
+        experiment._positives_per_image(config, annotations, names)
+    annotations[1, 1] = 0
+    assert experiment._positives_per_image(config, annotations, names) == 0.5 + 0.5 + 0.0
     config.loss.positives_per_image = 2.5
-    assert experiment._positives_per_image(config, annotations) == 2.5
+    assert experiment._positives_per_image(config, annotations, names) == 2.5
     assert options_of("epr").expected_positives == 1.0
 
 

@@ -377,15 +377,15 @@ def test_the_end_of_an_epoch_done_twice_is_done_once():
 
 
 def test_the_graph_of_known_and_recovered_labels_by_hand():
-    """Row a: how often b among the positives of a; each cell weighs what it is trusted."""
+    """Row a: how probable b is where a is known to be positive, every cell with a label alike."""
     options = make_options(thresholds="none", total_steps=6, graph_layers=1, graph_threshold=0.3)
     harness = Harness(options, graph_layers=1)
     before = np.asarray(harness.state.adjacency)
 
     def graph(state):
-        trust = np.where(state.annotations >= 0, 1.0, state.recovered_weight).astype(np.float64)
-        positive = state.recovered * trust
-        together, seen = (np.einsum("na,nb->ab", positive, x) for x in (positive, trust))
+        seen = ((state.annotations >= 0) | (state.recovered_weight > 0)).astype(np.float64)
+        first = (state.annotations == 1).astype(np.float64)
+        together, seen = (np.einsum("na,nb->ab", first, x) for x in (state.recovered * seen, seen))
         edges = (together >= 0.3 * seen) & ~np.eye(C, dtype=bool)
         assert 0 < edges.sum() < C * (C - 1)
         weights = np.eye(C) + 0.25 * edges / np.maximum(edges.sum(axis=0), 1)

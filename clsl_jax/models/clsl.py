@@ -173,16 +173,17 @@ class CLSLHead(nn.Module):
         logits, parts = classify(semantic)
         out.update(parts)
         if blend is not None:
-            out["blended_logits"] = tuple(classify(other)[0] for other in blend(semantic))
+            # What sees no semantic features is part of these logits, and not taught by them.
+            out["blended_logits"] = tuple(
+                classify(other, teach_local=False)[0] for other in blend(semantic)
+            )
         if self.global_branch:
             out["global_positions"] = self._pointwise("global_branch")(x.astype(jnp.float32))
             out["global_logits"] = jnp.max(out["global_positions"], 1)
         out["semantic_logits"] = logits
         return logits, out
 
-    def _classifier(
-        self, x: jax.Array, *, train: bool
-    ) -> Callable[[jax.Array | None], tuple[jax.Array, Outputs]]:
+    def _classifier(self, x: jax.Array, *, train: bool) -> Callable[..., tuple[jax.Array, Outputs]]:
         """Returns what makes semantic features into (logits [B, C], intermediates)."""
         pooled = None
         if self.sgfe:
@@ -196,16 +197,19 @@ class CLSLHead(nn.Module):
             )
         elif self.srfl:
             classifier = ClassDot(name="classifier")
-            return lambda semantic: (classifier(semantic), {})
+            return lambda semantic, **_: (classifier(semantic), {})
         if not self.sgfe or self.position_residual:
             pooled = self._pointwise("pooled")
 
-        def classify(semantic: jax.Array | None) -> tuple[jax.Array, Outputs]:
+        def classify(
+            semantic: jax.Array | None, *, teach_local: bool = True
+        ) -> tuple[jax.Array, Outputs]:
             positions, out = None, {}
             if self.sgfe:
                 positions, out = enhancement(x, semantic, train=train)
             if pooled is not None:
                 local = pooled(x.astype(jnp.float32))
+                local = local if teach_local else jax.lax.stop_gradient(local)
                 positions = local if positions is None else positions + local
             logits, weights = softmax_pool(positions)
             return logits, out | {"position_logits": positions, "position_weights": weights}

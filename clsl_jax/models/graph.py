@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from clsl_jax.models.encoder import TORCH_LINEAR_INIT
 
 
-def cooccurrence(labels: jax.Array, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def cooccurrence(
+    labels: jax.Array, weight: jax.Array | None = None, given: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """How often two classes are positive in one image, among entries that are known together.
 
     Args:
@@ -21,6 +23,9 @@ def cooccurrence(labels: jax.Array, weight: jax.Array | None = None) -> tuple[ja
         [0, 1].
       weight: [N, C], how far each entry is to be trusted, 0 for an unknown one; None trusts all
         that are not below 0.
+      given: bool [N, C], entries that may be the first of a pair; None allows all. Labels between
+        0 and 1 must not: the many that are hardly positive would together outweigh the few that
+        are, and all conditional frequencies become the unconditional one.
 
     Returns:
       (pairs, counts), float32 [C, C] each: `pairs[a, b]` counts the images that are positive for a
@@ -30,7 +35,8 @@ def cooccurrence(labels: jax.Array, weight: jax.Array | None = None) -> tuple[ja
     labels = jnp.asarray(labels).astype(jnp.float32)
     weight = (labels >= 0 if weight is None else weight).astype(jnp.float32)
     positive = jnp.clip(labels, 0.0, 1.0) * weight
-    product = functools.partial(jnp.matmul, positive.T, precision=jax.lax.Precision.HIGHEST)
+    first = positive if given is None else jnp.where(given, positive, 0.0)
+    product = functools.partial(jnp.matmul, first.T, precision=jax.lax.Precision.HIGHEST)
     off_diagonal = 1.0 - jnp.eye(labels.shape[1], dtype=jnp.float32)
     return product(positive) * off_diagonal, product(weight)
 
@@ -120,7 +126,11 @@ class LabelGraph(nn.Module):
 
 
 def label_adjacency(
-    targets: jax.Array, weights: jax.Array, threshold: float, smoothing: float
+    targets: jax.Array,
+    weights: jax.Array,
+    threshold: float,
+    smoothing: float,
+    given: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the normalised label graph [C, C] of the labels at hand.
 
@@ -130,6 +140,7 @@ def label_adjacency(
       threshold: conditional frequency from which two labels are connected, among entries that are
         known together: with few of these, chance connects labels too.
       smoothing: sum of the weights of a label's neighbours.
+      given: bool [N, C], as in `cooccurrence`.
     """
-    pairs, counts = cooccurrence(targets, weights)
+    pairs, counts = cooccurrence(targets, weights, given)
     return normalized_adjacency(pairs, counts, threshold=threshold, smoothing=smoothing)
