@@ -159,9 +159,10 @@ def build(
         )
     steps_per_epoch = pipeline.steps_per_epoch(len(labels), batch_size=config.batch_size)
     if steps_per_epoch == 0:
+        fits = 2 ** (max(len(labels), 1).bit_length() - 1)
         raise InputError(
             f"batch_size={config.batch_size} is larger than the training split of "
-            f"{len(labels)} images: choose a smaller one."
+            f"{len(labels)} images: choose a smaller one, such as --config.batch_size={fits}."
         )
     annotations = known_labels(config, dataset, report)
     options = dataclasses.replace(
@@ -454,7 +455,7 @@ def _check_selection(
         if not len(split.labels):
             raise InputError(
                 f"The {name} split has no image. It takes some: prepare the data with rows for it, "
-                f"or raise data.validation_fraction={config.data.validation_fraction}."
+                f"or raise --config.data.validation_fraction={config.data.validation_fraction}."
             )
         scored = name == config.evaluation.selection
         labels = scored_labels(split.labels, config.evaluation.unknown)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from clsl_jax.data import images
+from clsl_jax.data import images, inspection
 from clsl_jax.errors import InputError
 
 
@@ -154,6 +154,20 @@ def test_damaged_files_decode_or_are_corrupt_and_nothing_else(file_format, place
     assert decoded.dtype == np.uint8
     assert decoded.ndim == 3
     assert decoded.shape[2] == 3
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_images_of_32_bits_a_channel_are_refused(tmp_path, kind):
+    """Nothing says how bright their white is: they would come out black, or white."""
+    path = tmp_path / "scan.tif"
+    Image.fromarray(np.linspace(0, 1000, 64).reshape(8, 8).astype(kind)).save(path)
+    with pytest.raises(images.CorruptImage, match="scan 3: 32 bits a channel"):
+        images.decode_image(path.read_bytes(), where="scan 3")
+    found = inspection.inspect_image(path)
+    assert (found.state, found.reason) == ("unreadable", "32 bits a channel: convert it to 8")
+    Image.fromarray(np.full((8, 8), 77, np.uint8)).save(path)
+    assert (images.decode_image(path.read_bytes()) == 77).all()
+    assert inspection.inspect_image(path).state == "readable"
 
 
 def test_resizing_squashes_without_cropping():

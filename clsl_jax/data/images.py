@@ -153,8 +153,14 @@ def decode_image(
       uint8 [H, W, 3]; reduced, sides are rounded up.
 
     Raises:
-      CorruptImage: the bytes are cut off or are no image.
+      CorruptImage: the bytes are cut off or are no image, or have 32 bits a channel, of which
+        nothing says how bright white is.
     """
+    if wide_pixels(encoded):
+        raise CorruptImage(
+            f"{where}: 32 bits a channel, of which nothing says how bright white is; convert the "
+            "image to 8 bits a channel."
+        )
     frame = jpeg_frame(encoded)
     reduction = _reduction(frame, at_least)
     if frame is None or frame[2] != 4:
@@ -181,6 +187,17 @@ def decode_image(
             f"{where}: {len(encoded)} bytes that are no readable image ({reason}); "
             "fetch the file again or leave it out."
         ) from error
+
+
+def wide_pixels(encoded: bytes) -> bool:
+    """Whether a file is a TIFF of 32 bits a channel; broken ones are for whoever decodes them."""
+    if encoded[:4] not in (b"II*\0", b"MM\0*"):
+        return False
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.mode in ("F", "I")
+    except Exception:
+        return False
 
 
 def _reduction(frame: tuple[int, int, int] | None, at_least: int | None) -> int:

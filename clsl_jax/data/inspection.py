@@ -60,6 +60,8 @@ def inspect_image(path: pathlib.Path) -> Inspected:
         with Image.open(io.BytesIO(content)) as image:
             facts |= {"width": image.width, "height": image.height, "mode": image.mode}
             image.load()
+        if images_lib.wide_pixels(content):
+            return Inspected(UNREADABLE, "32 bits a channel: convert it to 8", **facts)
         return Inspected(READABLE, **facts)
     except Exception as error:  # Pillow's readers raise anything on broken files
         reason = str(error).replace("\n", " ")

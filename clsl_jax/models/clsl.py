@@ -173,9 +173,9 @@ class CLSLHead(nn.Module):
         logits, parts = classify(semantic)
         out.update(parts)
         if blend is not None:
-            # What sees no semantic features is part of these logits, and not taught by them.
+            # Of the semantic features alone: what sees none would be taught its own image's label.
             out["blended_logits"] = tuple(
-                classify(other, teach_local=False)[0] for other in blend(semantic)
+                classify(other, residual=False)[0] for other in blend(semantic)
             )
         if self.global_branch:
             out["global_positions"] = self._pointwise("global_branch")(x.astype(jnp.float32))
@@ -202,14 +202,13 @@ class CLSLHead(nn.Module):
             pooled = self._pointwise("pooled")
 
         def classify(
-            semantic: jax.Array | None, *, teach_local: bool = True
+            semantic: jax.Array | None, *, residual: bool = True
         ) -> tuple[jax.Array, Outputs]:
             positions, out = None, {}
             if self.sgfe:
                 positions, out = enhancement(x, semantic, train=train)
-            if pooled is not None:
+            if pooled is not None and residual:
                 local = pooled(x.astype(jnp.float32))
-                local = local if teach_local else jax.lax.stop_gradient(local)
                 positions = local if positions is None else positions + local
             logits, weights = softmax_pool(positions)
             return logits, out | {"position_logits": positions, "position_weights": weights}
