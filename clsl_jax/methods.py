@@ -223,8 +223,9 @@ METHODS: Mapping[str, Method] = {
         _KNOWN
         | _BCE
         | {"recovery.mode": "blend", "recovery.weight": 1.0, "recovery.warmup_epochs": 5},
-        note="the features of SRFL are blended; shares stay at one half, one moving prototype a "
-        "class, no contrastive loss",
+        note="the features of SRFL are blended, and what a classifier of each position says beside "
+        "SGFE stays the image's own; shares stay at one half, one moving prototype a class, no "
+        "contrastive loss",
     ),
     "statistics": Method(
         "label statistics alone",

@@ -33,15 +33,17 @@ from clsl_jax.data import inspection, stored, verification
 from clsl_jax.data.formats import coco, nuswide, table, vg500, voc
 from clsl_jax.data.formats.listing import ImageList, Listing, without_labels
 from clsl_jax.data.inspection import MISSING, UNREADABLE, Inspected
-from clsl_jax.data.sources import PREPARED_NAMES
+from clsl_jax.data.sources import PREPARED_NAMES, load_prepared
 from clsl_jax.data.splits import stratified_split
 from clsl_jax.data.verification_text import report_text
-from clsl_jax.errors import InputError, writing
+from clsl_jax.errors import InputError, listed, writing
 
 LEAVE_OUT = (MISSING, UNREADABLE)
 _CONFIG, _VERSION = "prepared", "1.0.0"
 # The configuration that each set has of its own; the others name theirs to that of COCO.
 _CONFIGS = {"voc2007": "voc", "coco2014": "coco", "nuswide": "nuswide", "table": "table"}
+# As configs/table.py has them; a larger part for validation if that is too few to pick an epoch.
+_BATCH_SIZE, _VALIDATION_FRACTIONS = 32, (0.15, 0.3, 0.5)
 # Options that only some data sets have.
 _BELONGS_TO = {
     "voc_test": ("voc2012",),
@@ -115,50 +117,111 @@ def prepare(
       The prepared directory; None with `check_only`.
 
     Raises:
-      InputError: images that are missing or cannot be read, no image left in a split, or another
-        set in the same place.
+      InputError: no known training label, images that are missing or cannot be read, no image left
+        in a split, or another set in the same place, which then keeps its report.
     """
+    _check_splits(listing, test_fraction)
     home = out / listing.name if out else None
     journal = home / "inspected.jsonl" if home else None
     inspected = _inspect(listing.splits, workers, journal)
-    splits, notes = _with_test_split(listing, inspected, test_fraction, seed)
-    if not (splits["train"].labels == 0).any():
+    every, notes = _with_test_split(listing, inspected, test_fraction, seed)
+    found = {split: [inspected[path] for path in part.paths] for split, part in every.items()}
+    rows = {split: verification.usable_rows(facts) for split, facts in found.items()}
+    splits = {split: part.rows(rows[split]) for split, part in every.items()}
+    notes += _label_notes(listing, splits["train"].labels)
+    report = verification.build_report(listing, every, found, source=source, notes=notes)
+    text = report_text(report)
+    say(text)
+    inspected = {split: [facts[row] for row in rows[split]] for split, facts in found.items()}
+    content = verification.content_sha256(listing.class_names, splits, inspected)
+    final = home / _CONFIG / _VERSION if home and not check_only else None
+    holds_other = final is not None and _holds_other(final, content)
+    if final and not holds_other:  # otherwise what lies there keeps its own report
+        _write(home / "report.txt", text)
+        _write(home / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    _refuse_broken(every, found, leave_out)
+    for split, part in splits.items():
+        if not part.ids:
+            raise InputError(f"The split {split} has no image that can be read.")
+    if final is None:
+        return None
+    if holds_other:
+        journal.unlink(missing_ok=True)
+        raise InputError(f"{final} holds other images or labels: delete it, or name another --out.")
+    directory = _store(listing, splits, inspected, out, report, content)
+    journal.unlink(missing_ok=True)
+    say(
+        f"{directory}: {sum(len(part.ids) for part in splits.values()):,} images.\n"
+        f"{_next_step(listing.name, directory, out)}"
+    )
+    return directory
+
+
+def _label_notes(listing: Listing, labels: np.ndarray) -> list[str]:
+    """Returns what the known training labels, int8 [N, C], cannot teach."""
+    notes = []
+    if not (labels == 0).any():
         notes.append(
             "No training label says that something is absent. If what is empty is not there: "
             "--empty=negative (of lists: --unlisted=negative); else train by "
             "configs/table.py:positives."
         )
-    inspected = {split: [inspected[path] for path in part.paths] for split, part in splits.items()}
-    report = verification.build_report(listing, splits, inspected, source=source, notes=notes)
-    text = report_text(report)
-    say(text)
-    if home and not check_only:
-        _write(home / "report.txt", text)
-        _write(home / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    _refuse_broken(splits, inspected, leave_out)
-    for split, part in splits.items():
-        rows = verification.usable_rows(inspected[split])
-        if not rows:
-            raise InputError(f"The split {split} has no image that can be read.")
-        splits[split], inspected[split] = part.rows(rows), [inspected[split][row] for row in rows]
-    if check_only or home is None:
+    unknown = np.flatnonzero((labels == -1).all(axis=0))
+    if len(unknown):
+        names = listed([listing.class_names[c] for c in unknown], 10)
+        notes.append(f"No training label is known of {names}: what is found of it means nothing.")
+    if listing.name == "table" and not (labels == -1).any():
+        notes.append("No training label is unknown, so that there is none to recover.")
+    return notes
+
+
+def _next_step(name: str, directory: pathlib.Path, out: pathlib.Path) -> str:
+    """Returns the command that trains on a prepared set, or says that none can yet."""
+    config = f"configs/{_CONFIGS.get(name, 'coco')}.py"
+    given = [] if name in _CONFIGS else [f"--config.data.name={name}"]
+    if name == "table":
+        fits = (_fit_table(directory, fraction) for fraction in _VALIDATION_FRACTIONS)
+        recipe, given = next((found for found in fits if found), ("", None))
+        if given is None:
+            return (
+                "It cannot be trained on yet: two training images are needed, and images for "
+                "validation with a class that is known to be in one and not in another. Label more."
+            )
+        config += recipe
+    words = [*given, f"--config.data.dir={shlex.quote(str(out))}", "--workdir=RUN"]
+    return f"Train on it: python -m clsl_jax.main --config={config} {' '.join(words)}"
+
+
+def _fit_table(directory: pathlib.Path, validation_fraction: float) -> tuple[str, list[str]] | None:
+    """Returns the recipe of configs/table.py and the keys that a prepared table needs.
+
+    Args:
+      directory: of the prepared table.
+      validation_fraction: held out for validation if the table has no such split.
+
+    Returns:
+      (":positives" or "", flags); None if too little is left to train on, or to pick an epoch by.
+    """
+    dataset = load_prepared(
+        directory,
+        name="table",
+        image_size=1,
+        validation_fraction=validation_fraction,
+        cache="none",
+    )
+    labels, validation = dataset.train.labels, dataset.validation.labels
+    recipe = "" if (labels == 0).any() else ":positives"
+    if recipe:
+        validation = np.maximum(validation, 0)  # as it is scored there
+    there, absent = ((validation == kind).any(axis=0) for kind in (1, 0))
+    if len(labels) < 2 or not (there & absent).any():
         return None
-    directory = _store(listing, splits, inspected, out, report)
-    journal.unlink(missing_ok=True)
-    say(
-        f"{directory}: {sum(len(part.ids) for part in splits.values()):,} images.\n"
-        f"Train on it: {_training_command(listing.name, out)}"
-    )
-    return directory
-
-
-def _training_command(name: str, out: pathlib.Path) -> str:
-    config = _CONFIGS.get(name, "coco")
-    named = "" if name in _CONFIGS else f"--config.data.name={name} "
-    return (
-        f"python -m clsl_jax.main --config=configs/{config}.py {named}"
-        f"--config.data.dir={shlex.quote(str(out))} --workdir=RUN"
-    )
+    given = []
+    if validation_fraction != _VALIDATION_FRACTIONS[0]:
+        given.append(f"--config.data.validation_fraction={validation_fraction}")
+    if len(labels) < _BATCH_SIZE:
+        given.append(f"--config.batch_size={2 ** (len(labels).bit_length() - 1)}")
+    return recipe, given
 
 
 def _inspect(
@@ -170,13 +233,26 @@ def _inspect(
     return dict(zip(paths, found, strict=True))
 
 
+def _check_splits(listing: Listing, test_fraction: float) -> None:
+    if "train" not in listing.splits:
+        raise InputError(f"{listing.name}: no image is for training (split train).")
+    if not np.isin(listing.splits["train"].labels, (0, 1)).any():
+        raise InputError(
+            f"{listing.name}: no label of a training image is known (1 or 0), so that nothing can "
+            "be learned."
+        )
+    if "test" not in listing.splits and not test_fraction > 0:
+        raise InputError(
+            f"--test_fraction={test_fraction:g}: expected more than 0, as some images have to be "
+            "held out for testing; or name a split column that says which."
+        )
+
+
 def _with_test_split(
     listing: Listing, inspected: Mapping[pathlib.Path, Inspected], fraction: float, seed: int
 ) -> tuple[dict[str, ImageList], list[str]]:
     """Returns the splits, with one for testing taken from `train` if there is none."""
     splits = dict(listing.splits)
-    if "train" not in splits:
-        raise InputError(f"{listing.name}: no image is for training (split train).")
     if "test" in splits:
         return splits, []
     train = splits["train"]
@@ -212,18 +288,21 @@ def _refuse_broken(
             )
 
 
+def _holds_other(directory: pathlib.Path, content: str) -> bool:
+    """Whether a prepared set is there already, of other content."""
+    if not os.path.isdir(directory):
+        return False
+    return stored.open_prepared(directory).facts.get("content_sha256") != content
+
+
 def _store(
     listing: Listing,
     splits: Mapping[str, ImageList],
     inspected: Mapping[str, Sequence[Inspected]],
     out: pathlib.Path,
     report: Mapping,
+    content: str,
 ) -> pathlib.Path:
-    content = verification.content_sha256(listing.class_names, splits, inspected)
-    final = out / listing.name / _CONFIG / _VERSION
-    if os.path.isdir(final) and stored.open_prepared(final).facts.get("content_sha256") != content:
-        raise InputError(f"{final} holds other images or labels: delete it, or name another --out.")
-
     def facts(labels: Mapping[str, np.ndarray]) -> dict:
         return {
             "content_sha256": content,
@@ -310,7 +389,7 @@ def define_flags() -> None:
         "cells",
         [],
         f"table: what cells may say beside 1, 0 and nothing: {', '.join(table.WORDS)} (? and -1: "
-        "unknown).",
+        "unknown), or words of yours: x=1,nein=0,NA=?.",
     )
     flags.DEFINE_float(
         "test_fraction", 0.2, "table: share held out for testing if no split is.", 0.0, 0.9
@@ -353,6 +432,7 @@ def read_listing(values: flags.FlagValues) -> Listing:
         class_names=class_names,
         images=pathlib.Path(values.images) if values.images else None,
         may_miss=MISSING in values.leave_out,
+        may_break=UNREADABLE in values.leave_out,
     )
 
 
@@ -365,11 +445,10 @@ def _work(arguments: Sequence[str]) -> None:
     if not check_only:
         command_line.require(values, "out", "DIR", "the directory to prepare it in")
     command_line.refuse_foreign(values, "dataset", _BELONGS_TO)
-    for name, allowed in (("leave_out", LEAVE_OUT), ("cells", tuple(table.WORDS))):
-        if unknown := set(values[name].value) - set(allowed):
-            raise InputError(
-                f"--{name}={sorted(unknown)[0]!r} is unknown; choose of {', '.join(allowed)}."
-            )
+    if unknown := set(values.leave_out) - set(LEAVE_OUT):
+        raise InputError(
+            f"--leave_out={sorted(unknown)[0]!r} is unknown; choose of {', '.join(LEAVE_OUT)}."
+        )
     leave_out = set(values.leave_out) | ({MISSING} if values.dataset == "nuswide" else set())
     prepare(
         read_listing(values),

@@ -64,36 +64,6 @@ def test_blends_and_their_loss_by_hand():
     np.testing.assert_allclose(found, expected.item(), rtol=1e-6)
 
 
-def test_blended_labels_do_not_teach_what_sees_no_semantic_features():
-    """The classifier of each position beside SGFE is part of a blended logit, and its own image's.
-
-    Taught one half for an unknown label of another image, it would be taught that of its own.
-    """
-    rng = np.random.default_rng(2)
-    features = jnp.asarray(rng.normal(size=(3, 2, 2, 8)), jnp.float32)
-    embeddings = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
-    head = CLSLHead(3, encoder_layers=0, rank=6, position_residual=True)
-    variables = head.init(jax.random.key(0), features, embeddings, train=False)
-
-    def taught(params, blended):
-        logits, out = head.apply(
-            {**variables, "params": params},
-            features,
-            embeddings,
-            train=False,
-            blend=lambda v: [v[::-1]],
-        )
-        return jnp.sum((out["blended_logits"][0] if blended else logits) ** 2)
-
-    own = jax.grad(taught)(variables["params"], False)
-    blended = jax.grad(taught)(variables["params"], True)
-    for leaf in jax.tree.leaves(blended["pooled"]):
-        np.testing.assert_array_equal(leaf, 0)
-    assert all((leaf != 0).any() for leaf in jax.tree.leaves(own["pooled"]))
-    # SGFE starts at 0, in its last layer alone.
-    assert any((leaf != 0).any() for leaf in jax.tree.leaves(blended["enhancement"]))
-
-
 def test_a_head_classifies_blended_features_as_its_own():
     rng = np.random.default_rng(1)
     features = jnp.asarray(rng.normal(size=(3, 2, 2, 8)), jnp.float32)

@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import resource
+import runpy
 import shlex
 import time
 
 import numpy as np
 import pytest
-from preparing import coco_tree, command, picture, prepare, write
+from preparing import REPOSITORY, coco_tree, command, picture, prepare, write
 
 from clsl_jax import prepare as prepare_lib
 from clsl_jax.data import inspection, shards, sources, stored
@@ -252,9 +253,134 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_that_looks_whole(tmp_path, 
     assert [path.name for path in (root / "n").iterdir()] == ["c"]
 
 
+def test_a_broken_image_does_not_change_the_report_on_what_is_prepared(tmp_path):
+    files = {f"{row}.jpg": picture(row) for row in range(4)}
+    out = tmp_path / "out"
+    _prepare(_listing(tmp_path / "in", {"train": files, "test": {"t.jpg": picture(9)}}), out)
+    before = (out / "table" / "report.txt").read_text()
+    more = {**files, "gone.jpg": None}
+    listing = _listing(tmp_path / "in", {"train": more, "test": {"t.jpg": picture(9)}})
+    # Left out, it leaves what is prepared already; and what is reported then are these files.
+    with pytest.raises(InputError, match="1 missing image"):
+        _prepare(listing, out)
+    assert (out / "table" / "report.txt").read_text() != before
+    _prepare(listing, out, leave_out=["missing"])
+    before = (out / "table" / "report.txt").read_text()
+    less = {name: None if name == "0.jpg" else content for name, content in files.items()}
+    (tmp_path / "in" / "0.jpg").unlink()
+    listing = _listing(tmp_path / "in", {"train": less, "test": {"t.jpg": picture(9)}})
+    with pytest.raises(InputError, match="1 missing image"):
+        _prepare(listing, out)
+    with pytest.raises(InputError, match="holds other images or labels"):
+        _prepare(listing, out, leave_out=["missing"])
+    assert (out / "table" / "report.txt").read_text() == before
+    assert not (out / "table" / "inspected.jsonl").exists()
+
+
+def _labelled(folder, **labels):
+    """A set with these labels, (a, b) an image of each split."""
+    splits = {}
+    for split, rows in labels.items():
+        for row in range(len(rows)):
+            write(folder / f"{split}{row}.jpg", picture(1000 * len(split) + row))
+        names = [f"{split}{row}.jpg" for row in range(len(rows))]
+        paths = [folder / name for name in names]
+        splits[split] = ImageList(paths, names, np.array(rows, np.int8))
+    return Listing(name="table", class_names=("a", "b"), splits=splits)
+
+
+ABSENT = "Note: No training label says that something is absent."
+NONE_TO_RECOVER = "Note: No training label is unknown, so that there is none to recover."
+TEST = [(1, 0), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("train", "notes"),
+    [
+        ([(1, 0), (0, 1)], [NONE_TO_RECOVER]),
+        ([(1, -1), (0, 1)], []),
+        (
+            [(1, -1), (0, -1)],
+            ["Note: No training label is known of b: what is found of it means nothing."],
+        ),
+        ([(1, -1), (-1, 1)], [ABSENT]),
+    ],
+)
+def test_what_the_labels_cannot_teach_is_noted(tmp_path, train, notes):
+    _, said = _prepare(
+        _labelled(tmp_path, train=train, test=TEST), None, check_only=True, leave_out=()
+    )
+    told = [line for line in said.splitlines() if line.startswith("Note: ")]
+    assert [line[: len(note)] for line, note in zip(told, notes, strict=True)] == notes
+
+
+def test_without_any_known_label_nothing_is_read(tmp_path):
+    listing = _labelled(tmp_path, train=[(-1, -1)] * 3, test=TEST)
+    with pytest.raises(InputError, match="table: no label of a training image is known"):
+        _prepare(listing, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "config", "given"),
+    [
+        ({"train": 20 * TEST, "test": TEST}, "table.py", []),  # 34 remain for training
+        ({"train": 18 * TEST, "test": TEST}, "table.py", ["batch_size=16"]),  # 31
+        ({"train": 15 * TEST, "validation": TEST, "test": TEST}, "table.py", ["batch_size=16"]),
+        ({"train": 16 * TEST, "validation": TEST, "test": TEST}, "table.py", []),
+        ({"train": [(1, -1), (-1, 1)] * 20, "test": TEST}, "table.py:positives", []),
+        (
+            {"train": 3 * TEST, "test": TEST},
+            "table.py",
+            ["validation_fraction=0.3", "batch_size=4"],
+        ),
+        ({"train": TEST, "validation": TEST, "test": TEST}, "table.py", ["batch_size=2"]),
+        ({"train": [(1, 0)], "validation": TEST, "test": TEST}, None, []),
+        ({"train": [(0, 0)] * 40, "test": TEST}, None, []),
+        ({"train": [(1, 1)] * 40, "test": TEST}, None, []),
+        ({"train": 20 * TEST, "validation": [(1, -1), (-1, 0)], "test": TEST}, None, []),
+    ],
+)
+def test_the_command_that_trains_fits_the_labels(tmp_path, labels, config, given):
+    directory, said = _prepare(_labelled(tmp_path, **labels), tmp_path / "out")
+    last = said.splitlines()[-1]
+    if config is None:
+        assert last.startswith("It cannot be trained on yet: ")
+        return
+    words = shlex.split(last.removeprefix("Train on it: "))
+    assert words[:4] == ["python", "-m", "clsl_jax.main", f"--config=configs/{config}"]
+    keys = dict(word.removeprefix("--config.").split("=") for word in words[4:-1])
+    assert keys.pop("data.dir") == str(tmp_path / "out")
+    assert words[-1] == "--workdir=RUN"
+    assert [f"{key.removeprefix('data.')}={value}" for key, value in keys.items()] == given
+    # And the configuration is the one that this was measured by.
+    own = runpy.run_path(os.path.join(REPOSITORY, "configs", "table.py"))["get_config"]()
+    assert (own.batch_size, own.data.validation_fraction) == (
+        prepare_lib._BATCH_SIZE,
+        prepare_lib._VALIDATION_FRACTIONS[0],
+    )
+    dataset = sources.load_prepared(
+        directory,
+        name="table",
+        image_size=8,
+        seed=own.data.seed,
+        validation_fraction=float(keys.get("data.validation_fraction", 0.15)),
+    )
+    assert int(keys.get("batch_size", own.batch_size)) <= len(dataset.train.ids)
+
+
+def test_a_share_for_testing_is_more_than_nothing(tmp_path):
+    files = {f"{row}.jpg": picture(row) for row in range(3)}
+    listing = _listing(tmp_path / "in", {"train": files})
+    with pytest.raises(InputError, match=r"--test_fraction=0: expected more than 0"):
+        _prepare(listing, None, check_only=True, test_fraction=0.0)
+    listing = _listing(tmp_path / "in", {"train": files, "test": files})
+    _prepare(listing, None, check_only=True, test_fraction=0.0)
+
+
 def test_the_command_that_trains_can_be_copied(tmp_path):
-    files = {f"{row}.jpg": picture(row) for row in range(10)}
-    _, said = _prepare(_listing(tmp_path / "in", {"train": files}), tmp_path / "my sets")
+    listing = _labelled(tmp_path / "in", train=20 * TEST)
+    _, said = _prepare(listing, tmp_path / "my sets")
     words = shlex.split(said.splitlines()[-1])
     assert f"--config.data.dir={tmp_path / 'my sets'}" in words
     with pytest.raises(InputError, match="holds no prepared copy") as error:
@@ -286,8 +412,6 @@ def test_two_processes_do_not_write_the_same_content_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_killed_command_leaves_nothing_that_looks_whole(tmp_path):
     import subprocess
-
-    from preparing import REPOSITORY
 
     count = 3000
     source = tmp_path / "in"

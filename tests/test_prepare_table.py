@@ -10,6 +10,8 @@ from preparing import picture, prepare, write
 
 from clsl_jax.data import sources, stored
 from clsl_jax.data.formats import table
+from clsl_jax.data.label_file import read_label_file
+from clsl_jax.errors import InputError
 
 CLASSES = ("cat", "dog", "tree")
 
@@ -151,6 +153,88 @@ def test_a_slip_of_the_pen_is_met_with_no_advice(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "cells", "expected"),
+    [
+        (["x=1"], "x X 1 0 x", [1, 1, 1, 0, 1]),
+        (["ja=1", "nein=0", "NA=?"], "Ja nein na N/A 1", None),
+        (["JA = 1", "nein=0", "na=?", "n/a=?"], "Ja nein na N/A 1", [1, 0, -1, -1, 1]),
+        (["100%=1", "0%=0", "yes/no"], "100% 0% yes no 0", [1, 0, 1, 0, 0]),
+        (["-1=0"], "-1 -1.0 1 0 0", [0, 0, 1, 0, 0]),
+        ([], "1,0 0,00 1. 0.0 1,", [1, 0, 1, 0, 1]),
+        (["-1"], "-1,0 -1. 1 0 0", [-1, -1, 1, 0, 0]),
+    ],
+)
+def test_words_of_ones_own_and_numbers_as_programs_write_them(tmp_path, words, cells, expected):
+    rows = "".join(f"{n}.jpg;{cell}\n" for n, cell in enumerate(cells.split()))
+    path = write(tmp_path / "t.csv", f"image;cat\n{rows}")
+    if expected is None:
+        with pytest.raises(InputError, match=r"'N/A'; expected 1, 0, ja, nein, na or an empty"):
+            table.read_own_table(path, words=words, may_miss=True)
+        return
+    found = table.read_own_table(path, words=words, may_miss=True)
+    assert found.splits["train"].labels[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["x=2"], "--cells='x=2' is unknown; choose of yes/no, true/false, ?, -1, or say what"),
+        (["=1"], "--cells='=1' is unknown"),
+        (["1=0"], "--cells='1=0': '1' has another meaning already"),
+        (["yes/no", "No=?"], "--cells='No=?': 'no' has another meaning already"),
+    ],
+)
+def test_words_that_mean_nothing_or_two_things(tmp_path, words, expected):
+    path = write(tmp_path / "t.csv", "image,cat\na.jpg,1\n")
+    with pytest.raises(InputError, match=re.escape(expected)):
+        table.read_own_table(path, words=words, may_miss=True)
+
+
+TOLD = "Say what these words mean, 1, 0 or ? (unknown), perhaps so: --cells="
+
+
+@pytest.mark.parametrize(
+    ("rows", "hints"),
+    [
+        ("x,,n\n,X,n\n", [f"{TOLD}'n=0,X=1'"]),
+        ("ja,nein,ja\nNEIN,,NA\n", [f"{TOLD}'ja=1,NA=?,nein=0'"]),
+        ("N/A,1,0\n", [f"{TOLD}'N/A=?'"]),
+        ("3,0,1\n3,3,0\n", [f"{TOLD}'3=1'"]),
+        ("Yes,yes,no\nfehlt,fehlt,1\n", [f"{TOLD}'yes/no,fehlt=1'"]),
+        # A note for each image, and the row of sums below a table.
+        (
+            "x,x,dark\nx,,blurred\n12,10,bright\n",
+            [
+                f"{TOLD}'x=1'",
+                (
+                    "If column 'tree' is no class: --ignore_columns=tree; if it lists the labels "
+                    "of an image: --labels_column=tree"
+                ),
+            ],
+        ),
+        (
+            'a b,c,1\n"a, b",d,0\n',
+            [
+                (
+                    "If columns 'cat', 'big dog' are no classes: --ignore_columns='cat,big dog'; "
+                    "if one lists the labels of an image: --labels_column=cat"
+                )
+            ],
+        ),
+        # Nothing of this can be copied into a command.
+        ("\u200b,\u200b,1\n,1,0\n1,,0\n1,,0\n0,0,1\n", []),
+    ],
+)
+def test_advice_on_the_words_in_the_cells(tmp_path, rows, hints):
+    lines = "".join(f"{n}.jpg,{row}\n" for n, row in enumerate(rows.splitlines()))
+    path = write(tmp_path / "t.csv", f"image,cat,big dog,tree\n{lines}")
+    with pytest.raises(InputError, match="cannot be used") as error:
+        table.read_own_table(path, may_miss=True)
+    told = [line for line in str(error.value).splitlines()[1:] if not line.startswith("  row")]
+    assert told == hints
+
+
 def test_parquet_and_tsv_say_the_same(tmp_path):
     for number in range(3):
         write(tmp_path / f"{number}.jpg", picture(number))
@@ -194,6 +278,43 @@ def test_lists_of_labels(tmp_path):
         table.read_own_table(tmp_path / ("long" * 99))
 
 
+@pytest.mark.parametrize(
+    ("lists", "separator", "told"),
+    [
+        (["cat, dog", "dog, tree", "cat"], ";", (";", 3, 2, ",")),
+        (["cat, dog", "dog, tree", "cat"], ",", None),
+        (["cat, small", "dog;tree", "cat, small"], ";", None),
+        (["cat|dog", "dog|tree|cat"], ",", (",", 2, 2, "|")),
+        (["cat, dog", "tree", "cat"], ";", None),
+    ],
+)
+def test_lists_of_another_separator_are_noted(tmp_path, lists, separator, told):
+    rows = "".join(f'{n}.jpg,"{labels}"\n' for n, labels in enumerate(lists))
+    path = write(tmp_path / "t.csv", f"image,labels\n{rows}")
+    columns = table.Columns(labels="labels", separator=separator)
+    found = table.read_own_table(path, columns=columns, may_miss=True)
+    expected = "None of the {1} label lists has the separator {0!r}, but {2} have {3!r}. If it "
+    expected += "separates labels: --label_separator={3!r}"
+    assert found.notes == ([expected.format(*told)] if told else [])
+    with pytest.raises(InputError, match="--label_separator is empty"):
+        table.read_own_table(path, columns=table.Columns(labels="labels", separator=""))
+
+
+@pytest.mark.parametrize("cells", ["1 0 ", "0,0 1,0 1,0", "Yes no "])
+def test_a_column_of_one_class_is_no_column_of_lists(tmp_path, cells):
+    rows = "".join(f"{n}.jpg;{cell}\n" for n, cell in enumerate(cells.split(" ")))
+    path = write(tmp_path / "t.csv", f"image;cat\n{rows}")
+    columns = table.Columns(labels="cat", separator="|")
+    with pytest.raises(
+        InputError, match=r"t\.csv: column 'cat' \(--labels_column\) lists no labels"
+    ):
+        table.read_own_table(path, columns=columns, may_miss=True)
+    names = write(tmp_path / "names.txt", "\n".join(cell for cell in cells.split(" ") if cell))
+    if "1,0" not in cells:
+        found = table.read_own_table(path, columns=columns, may_miss=True, class_names=names)
+        assert found.class_names == tuple(cells.split())
+
+
 def test_an_empty_cell_may_say_that_a_thing_is_not_there(tmp_path):
     path = write(tmp_path / "t.csv", "image,cat,dog\na.jpg,1,\nb.jpg,?,1\nc.jpg,,\n")
     for empty, labels in (
@@ -223,8 +344,39 @@ def test_a_class_is_not_called_as_a_column_of_what_a_run_writes(tmp_path, conten
     [
         ("", "no header"),
         ("image,a\n", "no rows"),
-        ("image,a,a\nx.jpg,1,1\n", "two columns of the name 'a'"),
-        ("image,a\nx.jpg,1\ny.jpg\nz.jpg,1,0\n", "row 3 has 1 cells, row 4 has 3 cells"),
+        (
+            "image,a,a\nx.jpg,1,1\n",
+            (
+                "two columns of the name 'a'; its columns are 'image', 'a', 'a' (its first row). "
+                "Each needs a name of its own. If that row does not name the columns, delete it"
+            ),
+        ),
+        ("My labels,,\nimage,a,b\nx.jpg,1,1\n", "its columns are 'My labels', '', '' (its first"),
+        (
+            "My labels\nimage;a;b\nx.jpg;1;0\ny.jpg;1;0\n",
+            (
+                "has 1 columns by its first row ('My labels'), separated by semicolons, but row 2 "
+                "has 3 cells, row 3 has 3 cells, row 4 has 3 cells. If that row does not name the "
+                "columns, delete it, or write one that does above it."
+            ),
+        ),
+        ("x.jpg,1,0\ny.jpg,0,1\n", "Its columns are 'x.jpg', '1', '0' (its first row)."),
+        (
+            "image;a\nx.jpg;1\ny.jpg;1;0\n",
+            "('image', 'a'), separated by semicolons, but row 3 has 3",
+        ),
+        ("image,a,\nx.jpg,1,note\n", "column 3 has no name; its columns are 'image', 'a', ''"),
+        ('image,a\nx.jpg,1\ny.jpg,"1\nz.jpg,1\n', "quote that is opened in line 3 is not closed"),
+        ('sep=;\r\nimage;"a\r\nb"\r\nx.jpg;"1', "quote that is opened in line 4 is not closed"),
+        ('"image,a\nx.jpg,1\n', "quote that is opened in line 1 is not closed"),
+        (
+            'image,a\nx.jpg,1\ny.jpg,"' + 20000 * "1,1\nz.jpg,0\n",
+            "limit (131072)): is a double quote not closed that is opened in line 3, or below?",
+        ),
+        (
+            "image,a\nx.jpg,1\ny.jpg\nz.jpg,1,0\n",
+            "row 3 has 1 cells, row 4 has 3 cells. A cell that contains the separator must be in",
+        ),
         ("picture,a\nx.jpg,1\n", "--image_column. Its columns are 'picture', 'a'"),
         ("image\nx.jpg\n", "has no class"),
         ("image,split,a\nx.jpg,tset,1\n", "'tset'; expected train, validation or test"),
@@ -236,6 +388,134 @@ def test_tables_that_cannot_be_used(tmp_path, content, expected):
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
         table.read_own_table(path, may_miss=True)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (
+            'image;"Katze, Kater, Kätzchen, alle";dog\na.jpg;1;0\n',
+            ["Katze, Kater, Kätzchen, alle", "dog"],
+        ),
+        ('"image";"Katze, Kater\nalle"\na.jpg;1\n', ["Katze, Kater\nalle"]),
+        ("image|cat;x|dog;y\na.jpg|1|0\n", ["cat;x", "dog;y"]),
+        ("image\tcat, small\tdog, small\na.jpg\t1\t0\n", ["cat, small", "dog, small"]),
+        ("sep=;\r\nimage;cat,a;dog,b\r\na.jpg;1;0\r\n", ["cat,a", "dog,b"]),
+        ('"SEP=:"\nimage:cat\na.jpg:1\n', ["cat"]),
+        ("\n".join(["image,cat;a|b", "", "a.jpg,1", ""]), None),
+        # Numbers with a comma make as many cells again, but none of the header.
+        ("image;cat;dog\na.jpg;1,0;0,0\nb.jpg;;1,0\n", ["cat", "dog"]),
+    ],
+)
+def test_the_separator_is_what_makes_rows_of_equal_length(tmp_path, content, names):
+    path = write(tmp_path / "t.csv", content)
+    if names is None:
+        with pytest.raises(InputError, match=r"'cat;a\|b'\), separated by commas, but row 2 has 0"):
+            table.read_own_table(path, may_miss=True)
+        return
+    found = table.read_own_table(path, may_miss=True)
+    assert found.class_names == tuple(names)
+    assert found.splits["train"].labels[0].tolist() == [1, 0][: len(names)]
+
+
+def test_the_index_of_pandas_is_no_class(tmp_path):
+    path = write(tmp_path / "t.csv", ",image,cat\n7,a.jpg,1\n0,b.jpg,0\n")
+    found = table.read_own_table(path, may_miss=True)
+    assert found.class_names == ("cat",)
+    assert found.notes == ["The first column has no name and counts the rows: passed over."]
+    for rows in ("7,a.jpg,1\n7,b.jpg,0\n", "1.5,a.jpg,1\n2,b.jpg,0\n", ",a.jpg,1\n2,b.jpg,0\n"):
+        write(path, f",image,cat\n{rows}")
+        with pytest.raises(InputError, match="column 1 has no name; its columns are '', 'image'"):
+            table.read_own_table(path, may_miss=True)
+    # Nor among known labels for a set that is prepared, where ids may also be in it.
+    labels = np.full((2, 1), -1, np.int8)
+    for text, ids in ((",image,cat\n7,a,1\n0,b,0\n", ["b", "a"]), (",cat\n7,1\n0,0\n", ["0", "7"])):
+        write(path, text)
+        found = read_label_file(path, ids=ids, class_names=["cat"], labels=labels)
+        assert found.tolist() == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("files", "cells", "told"),
+    [
+        (
+            ["in/a.jpg", "in/b.jpg"],
+            ["a.jpg", "b.jpg"],
+            "'a.jpg' is found as 'in/a.jpg': --images={}/in",
+        ),
+        (
+            ["in/a.jpg", "b.jpg", "c.jpg"],
+            ["IN/A.JPG", "x.jpg", "c.jpg"],
+            (
+                "'IN/A.JPG' is found as 'in/a.jpg': write capitals and small letters as the files "
+                "have them"
+            ),
+        ),
+        (
+            ["in/a.b.jpg", "in/c.jpg"],
+            ["in/a.b", "in/c"],
+            "'in/a.b' is found as 'in/a.b.jpg': write the endings of the files, too",
+        ),
+        (
+            ["Ka\u0308se.jpg"],
+            ["K\u00e4se.jpg"],
+            (
+                "'K\u00e4se.jpg' is found as 'Ka\u0308se.jpg': letters such as é are put together "
+                "otherwise there (Unicode NFC and NFD)"
+            ),
+        ),
+        (
+            ["in/a.jpg", "in/b.jpg"],
+            ["C:\\photos\\gone.jpg", "C:\\photos\\b.jpg"],
+            "'C:/photos/b.jpg' is found as 'in/b.jpg': write paths below {}",
+        ),
+        (
+            ["in/a.jpg", "on/b.jpg"],
+            ["a.jpg", "c.jpg"],
+            "'a.jpg' is found as 'in/a.jpg': write paths below {}",
+        ),
+        (["in/a.jpg"], ["c.jpg"], None),
+        (["in/a.jpg", "b.jpg", "c.jpg"], ["a.jpg", "b.jpg", "c.jpg"], None),  # only one is missing
+    ],
+)
+def test_images_that_lie_elsewhere_are_found_by_their_names(tmp_path, files, cells, told):
+    for name in files:
+        write(tmp_path / name, picture(0))
+    rows = "".join(f"{cell},1\n" for cell in cells)
+    path = write(tmp_path / "t.csv", f"image,cat\n{rows}")
+    with pytest.raises(InputError, match="no such file") as error:
+        table.read_own_table(path)
+    hints = [line for line in str(error.value).splitlines()[1:] if not line.startswith("  row")]
+    assert hints == ([told.format(tmp_path)] if told else [])
+
+
+def test_a_folder_with_a_spreadsheet_and_what_programs_leave_beside_a_table(tmp_path):
+    write(tmp_path / "labels.xlsx", b"PK")
+    with pytest.raises(
+        InputError, match=r"labels\.xlsx: save it as CSV UTF-8; expected one of \.csv"
+    ):
+        table.read_own_table(tmp_path)
+    write(tmp_path / "labels.ods", b"PK")
+    with pytest.raises(InputError, match=r"expected one table .*found labels\.ods, labels\.xlsx"):
+        table.read_own_table(tmp_path)
+    path = write(tmp_path / "labels.csv", "image,cat\na.jpg,1\n")
+    for litter in ("~$labels.csv", "._labels.csv"):
+        write(tmp_path / litter, b"\0")
+    assert table.find_table(tmp_path) == path
+
+
+def test_images_that_may_be_left_out_are_no_wrong_cells(tmp_path):
+    write(tmp_path / "a.jpg", b"no image")
+    path = write(tmp_path / "t.csv", "image,cat\na.jpg,1\nb.jpg,0\n")
+    for may_break in (False, True):
+        with pytest.raises(InputError, match="cannot be used") as error:
+            table.read_own_table(path, may_break=may_break)
+        assert ("row 2, column 'image': 'a.jpg'; the file is damaged" in str(error.value)) is (
+            not may_break
+        )
+        assert "row 3, column 'image': 'b.jpg'; no such file" in str(error.value)
+    found = table.read_own_table(path, may_miss=True, may_break=True)
+    assert found.splits["train"].ids == ["a.jpg", "b.jpg"]
 
 
 def test_commas_at_the_ends_of_lines_are_no_columns(tmp_path):
@@ -260,10 +540,14 @@ def test_a_changed_table_does_not_pass_for_the_prepared_one(tmp_path):
         status, shown, errors = prepare(*flags)
         assert status == 0, errors
         assert "2 images." in shown
+    home = tmp_path / "table"
+    reports = {name: (home / name).read_bytes() for name in ("report.json", "report.txt")}
     write(source / "labels.csv", "image,cat,dog,tree\na.jpg,1,0,\nb.jpg,1,1,1\n")
     status, _, errors = prepare(*flags)
     assert status == 2
     assert "holds other images or labels: delete it" in errors
+    # What stays keeps the report on it, and nothing is left of the one that was refused.
+    assert {path.name: path.read_bytes() for path in home.iterdir() if path.is_file()} == reports
     assert stored.open_prepared(sources.find_prepared("table", tmp_path)).class_names == CLASSES
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from clsl_jax import npz
 from clsl_jax.data import partial
-from clsl_jax.data.formats.table import CELLS, IMAGE_COLUMNS, SPLIT_COLUMNS
+from clsl_jax.data.formats.table import CELLS, IMAGE_COLUMNS, SPLIT_COLUMNS, plain
 from clsl_jax.data.formats.table_file import SUFFIXES, Table, read_table
 from clsl_jax.errors import InputError
 
@@ -113,7 +113,7 @@ def _read_annotations(table: Table, ids: Sequence[str], class_names: Sequence[st
         first.setdefault(name, number)
         found = annotations[place[name]] if name in place else np.empty(len(class_names), np.int8)
         for column, label in columns.items():
-            meaning = CELLS.get(cells[column])
+            meaning = CELLS.get(plain(cells[column]))
             if meaning is None:
                 cell = f"column {table.columns[column]!r}: {cells[column]!r}"
                 faults.append(f"row {number}, {cell}; {_EXPECTED}")
@@ -149,11 +149,12 @@ def _class_columns(
 ) -> dict[int, int]:
     """Returns {column of the table: column of the labels}; what is no class is a fault."""
     place = {name: label for label, name in enumerate(class_names)}
+    passed_over = {id_column, 0} if table.has_index else {id_column}
     found = {}
     for column, name in enumerate(table.columns):
         if name in place:
             found[column] = place[name]
-        elif column != id_column and name.lower() not in SPLIT_COLUMNS:
+        elif column not in passed_over and name.lower() not in SPLIT_COLUMNS:
             # A file of something else may have any number of columns, and this takes its time.
             shown = len(faults) < _FAULTS_SHOWN
             near = difflib.get_close_matches(name, class_names, n=3) if shown else []

@@ -173,17 +173,16 @@ class CLSLHead(nn.Module):
         logits, parts = classify(semantic)
         out.update(parts)
         if blend is not None:
-            # Of the semantic features alone: what sees none would be taught its own image's label.
-            out["blended_logits"] = tuple(
-                classify(other, residual=False)[0] for other in blend(semantic)
-            )
+            out["blended_logits"] = tuple(classify(other)[0] for other in blend(semantic))
         if self.global_branch:
             out["global_positions"] = self._pointwise("global_branch")(x.astype(jnp.float32))
             out["global_logits"] = jnp.max(out["global_positions"], 1)
         out["semantic_logits"] = logits
         return logits, out
 
-    def _classifier(self, x: jax.Array, *, train: bool) -> Callable[..., tuple[jax.Array, Outputs]]:
+    def _classifier(
+        self, x: jax.Array, *, train: bool
+    ) -> Callable[[jax.Array | None], tuple[jax.Array, Outputs]]:
         """Returns what makes semantic features into (logits [B, C], intermediates)."""
         pooled = None
         if self.sgfe:
@@ -197,17 +196,15 @@ class CLSLHead(nn.Module):
             )
         elif self.srfl:
             classifier = ClassDot(name="classifier")
-            return lambda semantic, **_: (classifier(semantic), {})
+            return lambda semantic: (classifier(semantic), {})
         if not self.sgfe or self.position_residual:
             pooled = self._pointwise("pooled")
 
-        def classify(
-            semantic: jax.Array | None, *, residual: bool = True
-        ) -> tuple[jax.Array, Outputs]:
+        def classify(semantic: jax.Array | None) -> tuple[jax.Array, Outputs]:
             positions, out = None, {}
             if self.sgfe:
                 positions, out = enhancement(x, semantic, train=train)
-            if pooled is not None and residual:
+            if pooled is not None:
                 local = pooled(x.astype(jnp.float32))
                 positions = local if positions is None else positions + local
             logits, weights = softmax_pool(positions)

@@ -4,28 +4,44 @@ Labels are a column a class (1 positive, 0 negative, empty unknown; other words 
 column of label lists. Unknown cells stay unknown: they are what the method is for.
 """
 
+import collections
 import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from clsl_jax.data import inspection
 from clsl_jax.data.formats import listing
 from clsl_jax.data.formats.listing import ImageList, Listing
-from clsl_jax.data.formats.table_file import SUFFIXES, Table, read_table
+from clsl_jax.data.formats.table_file import SPREADSHEETS, SUFFIXES, Table, read_table
 from clsl_jax.data.splits import SPLITS
 from clsl_jax.errors import InputError
 
-# What a cell may say; those of WORDS only if chosen. "1.0": pandas writes columns with gaps so.
-CELLS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": -1}
+# What a cell may say, as `plain` has it; those of WORDS only if chosen.
+CELLS = {"1": 1, "0": 0, "": -1}
 WORDS = {
     "yes/no": {"yes": 1, "no": 0},
     "true/false": {"true": 1, "false": 0},
     "?": {"?": -1},
-    "-1": {"-1": -1, "-1.0": -1},
+    "-1": {"-1": -1},
 }
+_VALUES = {"1": 1, "0": 0, "?": -1}
+# What other words are likely to mean.
+_USUAL = {
+    **dict.fromkeys(("x", "y", "t", "ja", "j", "oui", "si", "sí", "wahr", "100%", "100 %"), "1"),
+    **dict.fromkeys(("n", "f", "nein", "non", "falsch", "0%", "0 %"), "0"),
+    **dict.fromkeys(("na", "n/a", "#n/a", "nan", "null", "none", "unknown", "-", "?"), "?"),
+}
+_WHOLE = re.compile(r"(-?[01])[.,]0*")
+# More words than this are no labels; and what can stand in --cells as it is.
+_WORDS_SHOWN, _FREE_WORD = 6, re.compile(r"[^,'\"=]{1,30}")
+_SEPARATORS = (";", ",", "|", "/")
 UNLISTED = ("negative", "unknown")
 EMPTY = ("unknown", "negative")
 IMAGE_COLUMNS = ("image", "image_path", "path", "file", "filename", "file_name")
@@ -43,6 +59,8 @@ _SPLITS = {
 _TAKEN = ("image", "split")
 # A column with more wrong cells than this is probably no class at all.
 _CELLS_SHOWN = 50
+# Missing images that are looked for by name, and files among which they are.
+_LOOKED_FOR, _FILES_SEEN = 5, 200_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +85,49 @@ class Columns:
 _BY_NAME = Columns()
 
 
+def plain(cell: str) -> str:
+    """Returns the key of a cell in `CELLS`: small letters, and 1 for 1.0, 1,00 and "1."."""
+    number = _WHOLE.fullmatch(cell)
+    return number[1] if number else cell.lower()
+
+
+def meanings(words: Sequence[str]) -> dict[str, int]:
+    """Returns what cells mean: `CELLS`, and `words`, each of `WORDS` or WORD=1, WORD=0, WORD=?.
+
+    Raises:
+      InputError: an entry is none of these, or gives a word a second meaning.
+    """
+    found = dict(CELLS)
+    for entry in words:
+        word, value = (part.strip() for part in entry.rpartition("=")[::2])
+        if entry in WORDS:
+            meaning = WORDS[entry]
+        elif word and value in _VALUES:
+            meaning = {plain(word): _VALUES[value]}
+        else:
+            raise InputError(
+                f"--cells={entry!r} is unknown; choose of {', '.join(WORDS)}, or say what a word "
+                "means: WORD=1 (it is there), WORD=0 (it is not) or WORD=? (unknown)."
+            )
+        for key, label in meaning.items():
+            if found.setdefault(key, label) != label:
+                raise InputError(f"--cells={entry!r}: {key!r} has another meaning already.")
+    return found
+
+
 def find_table(source: pathlib.Path) -> pathlib.Path:
-    """Returns the table: `source` itself, or the only one in that folder.
+    """Returns the table: `source` itself, or the only one in that folder, or its only spreadsheet.
 
     Raises:
       InputError: there is none, or there are several.
     """
     if os.path.isfile(source):
         return source
-    inside = source.glob("*") if os.path.isdir(source) else ()
-    found = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
+    inside = sorted(source.glob("*")) if os.path.isdir(source) else []
+    # Hidden files and ~$labels.csv are what programs leave beside a table.
+    inside = [path for path in inside if not path.name.startswith((".", "~$"))]
+    found = [path for path in inside if path.suffix.lower() in SUFFIXES]
+    found = found or [path for path in inside if path.suffix.lower() in SPREADSHEETS]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise InputError(
@@ -96,19 +147,21 @@ def read_own_table(
     class_names: pathlib.Path | None = None,
     images: pathlib.Path | None = None,
     may_miss: bool = False,
+    may_break: bool = False,
 ) -> Listing:
     """Lists the images of a table.
 
     Args:
       source: the table, or the folder that holds it.
       columns: which column says what.
-      words: of `WORDS`: what cells may say beside 1, 0 and nothing; capitals do not matter.
+      words: as of `meanings`: what cells may say beside 1, 0 and nothing; capitals do not matter.
       unlisted: what a label is that a list does not name: `negative` or `unknown`.
       empty: what an empty cell says of its class, or an empty list of all: `unknown` or `negative`.
       class_names: for lists: text file with the labels that there are, in order; by default all
         that occur, by alphabet.
       images: folder of the images; by default the table's own.
       may_miss: an image that is not there is no wrong cell.
+      may_break: nor is one that cannot be read.
 
     Returns:
       A listing whose splits are those of the split column, or `train` alone.
@@ -119,24 +172,37 @@ def read_own_table(
     """
     if class_names is not None and not columns.labels:
         raise InputError("--class_names is for label lists: name their column by --labels_column.")
+    if not columns.separator:
+        raise InputError("--label_separator is empty; expected what separates labels, such as ';'.")
+    meaning = meanings(words)
     table = read_table(find_table(source))
     image = _column(table, columns.image, IMAGE_COLUMNS, "--image_column")
     split = _column(table, columns.split, SPLIT_COLUMNS, "--split_column", optional=True)
     faults = _Faults(table)
+    notes: list[str] = []
     if columns.labels:
         column = _column(table, columns.labels, (), "--labels_column")
         names, labels = _read_lists(
             table, column, columns.separator, unlisted, empty, class_names, faults
         )
+        _note_separator(table, column, columns.separator, notes)
     else:
         ignored = {_column(table, name, (), "--ignore_columns") for name in columns.ignored}
+        if table.has_index:
+            ignored.add(0)
+            notes.append("The first column has no name and counts the rows: passed over.")
         of_class = [c for c in range(len(table.columns)) if c not in {image, split} | ignored]
         names = tuple(table.columns[c] for c in of_class)
-        labels = _read_cells(table, of_class, words, empty, faults)
+        if "" in names:
+            raise InputError(
+                f"{table.path}: column {of_class[names.index('')] + 1} has no name; its columns "
+                f"are {table.header}. Name it, or delete it."
+            )
+        labels = _read_cells(table, of_class, meaning, words, empty, faults)
     rows_of = _read_splits(table, split, faults)
     folder = images or table.path.parent
     paths, ids = _read_images(table, image, folder, may_miss, faults)
-    if faults:
+    if faults and not may_break:
         # Seldom, and worth the time: whoever has to mend the table wants to do it once.
         _find_unreadable(paths, image, faults)
     faults.raise_if_any()
@@ -152,6 +218,7 @@ def read_own_table(
         name="table",
         class_names=names,
         splits={name: whole.rows(rows) for name, rows in rows_of.items()},
+        notes=notes,
         description=f"{table.path.name}: {len(paths)} images, {len(names)} classes.",
     )
 
@@ -199,8 +266,7 @@ def _column(
     if name:
         if name not in table.columns:
             raise InputError(
-                f"{table.path} has no column {name!r} ({flag}); its columns are "
-                f"{', '.join(map(repr, table.columns))}."
+                f"{table.path} has no column {name!r} ({flag}); its columns are {table.header}."
             )
         return table.columns.index(name)
     lowered = [column.lower() for column in table.columns]
@@ -211,28 +277,29 @@ def _column(
         return None
     raise InputError(
         f"{table.path}: no column is called {', '.join(usual)}; say which one holds the image "
-        f"paths by {flag}. Its columns are {', '.join(map(repr, table.columns))}."
+        f"paths by {flag}. Its columns are {table.header}."
     )
 
 
 def _read_cells(
-    table: Table, of_class: Sequence[int], words: Sequence[str], empty: str, faults: _Faults
+    table: Table,
+    of_class: Sequence[int],
+    meaning: Mapping[str, int],
+    words: Sequence[str],
+    empty: str,
+    faults: _Faults,
 ) -> np.ndarray:
-    meaning = dict(CELLS)
-    for word in words:
-        meaning |= WORDS[word]
     if empty == "negative":
-        meaning[""] = 0
-    allowed = [word for word in meaning if word and not word.endswith(".0")]
-    expected = f"expected {', '.join(allowed)} or an empty cell"
+        meaning = {**meaning, "": 0}
+    expected = f"expected {', '.join(filter(None, meaning))} or an empty cell"
     labels = np.full((len(table.rows), len(of_class)), -1, np.int8)
     wrong: dict[int, list[str]] = {}
     for row, cells in enumerate(table.rows):
         for place, column in enumerate(of_class):
-            label = meaning.get(cells[column].lower())
+            label = meaning.get(plain(cells[column]))
             if label is None:
                 faults.add(row, column, expected)
-                wrong.setdefault(column, []).append(cells[column].lower())
+                wrong.setdefault(column, []).append(cells[column])
             else:
                 labels[row, place] = label
     _hint(table, wrong, words, faults)
@@ -243,19 +310,38 @@ def _hint(
     table: Table, wrong: Mapping[int, Sequence[str]], words: Sequence[str], faults: _Faults
 ) -> None:
     """Says what to do about wrong cells, {column: cells}, where the table shows what is meant."""
-    found = {cell for cells in wrong.values() for cell in cells}
-    needed = [name for name, meaning in WORDS.items() if found & meaning.keys()]
-    if needed and found <= {word for name in needed for word in WORDS[name]}:
-        faults.hint(f"If that is what these cells mean: --cells='{','.join([*words, *needed])}'")
-        return
+    within = {column: set(map(plain, cells)) for column, cells in wrong.items()}
+    columns = collections.Counter(itertools.chain.from_iterable(within.values()))
+    known = {word for meaning in WORDS.values() for word in meaning}
+    # Words of several columns are what labels are called there, if they are few.
+    meant = {word for word, count in columns.items() if count > 1}
+    meant = meant if len(meant) <= _WORDS_SHOWN else set()
+    if columns.keys() <= meant | known | _USUAL.keys():
+        meant = set(columns)
+    needed = [name for name, meaning in WORDS.items() if meant & meaning.keys()]
+    spelled = {plain(cell): cell for cells in wrong.values() for cell in cells}
+    free = [spelled[word] for word in sorted(meant - known)]
+    if not all(word.isprintable() and _FREE_WORD.fullmatch(word) for word in free):
+        meant = set()
+    if meant:
+        given = [*words, *needed, *(f"{word}={_USUAL.get(plain(word), '1')}" for word in free)]
+        asked = "If that is what these cells mean"
+        if free:
+            asked = "Say what these words mean, 1, 0 or ? (unknown), perhaps so"
+        faults.hint(f"{asked}: --cells='{','.join(given)}'")
+    foreign = []
     for column, cells in wrong.items():
-        filled = sum(bool(row[column]) for row in table.rows)
-        if 2 * len(cells) > filled:  # not a slip of the pen
-            name = table.columns[column]
-            faults.hint(
-                f"If column {name!r} is no class: --ignore_columns={name}; if it lists the labels "
-                f"of an image: --labels_column={name}"
-            )
+        unexplained = sum(plain(cell) not in meant for cell in cells)
+        if 2 * unexplained > sum(bool(row[column]) for row in table.rows):  # no slips of the pen
+            foreign.append(table.columns[column])
+    if foreign:
+        one = f"column {foreign[0]!r} is no class"
+        several = f"columns {', '.join(map(repr, foreign))} are no classes"
+        faults.hint(
+            f"If {one if len(foreign) == 1 else several}: --ignore_columns="
+            f"{shlex.quote(','.join(foreign))}; if {'it' if len(foreign) == 1 else 'one'} lists "
+            f"the labels of an image: --labels_column={shlex.quote(foreign[0])}"
+        )
 
 
 def _read_lists(
@@ -276,6 +362,13 @@ def _read_lists(
         listing.check_unique(names, str(class_names), "classes")
     else:
         names = tuple(sorted({label for found in lists for label in found}))
+        words = {*CELLS, *itertools.chain.from_iterable(WORDS.values())}
+        if names and words.issuperset(map(plain, names)):
+            raise InputError(
+                f"{table.path}: column {table.columns[column]!r} (--labels_column) lists no labels "
+                f"but {', '.join(map(repr, names))}, as the column of one class does. Leave the "
+                "flag out to read a column a class; or name the labels by --class_names."
+            )
     index = {name: place for place, name in enumerate(names)}
     labels = np.full((len(lists), len(names)), -1, np.int8)
     for row, found in enumerate(lists):
@@ -287,6 +380,20 @@ def _read_lists(
             else:
                 faults.add(row, column, f"{label!r} is not in {class_names}")
     return names, labels
+
+
+def _note_separator(table: Table, column: int, separator: str, notes: list[str]) -> None:
+    """Notes if label lists seem to have another separator than the one given."""
+    lists = [row[column] for row in table.rows if row[column]]
+    if any(separator in found for found in lists):
+        return
+    counts = {other: sum(other in found for found in lists) for other in _SEPARATORS}
+    other = max(counts, key=counts.__getitem__)
+    if counts[other] >= max(2, len(lists) / 10):
+        notes.append(
+            f"None of the {len(lists):,} label lists has the separator {separator!r}, but "
+            f"{counts[other]:,} have {other!r}. If it separates labels: --label_separator='{other}'"
+        )
 
 
 def _read_splits(table: Table, column: int | None, faults: _Faults) -> dict[str, list[int]]:
@@ -308,7 +415,7 @@ def _read_images(
     ids = [cells[column].replace("\\", "/") for cells in table.rows]
     paths = [folder / name for name in ids]
     first: dict[str, int] = {}
-    missing = 0
+    missing: list[str] = []
     for row, name in enumerate(ids):
         if not name or "\0" in name:
             faults.add(row, column, "expected the path of an image")
@@ -320,11 +427,54 @@ def _read_images(
         elif not may_miss and not os.path.isfile(paths[row]):
             expected = f"no such file; expected the path of an image below {folder}"
             faults.add(row, column, expected)
-            missing += 1
+            missing.append(name)
         first.setdefault(name, row)
-    if missing > _CELLS_SHOWN:
+    if 2 * len(missing) > len(ids) and (found := _find_elsewhere(missing, folder)):
+        faults.hint(found)
+    if len(missing) > _CELLS_SHOWN:
         faults.hint("To go on without images that are missing: --leave_out=missing")
     return paths, ids
+
+
+def _find_elsewhere(missing: Sequence[str], folder: pathlib.Path) -> str | None:
+    """Returns how one of the first missing images is found by its name below a folder, if it is."""
+    places: dict[str, list[str]] = {}
+    for name in itertools.islice(_files(folder), _FILES_SEEN):
+        path = pathlib.PurePosixPath(name)
+        for key in {_key(path.name), _key(path.stem)}:
+            places.setdefault(key, []).append(name)
+    for name in missing[:_LOOKED_FOR]:
+        found = places.get(_key(pathlib.PurePosixPath(name).name), [])
+        for place in sorted(found, key=lambda place: not place.endswith(f"/{name}"))[:1]:
+            return f"{name!r} is found as {place!r}: {_difference(name, place, folder, missing)}"
+    return None
+
+
+def _difference(name: str, found: str, folder: pathlib.Path, missing: Sequence[str]) -> str:
+    """Returns what to do where an image `name` lies as `found` below a folder."""
+    if found.endswith(f"/{name}"):
+        inner = folder / found.removesuffix(f"/{name}")
+        if 2 * sum(os.path.isfile(inner / other) for other in missing) > len(missing):
+            return f"--images={shlex.quote(str(inner))}"
+    if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", found):
+        return "letters such as é are put together otherwise there (Unicode NFC and NFD)"
+    if _key(name) == _key(found):
+        return "write capitals and small letters as the files have them"
+    if _key(name) == _key(str(pathlib.PurePosixPath(found).with_suffix(""))):
+        return "write the endings of the files, too"
+    return f"write paths below {folder}"
+
+
+def _files(folder: pathlib.Path) -> Iterator[str]:
+    """Yields the files below a folder, as paths below it with slashes."""
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        below = pathlib.Path(root).relative_to(folder)
+        yield from ((below / name).as_posix() for name in sorted(names))
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _find_unreadable(paths: Sequence[pathlib.Path], column: int, faults: _Faults) -> None:

@@ -1,14 +1,26 @@
 """CSV, TSV and Parquet files as rows of text cells."""
 
+import collections
+import contextlib
 import csv
 import dataclasses
+import io
+import itertools
 import math
 import pathlib
+import re
 from typing import Any
 
 from clsl_jax.errors import InputError, listed
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+# Excel's first line in place of a setting.
+_SEPARATOR_LINE = re.compile(r"\"?sep=([^\w\s\"\0]|\t)\"?[,;]*(\r\n?|\n|\Z)", re.IGNORECASE)
+_ROWS_TRIED = 50  # of a file whose separator is to be found
+_END = "end"
+_NO_NAMES = "If that row does not name the columns, delete it, or write one that does above it."
 # Each row of a table names another image, which a Parquet file cannot do for nothing.
 _ROWS, _ROWS_A_BYTE = 100_000, 8
 
@@ -29,17 +41,31 @@ class Table:
     rows: list[list[str]]
     first_row: int
 
+    @property
+    def header(self) -> str:
+        """The names of the columns, and where they are from, for a message."""
+        return _header(self.columns) + (" (its first row)" if self.first_row > 1 else "")
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the first column has no name and a number for each row, as pandas writes it."""
+        numbers = {row[0] for row in self.rows} if self.columns[0] == "" else set()
+        return len(numbers) == len(self.rows) and all(map(str.isdecimal, numbers))
+
 
 def read_table(path: pathlib.Path) -> Table:
     """Reads a table by its file name's ending.
 
-    A CSV's separator is the comma, semicolon or tab that its first line has most of.
+    The separator of a CSV is the one of comma, semicolon, tab and bar by which its first rows have
+    the same number of cells, most of them if there are several; or that of a first line `sep=;`.
 
     Raises:
       InputError: no such file, an unknown ending, no header, no rows, rows of another length than
-        the header.
+        the header, a quote that is not closed.
     """
     suffix = path.suffix.lower()
+    if suffix in SPREADSHEETS:
+        raise InputError(f"{path}: save it as CSV UTF-8; expected one of {', '.join(SUFFIXES)}.")
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}.")
     table = _read_parquet(path) if suffix == ".parquet" else _read_text(path, suffix)
@@ -48,29 +74,35 @@ def read_table(path: pathlib.Path) -> Table:
     seen: set[str] = set()
     twice = sorted({name for name in table.columns if name in seen or seen.add(name)})
     if twice:
-        raise InputError(f"{path} has two columns of the name {twice[0]!r}.")
+        advice = f" {_NO_NAMES}" if table.first_row > 1 else ""
+        raise InputError(
+            f"{path} has two columns of the name {twice[0]!r}; its columns are {table.header}. "
+            f"Each needs a name of its own.{advice}"
+        )
     return table
+
+
+def _header(columns: list[str]) -> str:
+    return listed([repr(name) for name in columns], 20)
 
 
 def _read_text(path: pathlib.Path, suffix: str) -> Table:
     try:
         # utf-8-sig: spreadsheet programs put a byte order mark in front of the first name.
         with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            # Of equals the comma: a single column has no separator at all.
-            delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=first.count)
-            lines = [
-                [cell.strip() for cell in line] for line in csv.reader(file, delimiter=delimiter)
-            ]
+            text = file.read()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text (byte {error.start}): save it as CSV UTF-8."
         ) from None
-    except csv.Error as error:
-        raise InputError(f"{path} cannot be read as a table ({error}).") from None
+    stated = _SEPARATOR_LINE.match(text)
+    if stated:
+        text, separator = text[stated.end() :], stated[1]
+    else:
+        separator = "\t" if suffix == ".tsv" else _find_separator(text)
+    lines = _parse(path, text, separator, first_line=2 if stated else 1)
     while lines and not any(lines[-1]):
         lines.pop()
     if not lines or not any(lines[0]):
@@ -82,14 +114,62 @@ def _read_text(path: pathlib.Path, suffix: str) -> Table:
         if len(line) != len(columns)
     ]
     if wrong:
+        advice = "A cell that contains the separator must be in double quotes."
+        if len(wrong) > len(lines) / 2:
+            advice = _NO_NAMES
         raise InputError(
-            f"{path} has {len(columns)} columns, but {listed(wrong, 10)}. A cell that "
-            "contains the separator must be in double quotes."
+            f"{path} has {len(columns)} columns by its first row ({_header(columns)}), separated "
+            f"by {_SEPARATORS.get(separator, repr(separator))}, but {listed(wrong, 10)}. {advice}"
         )
     # Commas at the ends of lines make columns of nothing.
     full = [c for c, name in enumerate(columns) if name or any(line[c] for line in lines[1:])]
     rows = [[line[c] for c in full] for line in lines[1:]]
     return Table(path, [columns[c] for c in full], rows, first_row=2)
+
+
+def _find_separator(text: str) -> str:
+    """Returns the separator by which the first rows have an equal number of cells, and most."""
+
+    def fit(separator: str) -> tuple[bool, int]:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        widths: collections.Counter[int] = collections.Counter()
+        with contextlib.suppress(csv.Error):  # of a quote that is not closed, told later
+            for row in itertools.islice(filter(None, reader), _ROWS_TRIED):
+                widths[len(row)] += 1
+        usual = max(widths, key=widths.__getitem__, default=0)
+        return len(widths) == 1 and usual > 1, usual
+
+    # Of equals the comma: a single column has no separator at all.
+    return max(_SEPARATORS, key=fit)
+
+
+def _parse(path: pathlib.Path, text: str, separator: str, first_line: int) -> list[list[str]]:
+    """Returns the rows of a text, each cell without outer blanks.
+
+    Raises:
+      InputError: a quote is not closed; says in which line of the file it is opened.
+    """
+    text += "" if text.endswith(("\r", "\n")) else "\n"
+    # A quote that is not closed runs on into a last line of ours.
+    reader = csv.reader(io.StringIO(text + _END, newline=""), delimiter=separator)
+    rows: list[list[str]] = []
+    done = 0
+    try:
+        for row in reader:
+            rows.append(row)
+            done = reader.line_num
+    except csv.Error as error:
+        raise InputError(
+            f"{path} cannot be read as a table ({error}): is a double quote not closed that is "
+            f"opened in line {done + first_line}, or below?"
+        ) from None
+    if rows.pop() != [_END]:
+        inside = len(list(io.StringIO(row[-1], newline="")))
+        raise InputError(
+            f"{path}: the double quote that is opened in line "
+            f"{reader.line_num - inside + first_line} is not closed: close it, or delete it."
+        )
+    return [[cell.strip() for cell in row] for row in rows]
 
 
 def _read_parquet(path: pathlib.Path) -> Table:
