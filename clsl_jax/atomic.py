@@ -18,12 +18,14 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     """Yields the name of a file to write beside `path`, moved there when the block has ended.
 
     A reader sees the old file or the new one, never a part. If the block raises, `path` stays as it
-    was and nothing is left beside it; a killed process may leave the file beside it.
+    was and nothing is left beside it; a killed process may leave the file beside it. Where `path`
+    is a link, all this is about the file that it leads to.
 
     Raises:
       OSError: the file cannot be moved there.
     """
-    partial = f"{os.fspath(path)}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
+    path = target(path)
+    partial = f"{path}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
     try:
         yield partial
         with open(partial, "rb") as file:
@@ -32,6 +34,11 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
+
+
+def target(path: str | os.PathLike) -> str:
+    """Returns where a file is written: what a link leads to, else the path itself."""
+    return os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
 
 
 def whole(path: str) -> str:

@@ -1,8 +1,12 @@
-"""What the commands share: flags, and one message with exit status 2 for unusable input."""
+"""What the commands share: flags, how they end, one message with status 2 for unusable input."""
 
+import contextlib
+import itertools
 import os
+import select
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -10,10 +14,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
+from clsl_jax import atomic
 from clsl_jax import config as config_lib
 from clsl_jax.errors import InputError, Stuck
 
 EXIT_BAD_INPUT = 2
+_ELSEWHERE = "name another place"
 
 Explain = Callable[[Exception, Sequence[str]], str | None]
 
@@ -30,6 +36,9 @@ def run(
     explain: Explain = lambda error, argv: None,
 ) -> None:
     """Runs a command and ends the program.
+
+    Ctrl-C ends it with one line and status 130; a reader of its output that has gone, as in
+    `... | head`, with none. In --flag=~/PLACE the home directory is filled in.
 
     Args:
       define_flags: defines the command's flags.
@@ -51,8 +60,11 @@ def run(
             return status
 
     def parse(argv: Sequence[str]) -> list[str]:
+        argv = [argv[0], *map(_at_home, argv[1:])]
         try:
-            return flags.FLAGS(list(argv))
+            return flags.FLAGS(argv)
+        except BrokenPipeError:  # of what --help prints
+            raise
         except Exception as error:  # a configuration file may raise anything
             message = explain(error, argv)
             if message is None and isinstance(error, (flags.Error, InputError)):
@@ -62,7 +74,44 @@ def run(
         raise SystemExit(refuse(message))
 
     define_flags()
-    app.run(main, flags_parser=parse)
+    with _ended_from_outside():
+        app.run(main, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _ended_from_outside() -> Iterator[None]:
+    """Ends the program without a traceback where Ctrl-C or a closed pipe ends what it does."""
+    try:
+        try:
+            yield
+        except SystemExit:
+            print(end="", flush=True)  # here, where it can still be said that nobody reads it
+            raise
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)
+        with contextlib.suppress(OSError):
+            print("Stopped by Ctrl-C.", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)  # `sys.exit` would wait for threads that are at work
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os._exit(1)  # `sys.exit` would try to write again
+
+
+def _nobody_reads() -> bool:
+    """Returns whether the other end of the standard output's pipe is closed."""
+    poll = select.poll()
+    poll.register(1, 0)  # for errors alone
+    return bool(poll.poll(0))
+
+
+def _at_home(argument: str) -> str:
+    """Fills in the home directory in --flag=~/PLACE, which shells leave as it is."""
+    name, given, value = argument.partition("=")
+    if name.startswith("-") and value.startswith("~") and "/" in value:
+        value = os.path.expanduser(value)
+    return name + given + value
 
 
 def refuse_arguments(arguments: Sequence[str]) -> None:
@@ -95,18 +144,63 @@ def refuse_foreign(
             )
 
 
-def check_place(path: str) -> None:
-    """Refuses a place that no file can be written to, before any work is done.
+def check_outputs(
+    values: flags.FlagValues, endings: Mapping[str, str], *, inputs: Sequence[str] = ()
+) -> None:
+    """Refuses files to write that cannot be, or would replace something, before any work is done.
+
+    What an earlier call wrote is replaced. A link stays, and the file that it leads to is replaced.
+
+    Args:
+      values: of all flags.
+      endings: flags that name files to write, if they are given, and how those names end; one
+        without an ending is taken, too.
+      inputs: files that the command reads.
 
     Raises:
-      InputError: it has no folder, is a folder, or is not writable.
+      InputError: a file has no folder or another ending, is no plain file, must not be written to,
+        or is an input, another output, or where the command prints.
     """
-    folder = os.path.dirname(path) or "."
+    taken = dict.fromkeys(map(_identity, inputs), f"this command reads it; {_ELSEWHERE}")
+    for stream in ("/dev/stdout", "/dev/stderr"):
+        taken[_identity(stream)] = f"what this command prints goes there; {_ELSEWHERE}"
+    for name, ending in endings.items():
+        path = values[name].value
+        if not path:
+            continue
+        fault = _fault(path, ending) or taken.get(_identity(path))
+        if fault:
+            raise InputError(f"--{name}={path} cannot be written: {fault}.")
+        taken[_identity(path)] = f"--{name} is written there; {_ELSEWHERE}"
+
+
+def _fault(path: str, ending: str) -> str | None:
+    """Returns why no file can be written to a place; None if one can."""
+    folder = os.path.dirname(atomic.target(path)) or "."
+    given = os.path.splitext(path)[1]
     if not os.path.isdir(folder):
-        raise InputError(f"{path} cannot be written: there is no folder {folder}; make it first.")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        what = "it is a folder" if os.path.isdir(path) else f"{folder} is not writable for you"
-        raise InputError(f"{path} cannot be written: {what}; name another place.")
+        return f"there is no folder {folder}; make it first"
+    if os.path.isdir(path):
+        return f"it is a folder; {_ELSEWHERE}"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return f"it is a device or a pipe; {_ELSEWHERE}"
+    if given.lower() not in ("", ending):
+        return f"it ends in {given}, expected {ending}; name the file to write"
+    if not os.access(folder, os.W_OK):
+        return f"{folder} is not writable for you; {_ELSEWHERE}"
+    # For root everything is writable; who took that away meant the file to stay.
+    if os.path.isfile(path) and not (os.access(path, os.W_OK) and os.stat(path).st_mode & 0o222):
+        return f"it is protected against writing; {_ELSEWHERE}"
+    return None
+
+
+def _identity(path: str) -> Any:
+    """Returns the same for all names of a file, those of one that is not there yet, too."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return found.st_dev, found.st_ino
 
 
 def given_config(values: flags.FlagValues) -> ml_collections.ConfigDict | None:
@@ -118,11 +212,25 @@ def given_config(values: flags.FlagValues) -> ml_collections.ConfigDict | None:
     config = values.config
     if config is None or isinstance(config, ml_collections.ConfigDict):
         return config
-    # What ml_collections gives for a file that is not there; any use of it raises.
-    what = "there is no such file"
-    if isinstance(config, (Mapping, list, tuple, str, int, float)):
-        what = f"get_config() returns a {type(config).__name__}, expected a ConfigDict"
-    raise InputError(f"--config={values['config'].config_filename}: {what}.")
+    name = values["config"].config_filename
+    try:
+        getattr(config, "keys", None)  # of what stands for a file that was not loaded, this raises
+    except OSError as error:
+        raise InputError(_not_loaded(name, error)) from None
+    kind = type(config).__name__
+    raise InputError(f"--config={name}: get_config() returns a {kind}, expected a ConfigDict.")
+
+
+def _not_loaded(name: str, error: OSError) -> str:
+    """Returns the message for a --config=FILE that ml_collections could not load."""
+    place = name.partition(":")[0]
+    if os.path.isfile(place):
+        return f"--config={name} cannot be loaded: {error.__cause__ or error}"
+    where = "" if os.path.isabs(place) else f" in {os.getcwd()}"
+    return (
+        f"--config={name}: there is no such file{where}; run the command in the repository, or "
+        "give the full path of the file."
+    )
 
 
 def config_of(arguments: Sequence[str]) -> ml_collections.ConfigDict | None:
@@ -131,10 +239,12 @@ def config_of(arguments: Sequence[str]) -> ml_collections.ConfigDict | None:
     Raises:
       InputError: as `given_config`; a value that a key cannot have.
     """
-    values, argv = flags.FlagValues(), ["", *arguments]
+    values, argv = flags.FlagValues(), ["", *map(_at_home, arguments)]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)
+    except OSError as error:
+        raise InputError(_not_loaded(_config_file(argv), error)) from None
     except flags.Error as error:
         raise InputError(str(error)) from None
     return given_config(values)
@@ -144,27 +254,35 @@ def explain_config(base: Callable[[], ml_collections.ConfigDict], *, file: str) 
     """Returns the `explain` of a command whose --config has the keys of `base()`; see `file`."""
 
     def explain(error: Exception, argv: Sequence[str]) -> str | None:
-        if isinstance(error, (OSError, SyntaxError, ImportError)):
+        if isinstance(error, OSError):
+            return _not_loaded(_config_file(argv), error)
+        if isinstance(error, (SyntaxError, ImportError)):
             return f"The configuration file cannot be read: {error}"
         if "Traceback" in str(error):  # raised inside the configuration file
             kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
             if kind.endswith(("ConfigError", "InputError")):
                 return message
-            return f"{_config_file(argv)}: {kind}: {message}"
+            return f"--config={_config_file(argv)}: {kind}: {message}"
         if isinstance(error, (AttributeError, LookupError, TypeError, ValueError)):
             if unknown := _unknown_key(argv, base(), file):
                 return unknown
             if isinstance(error, ValueError):  # of absl, such as --noflag=value
                 return str(error)
             if isinstance(error, (AttributeError, KeyError)):
-                return f"{_config_file(argv)} cannot be used: {type(error).__name__}: {error}"
+                name = _config_file(argv)
+                return f"--config={name} cannot be used: {type(error).__name__}: {error}"
         return None
 
     return explain
 
 
 def _config_file(argv: Sequence[str]) -> str:
-    return next((a.lstrip("-") for a in argv if a.lstrip("-").startswith("config=")), "--config")
+    """Returns the FILE of --config=FILE, or of --config FILE."""
+    for argument, following in itertools.pairwise([*argv, ""]):
+        name, given, value = argument.partition("=")
+        if name in ("-config", "--config"):
+            return value if given else following
+    return ""
 
 
 def _unknown_key(argv: Sequence[str], base: ml_collections.ConfigDict, file: str) -> str | None:

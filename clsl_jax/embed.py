@@ -158,7 +158,8 @@ def _work(arguments: Sequence[str]) -> None:
     command_line.require(values, "encoder", "NAME", f"one of {', '.join(ENCODERS)}")
     command_line.require(values, "out", "FILE.npz", "the embeddings to write")
     command_line.refuse_foreign(values, "encoder", _BELONGS_TO)
-    command_line.check_place(values.out)
+    read = [values.labels, *filter(None, [values.source])]
+    command_line.check_outputs(values, {"out": ".npz"}, inputs=read)
     labels = names.read_labels(values.labels)
     embeddings, encoder, digest = _embed(labels, values)
     if values.unit_variance:

@@ -8,7 +8,7 @@ python -m clsl_jax.main --config=configs/voc.py:released --workdir=DIR --mode=ev
 The last one evaluates a checkpoint of the CLSL authors' program.
 Exit status: 0 done, or a training that SIGTERM stopped, with everything saved; 2 input that cannot
 be used; 143 an evaluation that SIGTERM stopped. A launcher that starts again only what has failed
-tells the first two apart by --stopped_status.
+tells the first two apart by --stopped_status. Ctrl-C does as SIGTERM; a second one ends it at once.
 """
 
 import os

@@ -9,6 +9,7 @@ Exit status: 0 done; 2 input that cannot be used. An image that cannot be read i
 named, its row in the table is empty, and all others are there.
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -182,11 +183,17 @@ def _classes_and_images(where: Workdir) -> tuple[tuple[str, ...], int]:
     return names, len(mask)
 
 
-def find_images(places: Sequence[str]) -> list[str]:
+def find_images(
+    places: Sequence[str], *, report: Callable[[str], None] = lambda line: None
+) -> list[str]:
     """Returns the paths of images: files as they are named, and all images below folders.
 
-    In a folder a file is an image by its ending; names that begin with a dot are passed over. Those
-    of one folder are sorted; what is named twice is there once.
+    In a folder a file is an image by its ending; names that begin with a dot are passed over, and
+    so are links to folders. Those of one folder are sorted; what is named twice is there once.
+
+    Args:
+      places: files and folders.
+      report: takes a line on what else was passed over in a folder.
 
     Raises:
       InputError: a place does not exist, or there is no image.
@@ -202,17 +209,36 @@ def find_images(places: Sequence[str]) -> list[str]:
         if not os.path.isdir(place):
             found[place] = None
             continue
+        others, linked = collections.Counter[str](), 0
         for folder, folders, files in os.walk(place):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
             for name in sorted(files):
-                if name.lower().endswith(endings) and not name.startswith("."):
+                if name.startswith("."):
+                    continue
+                if name.lower().endswith(endings):
                     found[os.path.join(folder, name)] = None
+                else:
+                    others[os.path.splitext(name)[1].lower() or "without an ending"] += 1
+        if others or linked:
+            report(_passed_over(place, others, linked))
     if not found:
         raise InputError(
             f"There is no image in {', '.join(places)} (looked for names that end in "
             f"{listed(sorted(endings), 5)})."
         )
     return list(found)
+
+
+def _passed_over(place: str, others: collections.Counter[str], linked: int) -> str:
+    """Returns the line on so many other files, by ending, and linked folders in a folder."""
+    kinds = [f"{count:,} {ending}" for ending, count in others.most_common()]
+    if linked:
+        kinds.append(f"{linked:,} linked folder{'s' * (linked > 1)}")
+    return _shown(
+        f"Passed over in {place}: {listed(kinds, _SHOWN)} (an image in a folder is known by its "
+        "ending, such as .jpg or .png; convert others, or name them and linked folders themselves)"
+    )
 
 
 class FileImages:
@@ -269,10 +295,9 @@ def _work(arguments: Sequence[str]) -> None:
     command_line.require(values, "out", "FILE.csv", "the table to write")
     if not arguments:
         raise InputError("No images are named: add image files, or folders of them.")
-    paths = find_images(arguments)
-    for path in filter(None, (values.out, values.pictures)):
-        command_line.check_place(path)
     console = command_line.console(soft_wrap=True)
+    paths = find_images(arguments, report=console.print)
+    command_line.check_outputs(values, {"out": ".csv", "pictures": ".png"}, inputs=paths)
     classifier = load_classifier(values.workdir, weights=values.weights, report=console.print)
     images = FileImages(paths, classifier.image_size, upright=classifier.upright)
     probabilities = classifier.probabilities(images, batch_size=values.batch_size)

@@ -1,7 +1,8 @@
 """Scores a prediction file under every convention of the field.
 
-python -m clsl_jax.score predictions.npz [--json=FILE]
+python -m clsl_jax.score predictions.npz [--json=FILE.json]
 
+Of a run, its directory may be named as well: RUN stands for RUN/predictions.npz.
 Papers differ in how they compute AP, whether a *difficult* object counts as absent or not at all,
 and whether images without a label are evaluated; one prediction file gives the numbers of each.
 Exit status: 0 done; 2 input that cannot be used.
@@ -233,14 +234,18 @@ def _work(arguments: Sequence[str]) -> None:
     if len(arguments) != 1:
         raise InputError(
             f"{len(arguments)} prediction files given: write "
-            "`python -m clsl_jax.score predictions.npz`."
+            "`python -m clsl_jax.score predictions.npz`, or the directory of a run."
         )
-    scored = score_file(arguments[0])
+    path = arguments[0]
+    if os.path.isdir(path):
+        path = os.path.join(path, "predictions.npz")
+    command_line.check_outputs(flags.FLAGS, {"json": ".json"}, inputs=[path])
+    scored = score_file(path)
     # A pipe has no width of its own, and at 80 columns rich would cut the numbers.
     console = command_line.console()
     if not console.is_terminal:
         console.width = 110
-    console.print(f"{arguments[0]}: {_summary(scored)}", soft_wrap=True)
+    console.print(f"{path}: {_summary(scored)}", soft_wrap=True)
     for table in tables(scored):
         console.print(table)
     if flags.FLAGS.json:

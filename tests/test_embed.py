@@ -3,7 +3,9 @@
 import hashlib
 import importlib.util
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import zlib
@@ -13,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_main import interrupts
 
 from clsl_jax import embed
 from clsl_jax.data import scenes
@@ -624,6 +627,29 @@ def test_command_says_what_is_wrong(
     assert message in done.stderr
     assert len(done.stderr.splitlines()) <= 2
     assert not places["out"].exists()
+
+
+def test_the_label_list_is_not_overwritten(tmp_path: pathlib.Path) -> None:
+    labels = tmp_path / "classes"
+    labels.write_text("dog\n")
+    done = _run(f"--labels={labels}", "--encoder=random", f"--out={labels}")
+    assert done.returncode == 2
+    assert f"--out={labels} cannot be written: this command reads it" in done.stderr
+    assert labels.read_text() == "dog\n"
+
+
+def test_ctrl_c_ends_the_command_with_one_line(tmp_path: pathlib.Path) -> None:
+    labels, out = tmp_path / "classes.txt", tmp_path / "labels.npz"
+    os.mkfifo(labels)
+    flags = [f"--labels={labels}", "--encoder=random", f"--out={out}"]
+    command = [sys.executable, "-m", "clsl_jax.embed", *flags]
+    with interrupts(signal.default_int_handler):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with open(labels, "wb"):  # waits until the command reads there
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "Stopped by Ctrl-C.\n")
+    assert not out.exists()
 
 
 def test_the_embeddings_of_the_embedded_set_are_for_its_classes():

@@ -25,6 +25,7 @@ from commands import (
     start,
     wait_for,
 )
+from test_main import interrupts
 from test_train import assert_same_run, saved_arrays
 
 pytestmark = pytest.mark.slow
@@ -189,6 +190,55 @@ def test_a_workdir_that_cannot_be_written(shared, finished, tmp_path):
     assert f"--workdir={finished} cannot be written to (Read-only file system)" in said
     assert "Traceback" not in said
     assert sorted(os.listdir(finished)) == before
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(shared, finished, tmp_path):
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints").mkdir(parents=True)
+    with interrupts(signal.default_int_handler):
+        process = start(shared, workdir)
+    wait_for(lambda: newest_step(workdir) >= 4, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err == "Ctrl-C: the run stops after this step; once more ends it at once.\n"
+    assert "everything is saved. Run the same command to go on." in out
+    stopped = newest_step(workdir)
+    assert 4 <= stopped < 24
+    status, out, err = run(shared, workdir)
+    assert status == 0, err
+    assert f"Going on from step {stopped} of 24" in out
+    assert_same_run(finished, workdir)
+
+
+# The command itself, but that the images of step 8 never come.
+HANGING = """
+import time
+from clsl_jax import main
+from clsl_jax.data import pipeline
+train_iterator = pipeline.train_iterator
+
+def hanging(*arguments, start, **named):
+    for step, batch in enumerate(train_iterator(*arguments, start=start, **named), start + 1):
+        if step == 8:
+            print("step 8 hangs", flush=True)
+            time.sleep(1000)
+        yield batch
+
+pipeline.train_iterator = hanging
+main.cli()
+"""
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(shared, tmp_path):
+    with interrupts(signal.default_int_handler):
+        process = start(shared, tmp_path / "run", program=HANGING)
+    assert any("step 8 hangs" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    assert "once more ends it at once" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (-signal.SIGINT, "")
 
 
 # The command itself, but that the gradients of step 8 are NaN; it prints the rows of its images.

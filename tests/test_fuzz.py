@@ -628,6 +628,7 @@ def test_changed_overrides(command, seed):
         (b"x\0", "null bytes"),
         (b"import nothing_such", "nothing_such"),
         (b"get_config = 3", "TypeError"),
+        (b"def get_config():\n    open('nothing')", "cannot be loaded: [Errno 2] No such file"),
         (b"def get_config():\n    return {'seed': 1}\n", "returns a dict, expected a ConfigDict"),
         (b"def get_config():\n    return (1, 2)\n", "returns a tuple"),
         (b"from ml_collections import *\nget_config = ConfigDict", "seed is missing"),

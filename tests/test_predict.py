@@ -146,6 +146,46 @@ def test_images_are_found_once_and_in_order(tmp_path):
     assert predict.find_images([odd, folder, folder]) == [odd, *expected]
 
 
+def test_what_is_passed_over_is_counted(tmp_path):
+    names = ["a.jpg", "b.HEIC", "c.heic", "in/d.dng", "in/e", "in/.hidden", ".git/f.dng"]
+    for name in names:
+        (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "new" / name).touch()
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "g.png").touch()
+    new, whole, lines = tmp_path / "new", tmp_path / "whole", []
+    for folder in (new, new / "in"):
+        (folder / "linked").symlink_to(whole)
+    found = predict.find_images([os.fspath(new), os.fspath(whole)], report=lines.append)
+    assert found == [f"{new}/a.jpg", f"{whole}/g.png"]
+    (line,) = lines
+    assert line.startswith(
+        f"Passed over in {new}: 2 .heic, 1 .dng, 1 without an ending, 2 linked folders (an image "
+        "in a folder is known by its ending"
+    )
+    # What is named by itself is taken.
+    by_name = [f"{new}/in/linked", f"{new}/b.HEIC"]
+    found = predict.find_images(by_name, report=lines.append)
+    assert (found, len(lines)) == ([f"{new}/in/linked/g.png", f"{new}/b.HEIC"], 1)
+
+
+def test_a_photograph_is_not_taken_for_the_table(shared, tmp_path):
+    """As where the shell writes `--out *.jpg` out, the table forgotten."""
+    photographs = [tmp_path / name for name in ("a.jpg", "b.jpg")]
+    for path in photographs:
+        path.write_text(path.name)
+    status, _, err = command(shared, "--workdir=RUN", "--out", *photographs)
+    assert status == 2
+    assert f"--out={photographs[0]} cannot be written: it ends in .jpg, expected .csv" in err
+    sheet = tmp_path / "c.png"
+    sheet.write_text("c")
+    flags = ("--workdir=RUN", f"--out={tmp_path / 'new.csv'}", f"--pictures={sheet}")
+    status, _, err = command(shared, *flags, tmp_path)
+    assert status == 2
+    assert f"--pictures={sheet} cannot be written: this command reads it" in err
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["a.jpg", "b.jpg", "c"]
+
+
 def test_places_without_images(tmp_path):
     with pytest.raises(InputError, match="nowhere: there is no such file or folder"):
         predict.find_images([os.fspath(tmp_path), os.fspath(tmp_path / "nowhere")])

@@ -217,6 +217,40 @@ def test_command_prints_and_writes_the_numbers(tmp_path: pathlib.Path) -> None:
     assert stored["results"][0]["top_3"]["OF1"] == pytest.approx(0.75)
 
 
+def test_a_run_stands_for_its_predictions(tmp_path: pathlib.Path) -> None:
+    path = _save(tmp_path / "predictions.npz")
+    by_folder, by_file = _run(str(tmp_path)), _run(path)
+    assert (by_folder.returncode, by_folder.stdout) == (0, by_file.stdout)
+
+
+def test_a_place_that_is_refused_is_refused_first(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "predictions"
+    pathlib.Path(_save(tmp_path / "a.npz")).rename(path)
+    before = path.read_bytes()
+    for place, message in (
+        (tmp_path / "none" / "a.json", "none; make it first"),
+        (path, "this command reads it"),
+    ):
+        done = _run(str(path), f"--json={place}")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: --json={place} cannot be written: ")
+        assert message in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_a_link_is_written_through(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "kept").mkdir()
+    link, target = tmp_path / "a.json", tmp_path / "kept" / "a.json"
+    link.symlink_to("kept/a.json")
+    path = _save(tmp_path / "predictions.npz")
+    for _ in ("that does not exist yet", "that does"):
+        assert _run(path, f"--json={link}").returncode == 0
+        assert link.is_symlink()
+        assert json.loads(target.read_text()) == score.score_file(path)
+        target.write_text("old")
+    assert [file.name for file in target.parent.iterdir()] == ["a.json"]
+
+
 class _Trap:
     """Sets a flag when it is unpickled."""
 
@@ -280,11 +314,12 @@ def test_command_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
     cut.write_bytes(pathlib.Path(whole).read_bytes()[:-50])
     text = tmp_path / "text.npz"
     text.write_text("scores")
+    (tmp_path / "folder").mkdir()
     for arguments, message in (
         ((), "0 prediction files given"),
         ((whole, whole), "2 prediction files given"),
         ((str(tmp_path / "none.npz"),), "there is no such file"),
-        ((str(tmp_path),), "there is no such file"),
+        ((str(tmp_path / "folder"),), "folder/predictions.npz: there is no such file"),
         ((str(cut),), "cut.npz is not an .npz file"),
         ((str(text),), "text.npz is not an .npz file"),
         ((whole, "--jsn=a"), "jsn"),
