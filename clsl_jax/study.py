@@ -11,7 +11,7 @@ are made of the cells that are finished (`study_report.py`). --shard=i/n is for 
 job i runs its share of the cells of every method.
 JAX_COMPILATION_CACHE_DIR=DIR lets jobs on machines of one kind share what they compile, on
 accelerators and on some CPUs.
-Exit status: 0 done, or stopped by SIGTERM; 2 input that cannot be used, or a cell failed.
+Exit status: 0 done, or stopped by SIGTERM or Ctrl-C; 2 input that cannot be used, or a cell failed.
 """
 
 import contextlib
@@ -207,11 +207,17 @@ class Runner:
         self._stopping = False
 
     def __enter__(self) -> "Runner":
-        self._before = signal.signal(signal.SIGTERM, self._stop)
+        self._before = {
+            number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._stop)
         return self
 
     def __exit__(self, *unused: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _stop(self, *unused: object) -> None:
         self._stopping = True
@@ -224,7 +230,7 @@ class Runner:
         """Runs or continues a cell; returns why it failed, or nothing.
 
         Raises:
-          Stopped: on SIGTERM.
+          Stopped: on SIGTERM or Ctrl-C.
         """
         directory = os.path.join(self._workdir, cell.directory)
         os.makedirs(directory, exist_ok=True)
@@ -291,7 +297,7 @@ def run_cells(
 
     Raises:
       InputError: a cell was run before with other settings.
-      Stopped: on SIGTERM.
+      Stopped: on SIGTERM or Ctrl-C.
     """
     mine = shard_of(grid, *shard)
     todo = [cell for cell in mine if not is_finished(cell, workdir)]
@@ -425,7 +431,7 @@ def work(arguments: Sequence[str]) -> None:
             try:
                 failed = run_cells(grid, values.workdir, console, shard)
             except Stopped:
-                console.print("Stopped by SIGTERM. Run the same command to go on.")
+                console.print("Stopped. Run the same command to go on.")
                 return
         study_report.write(study, grid, values.workdir, console)
     if failed:

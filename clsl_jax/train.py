@@ -481,11 +481,11 @@ class _Run:
     def _end_if_stopped(self, work: str) -> None:
         """Ends the run if SIGTERM asks for it, in work of which nothing has to be saved."""
         if self.guard.reached():
-            raise Preempted(f"Stopped by SIGTERM while {work}.")
+            raise Preempted(f"Stopped while {work}.")
 
     def _stop(self, step: int) -> None:
         self._all_saved()
-        raise Preempted(f"Stopped by SIGTERM after step {step}; everything is saved.")
+        raise Preempted(f"Stopped after step {step}; everything is saved.")
 
     def _save(
         self,

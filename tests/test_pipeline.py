@@ -1,5 +1,8 @@
 import collections
 import gc
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -141,6 +144,10 @@ def test_worker_processes_change_nothing_and_resume():
     expected = _take(12, source, **options)
     iterator = pipeline.train_iterator(source, workers=2, **options)
     found = [next(iterator) for _ in range(5)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:  # as Ctrl-C does; who stops is for their parent to say
+        os.kill(worker.pid, signal.SIGINT)
     state = iterator.get_state()
     found += [next(iterator) for _ in range(7)]
     # Copies, because the batches of workers lie in memory that is given back.

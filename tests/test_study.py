@@ -219,14 +219,15 @@ def test_cost_of_a_cell_that_took_several_processes(tmp_path):
     assert cost == {"seconds": 15.0, "peak_memory_mib": 2.0}
 
 
-def test_a_stop_that_comes_when_the_cell_has_ended_already(tmp_path, monkeypatch):
-    """As where SIGTERM reaches both: nobody may take the status that `wait4` waits for."""
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_comes_when_the_cell_has_ended_already(tmp_path, monkeypatch, signum):
+    """As where the signal reaches both: nobody may take the status that `wait4` waits for."""
     cell = study.Cell("nowhere.py", "clsl", "uniform", 0.1, 0, ())
     wait4 = os.wait4
 
     def stopped_before(pid, options):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
         return wait4(pid, options)
 
     monkeypatch.setattr(os, "wait4", stopped_before)
@@ -669,7 +670,7 @@ def test_a_study_from_grid_to_tables(shared, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "Stopped by SIGTERM. Run the same command to go on." in out
+    assert "Stopped. Run the same command to go on." in out
     assert not (cell / "results.json").exists()
 
     status, out, err = call(shared, tmp_path)

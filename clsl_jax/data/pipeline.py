@@ -4,6 +4,7 @@ The one module that imports Grain.
 """
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator, Mapping
 
 import grain
@@ -126,9 +127,15 @@ def train_iterator(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_ignore_interrupts,
         )
     return iter(iterable)
+
+
+def _ignore_interrupts(*unused: int) -> None:
+    """For a worker: a terminal's Ctrl-C reaches it, too, and its process ends it when it stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def eval_batches(
