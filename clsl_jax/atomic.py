@@ -18,14 +18,12 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     """Yields the name of a file to write beside `path`, moved there when the block has ended.
 
     A reader sees the old file or the new one, never a part. If the block raises, `path` stays as it
-    was and nothing is left beside it; a killed process may leave the file beside it. Where `path`
-    is a link, all this is about the file that it leads to.
+    was and nothing is left beside it; a killed process may leave the file beside it.
 
     Raises:
       OSError: the file cannot be moved there.
     """
-    path = target(path)
-    partial = f"{path}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
+    partial = f"{os.fspath(path)}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
     try:
         yield partial
         with open(partial, "rb") as file:

@@ -20,6 +20,20 @@ from clsl_jax.errors import InputError, Stuck
 
 EXIT_BAD_INPUT = 2
 _ELSEWHERE = "name another place"
+# What a run keeps in its directory, and nothing else may replace.
+OF_A_RUN = (
+    "config.json",
+    "evaluation.json",
+    "known_mask.npz",
+    "label_embeddings.npz",
+    "log.jsonl",
+    "pictures.png",
+    "predictions.npz",
+    "probabilities.csv",
+    "recovered.csv",
+    "results.json",
+    "timing.jsonl",
+)
 
 Explain = Callable[[Exception, Sequence[str]], str | None]
 
@@ -81,10 +95,12 @@ def run(
 @contextlib.contextmanager
 def _ended_from_outside() -> Iterator[None]:
     """Ends the program without a traceback where Ctrl-C or a closed pipe ends what it does."""
+    code: Any = None
     try:
         try:
             yield
-        except SystemExit:
+        except SystemExit as ended:
+            code = ended.code
             print(end="", flush=True)  # here, where it can still be said that nobody reads it
             raise
     except KeyboardInterrupt:
@@ -96,7 +112,7 @@ def _ended_from_outside() -> Iterator[None]:
     except BrokenPipeError:
         if not _nobody_reads():
             raise
-        os._exit(1)  # `sys.exit` would try to write again
+        os._exit(code or 1)  # `sys.exit` would try to write again
 
 
 def _nobody_reads() -> bool:
@@ -153,13 +169,13 @@ def check_outputs(
 
     Args:
       values: of all flags.
-      endings: flags that name files to write, if they are given, and how those names end; one
-        without an ending is taken, too.
+      endings: flags that name files to write, if they are given, and how those files end that may
+        be replaced; one without an ending may be, too.
       inputs: files that the command reads.
 
     Raises:
-      InputError: a file has no folder or another ending, is no plain file, must not be written to,
-        or is an input, another output, or where the command prints.
+      InputError: a file has no folder, is no plain file, is there under another ending, must not
+        be written to, or is an input, another output, a run's own, or where the command prints.
     """
     taken = dict.fromkeys(map(_identity, inputs), f"this command reads it; {_ELSEWHERE}")
     for stream in ("/dev/stdout", "/dev/stderr"):
@@ -184,8 +200,10 @@ def _fault(path: str, ending: str) -> str | None:
         return f"it is a folder; {_ELSEWHERE}"
     if os.path.exists(path) and not os.path.isfile(path):
         return f"it is a device or a pipe; {_ELSEWHERE}"
-    if given.lower() not in ("", ending):
-        return f"it ends in {given}, expected {ending}; name the file to write"
+    if os.path.isfile(path) and given.lower() not in ("", ending):
+        return f"it is there and ends in {given}, not {ending}; {_ELSEWHERE}"
+    if os.path.basename(path) in OF_A_RUN and os.path.exists(os.path.join(folder, "config.json")):
+        return f"it is of the run in {folder}; {_ELSEWHERE}"
     if not os.access(folder, os.W_OK):
         return f"{folder} is not writable for you; {_ELSEWHERE}"
     # For root everything is writable; who took that away meant the file to stay.

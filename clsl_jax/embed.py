@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from clsl_jax import command_line, npz
+from clsl_jax import atomic, command_line, npz
 from clsl_jax.errors import InputError, writing
 from clsl_jax.text import glove, names, transformer
 
@@ -165,7 +165,8 @@ def _work(arguments: Sequence[str]) -> None:
     if values.unit_variance:
         embeddings = embeddings / np.maximum(embeddings.std(), np.finfo(np.float32).tiny)
         encoder += ", scaled to unit variance"
-    save_embeddings(values.out, embeddings, labels, encoder=encoder, source_sha256=digest)
+    place = atomic.target(values.out)
+    save_embeddings(place, embeddings, labels, encoder=encoder, source_sha256=digest)
     c, e = embeddings.shape
     print(f"{values.out}: {c} classes x {e}, {encoder}")
     for first, second in _twins(embeddings):

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from clsl_jax import (
+    atomic,
     command_line,
     evaluate,
     experiment,
@@ -305,7 +306,11 @@ def _work(arguments: Sequence[str]) -> None:
     names = classifier.class_names
     with writing(values.out, ": name another place"):
         label_tables.write_probabilities(
-            values.out, probabilities, ids=images.names, splits=None, class_names=names
+            atomic.target(values.out),
+            probabilities,
+            ids=images.names,
+            splits=None,
+            class_names=names,
         )
     console.print(
         f"{len(paths):,} images, {len(names)} classes, weights of epoch {classifier.epoch}"
@@ -315,7 +320,7 @@ def _work(arguments: Sequence[str]) -> None:
     written = [values.out]
     readable = [i for i in range(len(paths)) if i not in images.unreadable]
     if values.pictures and readable:
-        _draw(values.pictures, classifier, images, readable[: values.pictured])
+        _draw(atomic.target(values.pictures), classifier, images, readable[: values.pictured])
         written.append(values.pictures)
     console.print(f"Written: {', '.join(map(_shown, written))}")
     if images.unreadable:

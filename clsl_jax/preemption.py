@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
-    """Raised where the run stops because of SIGTERM; the state of a training has been saved."""
+    """Raised where the run stops on SIGTERM or Ctrl-C; the state of a training has been saved."""
 
 
 class PreemptionGuard:
@@ -50,7 +50,10 @@ class PreemptionGuard:
         signal.raise_signal(signal.SIGTERM)
         # Not `print`, at work on which the signal may have come; a pipe's reader may have gone.
         with contextlib.suppress(OSError):
-            os.write(2, b"Ctrl-C: the run stops after this step; once more ends it at once.\n")
+            os.write(
+                2,
+                b"Ctrl-C: it stops where it can save all; once more ends it at once.\n",
+            )
 
     def reached(self) -> bool:
         """Returns whether to stop; every process asks equally often, and gets the same answer."""

@@ -146,7 +146,6 @@ def prepare(
     if final is None:
         return None
     if holds_other:
-        journal.unlink(missing_ok=True)
         raise InputError(f"{final} holds other images or labels: delete it, or name another --out.")
     directory = _store(listing, splits, inspected, out, report, content)
     journal.unlink(missing_ok=True)

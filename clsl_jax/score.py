@@ -251,7 +251,7 @@ def _work(arguments: Sequence[str]) -> None:
     if flags.FLAGS.json:
         text = json.dumps(scored, indent=2, sort_keys=True, allow_nan=False) + "\n"
         with writing(flags.FLAGS.json, ": name another place"):
-            atomic.write_text(flags.FLAGS.json, text)
+            atomic.write_text(atomic.target(flags.FLAGS.json), text)
         console.print(f"Written: {flags.FLAGS.json}", soft_wrap=True)
 
 

@@ -207,12 +207,10 @@ class Runner:
         self._stopping = False
 
     def __enter__(self) -> "Runner":
-        self._before = {
-            number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        for number, handler in self._before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, self._stop)
+        numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background
+            numbers.append(signal.SIGINT)
+        self._before = {number: signal.signal(number, self._stop) for number in numbers}
         return self
 
     def __exit__(self, *unused: object) -> None:

@@ -36,7 +36,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
       workdir: directory of the run. If it holds one already, that run is continued.
 
     Returns:
-      What `results.json` holds; None if SIGTERM stopped the run (everything is saved then).
+      What `results.json` holds; None if a signal stopped the run (everything is saved then).
 
     Raises:
       InputError: if configuration, workdir, data or checkpoints cannot be used.
@@ -68,7 +68,7 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
       workdir: of a run of `train_and_evaluate`.
 
     Returns:
-      What `evaluation.json` holds; None if SIGTERM stopped it before that was written.
+      What `evaluation.json` holds; None if SIGTERM or Ctrl-C stopped it before that was written.
 
     Raises:
       InputError: if there is no such run or no sound checkpoint, or if the workdir cannot be held:
@@ -479,7 +479,7 @@ class _Run:
         self.log.console.print(f"{error} The run goes on.")
 
     def _end_if_stopped(self, work: str) -> None:
-        """Ends the run if SIGTERM asks for it, in work of which nothing has to be saved."""
+        """Ends the run if a signal asks for it, in work of which nothing has to be saved."""
         if self.guard.reached():
             raise Preempted(f"Stopped while {work}.")
 

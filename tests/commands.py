@@ -1,6 +1,8 @@
 """Runs the command line in processes of its own, as a user would, on a run of a few seconds."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -130,3 +132,13 @@ def run(shared, workdir, *arguments, **how):
     process = start(shared, workdir, *arguments, **how)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
+
+
+@contextlib.contextmanager
+def interrupts(handler):
+    """Has this process, and those that it starts, take Ctrl-C so."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -13,9 +13,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from commands import interrupts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_main import interrupts
 
 from clsl_jax import embed
 from clsl_jax.data import scenes

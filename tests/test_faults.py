@@ -19,13 +19,13 @@ from commands import (
     TINY,
     environment,
     free_port,
+    interrupts,
     newest_step,
     read,
     run,
     start,
     wait_for,
 )
-from test_main import interrupts
 from test_train import assert_same_run, saved_arrays
 
 pytestmark = pytest.mark.slow
@@ -201,7 +201,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(shared, finished, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert err == "Ctrl-C: the run stops after this step; once more ends it at once.\n"
+    assert err == "Ctrl-C: it stops where it can save all; once more ends it at once.\n"
     assert "everything is saved. Run the same command to go on." in out
     stopped = newest_step(workdir)
     assert 4 <= stopped < 24
@@ -230,15 +230,17 @@ main.cli()
 """
 
 
-def test_a_second_ctrl_c_ends_a_run_at_once(shared, tmp_path):
+def test_a_second_ctrl_c_ends_a_run_and_its_workers_at_once(shared, tmp_path):
     with interrupts(signal.default_int_handler):
-        process = start(shared, tmp_path / "run", program=HANGING)
+        process = start(shared, tmp_path / "run", "--config.data.workers=1", program=HANGING)
     assert any("step 8 hangs" in line for line in process.stdout)
+    (worker,) = data_workers(process.pid)
     process.send_signal(signal.SIGINT)
     assert "once more ends it at once" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (-signal.SIGINT, "")
+    wait_for(lambda: not os.path.exists(f"/proc/{worker}"), seconds=10)
 
 
 # The command itself, but that the gradients of step 8 are NaN; it prints the rows of its images.

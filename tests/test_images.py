@@ -165,6 +165,9 @@ def test_images_of_32_bits_a_channel_are_refused(tmp_path, kind):
         images.decode_image(path.read_bytes(), where="scan 3")
     found = inspection.inspect_image(path)
     assert (found.state, found.reason) == ("unreadable", "32 bits a channel: convert it to 8")
+    Image.fromarray(np.zeros((8, 8), kind)).save(path, big_tiff=True)
+    with pytest.raises(images.CorruptImage, match="32 bits a channel"):
+        images.decode_image(path.read_bytes())
     Image.fromarray(np.full((8, 8), 77, np.uint8)).save(path)
     assert (images.decode_image(path.read_bytes()) == 77).all()
     assert inspection.inspect_image(path).state == "readable"

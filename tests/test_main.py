@@ -1,6 +1,5 @@
 """The command line: every wrong input gives one message and exit status 2; how commands end."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -8,7 +7,7 @@ import sys
 
 import pytest
 from absl import flags
-from commands import CONFIG, REPOSITORY, read, run
+from commands import CONFIG, REPOSITORY, interrupts, read, run
 
 from clsl_jax import command_line
 from clsl_jax.errors import InputError
@@ -93,16 +92,6 @@ raise errors.Stuck("reading hangs")
     assert ended(words, stdout=subprocess.PIPE) == (2, "", "error: reading hangs\n")
 
 
-@contextlib.contextmanager
-def interrupts(handler):
-    """Has this process, and those that it starts, take Ctrl-C so."""
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_ends_a_command_with_one_line():
     """Though a thread is at work."""
     words = program("""
@@ -143,7 +132,8 @@ def test_a_reader_that_has_gone_ends_a_command_quietly(words, unbuffered, monkey
     os.close(reader)
     status, _, err = ended(words, stdout=writer)
     os.close(writer)
-    assert (status, "Traceback" in err, "BrokenPipe" in err) == (1, False, False)
+    expected = 2 if "refuse_arguments" in words[-1] and not unbuffered else 1
+    assert (status, "Traceback" in err, "BrokenPipe" in err) == (expected, False, False)
 
 
 def test_a_broken_pipe_of_another_kind_keeps_its_traceback():
@@ -175,7 +165,7 @@ def outputs(**given):
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
-        ({"out": "photo.jpg"}, "--out=photo.jpg .*: it ends in .jpg, expected .csv; name the file"),
+        ({"out": "photo.jpg"}, "--out=photo.jpg .*: it is there and ends in .jpg, not .csv; name"),
         ({"out": "read.csv"}, "--out=read.csv .*: this command reads it; name another place"),
         ({"out": "nowhere/../read.csv"}, "there is no folder nowhere/..; make it first"),
         ({"out": "./folder/../read.csv"}, "this command reads it"),
@@ -206,9 +196,24 @@ def test_outputs_that_may_be_written(tmp_path):
     (tmp_path / "old.csv").write_text("of an earlier call")
     (tmp_path / "link.png").symlink_to("new.png")
     endings = {"out": ".csv", "pictures": ".png"}
-    for given in ({}, {"out": "old.csv", "pictures": "link.png"}, {"out": "A.CSV"}, {"out": "a"}):
+    (tmp_path / "results.json").write_text("of no run")
+    several = ({}, {"out": "old.csv", "pictures": "link.png"}, {"out": "A.CSV"}, {"out": "a"})
+    for given in (*several, {"out": "glove.6B.300d"}, {"out": "recovered.csv"}):
         values = outputs(**{name: tmp_path / path for name, path in given.items()})
         command_line.check_outputs(values, endings, inputs=[tmp_path / "a.jpg"])
+
+
+@pytest.mark.slow
+def test_what_a_run_keeps_is_not_replaced(tiny_run, tmp_path):
+    workdir, _ = tiny_run
+    names = sorted(path.name for path in workdir.iterdir() if path.is_file())
+    assert {"config.json", "results.json", "recovered.csv"} <= set(names)
+    for name in (*names, "evaluation.json"):
+        if not name.startswith("."):
+            values, endings = outputs(out=workdir / name), {"out": os.path.splitext(name)[1]}
+            with pytest.raises(InputError, match=r"it is of the run in .*; name another place"):
+                command_line.check_outputs(values, endings)
+    command_line.check_outputs(outputs(out=workdir / "scores.json"), {"out": ".json"})
 
 
 def test_an_output_where_the_command_prints(tmp_path):

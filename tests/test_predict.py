@@ -176,7 +176,9 @@ def test_a_photograph_is_not_taken_for_the_table(shared, tmp_path):
         path.write_text(path.name)
     status, _, err = command(shared, "--workdir=RUN", "--out", *photographs)
     assert status == 2
-    assert f"--out={photographs[0]} cannot be written: it ends in .jpg, expected .csv" in err
+    assert (
+        f"--out={photographs[0]} cannot be written: it is there and ends in .jpg, not .csv" in err
+    )
     sheet = tmp_path / "c.png"
     sheet.write_text("c")
     flags = ("--workdir=RUN", f"--out={tmp_path / 'new.csv'}", f"--pictures={sheet}")

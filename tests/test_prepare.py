@@ -274,7 +274,6 @@ def test_a_broken_image_does_not_change_the_report_on_what_is_prepared(tmp_path)
     with pytest.raises(InputError, match="holds other images or labels"):
         _prepare(listing, out, leave_out=["missing"])
     assert (out / "table" / "report.txt").read_text() == before
-    assert not (out / "table" / "inspected.jsonl").exists()
 
 
 def _labelled(folder, **labels):

@@ -200,8 +200,8 @@ TOLD = "Say what these words mean, 1, 0 or ? (unknown), perhaps so: --cells="
         ("x,,n\n,X,n\n", [f"{TOLD}'n=0,X=1'"]),
         ("ja,nein,ja\nNEIN,,NA\n", [f"{TOLD}'ja=1,NA=?,nein=0'"]),
         ("N/A,1,0\n", [f"{TOLD}'N/A=?'"]),
-        ("3,0,1\n3,3,0\n", [f"{TOLD}'3=1'"]),
-        ("Yes,yes,no\nfehlt,fehlt,1\n", [f"{TOLD}'yes/no,fehlt=1'"]),
+        ("3,0,1\n3,3,0\n", [f"{TOLD}'3=?'"]),
+        ("Yes,yes,no\nfehlt,fehlt,1\n", [f"{TOLD}'yes/no,fehlt=0'"]),
         # A note for each image, and the row of sums below a table.
         (
             "x,x,dark\nx,,blurred\n12,10,bright\n",
@@ -418,6 +418,19 @@ def test_the_separator_is_what_makes_rows_of_equal_length(tmp_path, content, nam
     assert found.splits["train"].labels[0].tolist() == [1, 0][: len(names)]
 
 
+def test_a_row_of_another_length_is_named_by_the_separator_of_all_others(tmp_path):
+    rows = "".join(f"{n}.jpg;1,0;0,0\n" for n in range(5))
+    path = write(tmp_path / "t.csv", f"image;cat;dog\n{rows}5.jpg;1\n")
+    with pytest.raises(InputError, match=r"3 columns .* by semicolons, but row 7 has 2 cells\. A"):
+        table.read_own_table(path, may_miss=True)
+
+
+def test_a_thousand_is_no_label(tmp_path):
+    path = write(tmp_path / "t.csv", 'image,pixels\na.jpg,"1,000"\nb.jpg,0\n')
+    with pytest.raises(InputError, match="'1,000'"):
+        table.read_own_table(path, may_miss=True)
+
+
 def test_the_index_of_pandas_is_no_class(tmp_path):
     path = write(tmp_path / "t.csv", ",image,cat\n7,a.jpg,1\n0,b.jpg,0\n")
     found = table.read_own_table(path, may_miss=True)
@@ -541,13 +554,13 @@ def test_a_changed_table_does_not_pass_for_the_prepared_one(tmp_path):
         assert status == 0, errors
         assert "2 images." in shown
     home = tmp_path / "table"
-    reports = {name: (home / name).read_bytes() for name in ("report.json", "report.txt")}
+    reports = [(home / name).read_bytes() for name in ("report.json", "report.txt")]
     write(source / "labels.csv", "image,cat,dog,tree\na.jpg,1,0,\nb.jpg,1,1,1\n")
     status, _, errors = prepare(*flags)
     assert status == 2
     assert "holds other images or labels: delete it" in errors
-    # What stays keeps the report on it, and nothing is left of the one that was refused.
-    assert {path.name: path.read_bytes() for path in home.iterdir() if path.is_file()} == reports
+    # What stays keeps the report on it.
+    assert [(home / name).read_bytes() for name in ("report.json", "report.txt")] == reports
     assert stored.open_prepared(sources.find_prepared("table", tmp_path)).class_names == CLASSES
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from clsl_jax.errors import InputError
 
@@ -191,11 +191,11 @@ def decode_image(
 
 def wide_pixels(encoded: bytes) -> bool:
     """Whether a file is a TIFF of 32 bits a channel; broken ones are for whoever decodes them."""
-    if encoded[:4] not in (b"II*\0", b"MM\0*"):
+    if encoded[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return False
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            return image.mode in ("F", "I")
+            return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) >= 32
     except Exception:
         return False
 

@@ -4,7 +4,10 @@ The one module that imports Grain.
 """
 
 import dataclasses
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import grain
@@ -128,14 +131,21 @@ def train_iterator(
             flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_follow_parent,
         )
     return iter(iterable)
 
 
-def _ignore_interrupts(*unused: int) -> None:
-    """For a worker: a terminal's Ctrl-C reaches it, too, and its process ends it when it stops."""
+def _follow_parent(*unused: int) -> None:
+    """For a worker: leaves Ctrl-C to its parent, and ends when that has ended, however it did."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def eval_batches(

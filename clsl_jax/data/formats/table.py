@@ -32,13 +32,15 @@ WORDS = {
     "-1": {"-1": -1},
 }
 _VALUES = {"1": 1, "0": 0, "?": -1}
-# What other words are likely to mean.
+# What other words are likely to mean; ? for any other, which teaches nothing wrong.
 _USUAL = {
     **dict.fromkeys(("x", "y", "t", "ja", "j", "oui", "si", "sí", "wahr", "100%", "100 %"), "1"),
+    **dict.fromkeys(("present", "positive", "pos", "vorhanden"), "1"),
     **dict.fromkeys(("n", "f", "nein", "non", "falsch", "0%", "0 %"), "0"),
+    **dict.fromkeys(("absent", "negative", "neg", "fehlt"), "0"),
     **dict.fromkeys(("na", "n/a", "#n/a", "nan", "null", "none", "unknown", "-", "?"), "?"),
 }
-_WHOLE = re.compile(r"(-?[01])[.,]0*")
+_WHOLE = re.compile(r"(-?[01])(?:\.0*|,0{0,2})")  # 1,000 is a thousand
 # More words than this are no labels; and what can stand in --cells as it is.
 _WORDS_SHOWN, _FREE_WORD = 6, re.compile(r"[^,'\"=]{1,30}")
 _SEPARATORS = (";", ",", "|", "/")
@@ -324,7 +326,7 @@ def _hint(
     if not all(word.isprintable() and _FREE_WORD.fullmatch(word) for word in free):
         meant = set()
     if meant:
-        given = [*words, *needed, *(f"{word}={_USUAL.get(plain(word), '1')}" for word in free)]
+        given = [*words, *needed, *(f"{word}={_USUAL.get(plain(word), '?')}" for word in free)]
         asked = "If that is what these cells mean"
         if free:
             asked = "Say what these words mean, 1, 0 or ? (unknown), perhaps so"
@@ -445,7 +447,8 @@ def _find_elsewhere(missing: Sequence[str], folder: pathlib.Path) -> str | None:
             places.setdefault(key, []).append(name)
     for name in missing[:_LOOKED_FOR]:
         found = places.get(_key(pathlib.PurePosixPath(name).name), [])
-        for place in sorted(found, key=lambda place: not place.endswith(f"/{name}"))[:1]:
+        if found:
+            place = min(found, key=lambda place: not place.endswith(f"/{name}"))
             return f"{name!r} is found as {place!r}: {_difference(name, place, folder, missing)}"
     return None
 

@@ -1,6 +1,5 @@
 """CSV, TSV and Parquet files as rows of text cells."""
 
-import collections
 import contextlib
 import csv
 import dataclasses
@@ -9,6 +8,7 @@ import itertools
 import math
 import pathlib
 import re
+import statistics
 from typing import Any
 
 from clsl_jax.errors import InputError, listed
@@ -128,16 +128,20 @@ def _read_text(path: pathlib.Path, suffix: str) -> Table:
 
 
 def _find_separator(text: str) -> str:
-    """Returns the separator by which the first rows have an equal number of cells, and most."""
+    """Returns the separator by which the first rows have an equal number of cells, and most.
 
-    def fit(separator: str) -> tuple[bool, int]:
+    If there is none, the one by which most of them have as many as the header.
+    """
+
+    def fit(separator: str) -> tuple[bool, bool, int]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        widths: collections.Counter[int] = collections.Counter()
+        widths: list[int] = []
         with contextlib.suppress(csv.Error):  # of a quote that is not closed, told later
             for row in itertools.islice(filter(None, reader), _ROWS_TRIED):
-                widths[len(row)] += 1
-        usual = max(widths, key=widths.__getitem__, default=0)
-        return len(widths) == 1 and usual > 1, usual
+                widths.append(len(row))
+        usual = statistics.mode(widths) if widths else 0
+        headed = usual > 1 and widths[0] == usual and 2 * widths.count(usual) > len(widths)
+        return usual > 1 and len(set(widths)) == 1, headed, usual
 
     # Of equals the comma: a single column has no separator at all.
     return max(_SEPARATORS, key=fit)
