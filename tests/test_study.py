@@ -176,7 +176,7 @@ def test_every_method_is_a_valid_configuration(name):
         ("methods", 24 * 2),
         ("fractions", 2 * 4 * 5),
         ("ablation", (1 + 19 + 14) * 2),
-        ("search", (1 + 13) * 2),
+        ("search", (1 + 14) * 2),
         ("quick", 2 * 2 * 2),
     ],
 )

@@ -47,6 +47,8 @@ OTHERWISE = {
     "every_cell_alike": "recovery.confidence_power=0.0",
     "sure_cells": "recovery.confidence_power=4.0",
     "later": "recovery.warmup_epochs=8",
+    # What an EMA teacher has otherwise, beside label statistics.
+    "alike_last": "recovery.momentum=0.0 recovery.confidence_power=0.0 recovery.warmup_epochs=1",
 }
 
 
