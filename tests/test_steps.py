@@ -604,7 +604,7 @@ def test_estimates_that_the_network_states_already_stay(loss_name):
     state = types.SimpleNamespace(
         visits=jnp.ones(3, jnp.int32), scores=stated, annotations=jnp.full((3, 4), -1, jnp.int8)
     )
-    found = steps._teach(None, state, {"row": jnp.arange(3)}, logits, None, options)
+    found, _ = steps._teach(None, state, {"row": jnp.arange(3)}, logits, None, options)
     np.testing.assert_allclose(found, stated, atol=1e-6)
 
 

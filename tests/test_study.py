@@ -231,7 +231,11 @@ def test_a_stop_that_comes_when_the_cell_has_ended_already(tmp_path, monkeypatch
         return wait4(pid, options)
 
     monkeypatch.setattr(os, "wait4", stopped_before)
-    with study.Runner(str(tmp_path)) as runner, pytest.raises(study.Stopped):
+    with (
+        commands.interrupts(signal.default_int_handler),
+        study.Runner(str(tmp_path)) as runner,
+        pytest.raises(study.Stopped),
+    ):
         runner.run(cell)
     assert "nowhere.py" in (tmp_path / cell.directory / "output.txt").read_text()
 
