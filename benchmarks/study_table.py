@@ -67,9 +67,8 @@ def table(runs: Runs, baseline: str) -> str:
     for (name, fraction, method), found in sorted(runs.items()):
         if len(found) < 2:
             continue
-        values = list(found.values())
-        line = [f"{name}, {fraction:.0%}" if fraction else name, method, str(len(values))]
-        line.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
+        line = [f"{name}, {fraction:.0%}" if fraction else name, method, str(len(found))]
+        line.append(_spread_of(found))
         against = pooled(runs, name, fraction, baseline)
         seeds = sorted(found.keys() & against.keys())
         if method == baseline or len(seeds) < 2:
@@ -95,7 +94,7 @@ def pooled(runs: Runs, data: str, fraction: float, names: str) -> dict[int, floa
 def ablation(runs: Runs, name: str, rows: Iterable[str], baseline: str) -> str:
     """The Markdown table of the rows' mean difference to the baseline, in the first row.
 
-    The number of seeds follows where it is not five.
+    The number of seeds follows a difference where it is not of five.
     """
     against = {f: pooled(runs, name, f, baseline) for f in FRACTIONS}
     lines = [[f"`{baseline}`", *(_spread_of(against[f]) for f in FRACTIONS)]]

@@ -21,7 +21,7 @@ from clsl_jax.errors import InputError, Stuck
 EXIT_BAD_INPUT = 2
 _ELSEWHERE = "name another place"
 # What a run keeps in its directory, and nothing else may replace.
-OF_A_RUN = (
+_OF_A_RUN = (
     "config.json",
     "evaluation.json",
     "known_mask.npz",
@@ -202,7 +202,7 @@ def _fault(path: str, ending: str) -> str | None:
         return f"it is a device or a pipe; {_ELSEWHERE}"
     if os.path.isfile(path) and given.lower() not in ("", ending):
         return f"it is there and ends in {given}, not {ending}; {_ELSEWHERE}"
-    if os.path.basename(path) in OF_A_RUN and os.path.exists(os.path.join(folder, "config.json")):
+    if os.path.basename(path) in _OF_A_RUN and os.path.exists(os.path.join(folder, "config.json")):
         return f"it is of the run in {folder}; {_ELSEWHERE}"
     if not os.access(folder, os.W_OK):
         return f"{folder} is not writable for you; {_ELSEWHERE}"
