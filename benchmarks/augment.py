@@ -11,7 +11,6 @@ two scales.
 
 import argparse
 import functools
-import json
 import os
 import pathlib
 import platform
@@ -22,6 +21,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import jax
 import numpy as np
+from rounds import write
 
 from clsl_jax import device_transforms
 from clsl_jax.data import transforms
@@ -143,8 +143,7 @@ def main() -> None:
         "jax": jax.__version__,
     }
     show(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    write(arguments.json, results)
 
 
 if __name__ == "__main__":

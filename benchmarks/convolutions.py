@@ -157,9 +157,10 @@ def single(case: Case) -> dict[str, Callable[[], Any]]:
 
         compiled = jax.jit(run).lower(*arrays).compile()
         calls[name] = lambda compiled=compiled: jax.block_until_ready(compiled(*arrays))
+    device = rounds.torch_device()
     for name, layout in TORCH_WAYS.items():
         tensors = [
-            torch.from_numpy(a).permute(order).to(torch_device()).contiguous(memory_format=layout)
+            torch.from_numpy(a).permute(order).to(device).contiguous(memory_format=layout)
             for a, order in ((x, (0, 3, 1, 2)), (kernel, (3, 2, 0, 1)), (grad, (0, 3, 1, 2)))
         ]
         calls[name] = partial(_torch_single, *tensors, case.stride, p, stem)
@@ -175,13 +176,8 @@ def _torch_single(x: Any, kernel: Any, grad: Any, stride: int, padding: int, ste
     _wait()
 
 
-def torch_device() -> str:
-    """The kind of device that JAX uses."""
-    return "cuda" if jax.default_backend() == "gpu" else "cpu"
-
-
 def _wait() -> None:
-    if torch_device() == "cuda":
+    if rounds.torch_device() == "cuda":
         torch.cuda.synchronize()
 
 
@@ -202,8 +198,8 @@ def whole(name: str, image_size: int, batch: int, *, torch_too: bool = True) -> 
             resnet.conv_general_dilated = standing
     for way, layout in TORCH_WAYS.items() if torch_too else ():
         network = torch_step.backbone(name)[0].train()
-        network = network.to(torch_device(), memory_format=layout)
-        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch_device())
+        network = network.to(rounds.torch_device(), memory_format=layout)
+        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(rounds.torch_device())
         calls[way] = partial(_torch_whole, network, tensor.contiguous(memory_format=layout))
     return calls
 

@@ -12,7 +12,6 @@ RandAugment, Cutout.
 import argparse
 import contextlib
 import io
-import json
 import os
 import pathlib
 import platform
@@ -26,6 +25,7 @@ import numpy as np
 import rich.console
 import rich.table
 from PIL import Image
+from rounds import write
 
 from clsl_jax.data import cache, images, pipeline, stored, transforms
 
@@ -278,8 +278,7 @@ def main() -> None:
         "python": platform.python_version(),
     }
     show(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    write(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from finished_run import last_state
 from rounds import markdown
 
-from clsl_jax import epoch_end, experiment, recovery, sharding
-from clsl_jax.checkpoint import Checkpointer
-from clsl_jax.workdir import Workdir
+from clsl_jax import epoch_end, recovery, sharding
 
 EDGES = (0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 1.0)
 RULES = {"known cells": recovery.adaptive_thresholds, "expected": recovery.expected_thresholds}
@@ -26,9 +25,7 @@ TARGETS = ((0.9, 0.985), (0.95, 0.99), (0.97, 0.998))
 
 def last_scores(workdir: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities, visits, annotations and full labels of a run's training images."""
-    built = experiment.build(Workdir.stored_config(workdir))
-    checkpointer = Checkpointer(f"{workdir}/checkpoints", keep=2, read_only=True)
-    state, _, _ = checkpointer.restore_latest(built.abstract_state)
+    built, state = last_state(workdir)
     scores, visits = jax.device_get(epoch_end.recovery_scores(state, built.options.handing_out))
     labels = sharding.pad_rows(built.dataset.train.labels, -1)
     return scores, visits, jax.device_get(state.annotations), labels

@@ -12,28 +12,24 @@ import sys
 
 import jax
 import numpy as np
+from finished_run import last_state
 from rounds import markdown
 
-from clsl_jax import evaluate, experiment, label_statistics, metrics, outputs, steps
-from clsl_jax.checkpoint import Checkpointer
+from clsl_jax import evaluate, label_statistics, metrics, outputs, steps
 from clsl_jax.train_state import evaluation_weights
-from clsl_jax.workdir import Workdir
 
 
 def scored(probabilities: jax.Array, labels: np.ndarray, hidden: np.ndarray) -> list[str]:
     """[mean average precision in percent, log loss] over the hidden cells, [N, C] each."""
     p = np.asarray(probabilities, np.float64)
-    ap = metrics.average_precision(p, np.where(hidden, labels, -1))
+    value = metrics.mean_average_precision(p, np.where(hidden, labels, -1))
     right = np.where(labels == 1, p, 1 - p)[hidden]
-    return [f"{100 * np.nanmean(ap):.2f}", f"{-np.log(np.maximum(right, 1e-6)).mean():.4f}"]
+    return [f"{100 * value:.2f}", f"{-np.log(np.maximum(right, 1e-6)).mean():.4f}"]
 
 
 def main(workdir: str) -> None:
     """Prints the table of a run."""
-    config = Workdir.stored_config(workdir)
-    built = experiment.build(config)
-    checkpointer = Checkpointer(f"{workdir}/checkpoints", keep=2, read_only=True)
-    state, _, _ = checkpointer.restore_latest(built.abstract_state)
+    built, state = last_state(workdir)
     weights = evaluation_weights(state, ema=built.options.evaluate_ema)
     alone = dataclasses.replace(built.options, evaluate_statistics=False)
     predict = jax.jit(steps.make_predict_step(built.model, alone))

@@ -15,7 +15,7 @@ names behind it choose some of these steps, beside the default's.
 import argparse
 import contextlib
 import functools
-import json
+import pathlib
 import sys
 from unittest import mock
 
@@ -140,7 +140,7 @@ def main() -> None:
         help="steps without what makes it fast: those named here, or every one",
     )
     parser.add_argument("--h100", action="store_true", help="compile for that GPU")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     options = parser.parse_args()
     if options.h100 and options.rounds:
         parser.error("--h100 compiles alone: leave --rounds out.")
@@ -171,9 +171,7 @@ def main() -> None:
         *(("ms a step", "images/s") if times else ()),
     )
     print(rounds.markdown(title, header, rows))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": rounds.machine(), "mib": memory, "times": times}, file, indent=2)
+    rounds.write(options.json, {"machine": rounds.machine(), "mib": memory, "times": times})
 
 
 def _chosen(without: list[str] | None) -> dict[str, dict]:

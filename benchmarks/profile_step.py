@@ -6,24 +6,16 @@ Trains the configuration's first steps on data made up at its size, without eval
 """
 
 import argparse
-import importlib.util
-import json
+import pathlib
 import time
 
 import jax
 import numpy as np
+import rounds
 import traces
 
-from clsl_jax import experiment, sharding
+from clsl_jax import command_line, experiment, sharding
 from clsl_jax.compiled import compile_steps
-
-
-def load_config(path: str):
-    """The configuration that a file gives."""
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def main() -> None:
@@ -35,12 +27,12 @@ def main() -> None:
         "--trace", help="keep the trace in this directory, for TensorBoard or Perfetto"
     )
     parser.add_argument("--read", help="only show the trace of --steps that is in this directory")
-    parser.add_argument("--json", help="also write the operations to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the operations to this file")
     options = parser.parse_args()
     if options.read:
         traces.show_operations(traces.operations(options.read), options.steps, options.read)
         return
-    config = load_config(options.config)
+    config = command_line.config_of([f"--config={options.config}"])
     sharding.divide_cpu(config.cpu_devices)
     built = experiment.build(config)
     steps = compile_steps(built, config, report=print)
@@ -62,9 +54,7 @@ def main() -> None:
 
     run(3)
     clock, found = traces.show(run, options.steps, options.config, options.trace)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"milliseconds": clock, "operations": found}, file, indent=2)
+    rounds.write(options.json, {"milliseconds": clock, "operations": found})
 
 
 if __name__ == "__main__":

@@ -74,6 +74,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def torch_device() -> str:
+    """The kind of device that JAX uses, as PyTorch names it."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
 def _processor() -> str:
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

@@ -13,8 +13,8 @@ slices of these topologies, and so are all figures.
 """
 
 import argparse
-import json
 import os
+import pathlib
 import time
 
 import hlo
@@ -143,7 +143,7 @@ def main() -> None:
         help="slices, as v5e:2x4, to compile for in place of simulated devices",
     )
     parser.add_argument("--quick", action="store_true", help="a small network, 8 simulated devices")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
     options = parser.parse_args()
     settings, layouts = QUICK if options.quick else (SETTINGS, LAYOUTS)
     if options.sets:
@@ -160,6 +160,7 @@ def main() -> None:
             "--xla_backend_optimization_level=0"
         )
     import jax
+    import rounds
     from jax.experimental import topologies
 
     if options.tpu:
@@ -174,9 +175,8 @@ def main() -> None:
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     print()
     print(table(rows))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"settings": vars(options), "rows": rows}, file, indent=2)
+    given = {k: v for k, v in vars(options).items() if k != "json"}
+    rounds.write(options.json, {"settings": given, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def make_torch(
     options: argparse.Namespace, dtype: str, drawn: dict[str, np.ndarray], form: str, mode: str
 ) -> torch_step.TorchStep:
     """PyTorch's step in one of its modes."""
-    device = torch_device()
+    device = rounds.torch_device()
     return torch_step.TorchStep(
         options.backbone,
         device=device,
@@ -109,11 +109,6 @@ def make_torch(
         rank=options.rank,
         **torch_step.WAYS[mode],
     )
-
-
-def torch_device() -> str:
-    """The kind of device that JAX uses."""
-    return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def makers(
@@ -132,7 +127,7 @@ def makers(
 
 def prepare(make: Callable[[], Any], steps: int) -> tuple[Callable[[], Any], dict[str, Any]]:
     """Makes a way and runs it once: (call of so many steps, what is known before it is timed)."""
-    on_cuda = torch_device() == "cuda"
+    on_cuda = rounds.torch_device() == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     step = make()
@@ -176,7 +171,7 @@ def compare(options: argparse.Namespace, dtype: str, classes: int, batch: int) -
                 spawn = multiprocessing.get_context("spawn")
                 pool = stack.enter_context(ProcessPoolExecutor(1, spawn))
                 begun[name] = pool.submit(begin, options, dtype, drawn, name)
-                if torch_device() == "cpu":  # whose memory all first steps at once may exceed
+                if rounds.torch_device() == "cpu":  # all first steps at once may exceed its memory
                     begun[name].result()
                 calls[name] = lambda pool=pool: pool.submit(take_turn).result()
             else:
@@ -240,7 +235,7 @@ def release() -> None:
     """Gives memory of what is no longer used back to the device."""
     gc.collect()
     jax.clear_caches()
-    if torch_device() == "cuda":
+    if rounds.torch_device() == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -354,7 +349,7 @@ def main() -> None:
             if misfits := config.attention_kernel_misfits(dtype, options.rank):
                 parser.error("; ".join(misfits))
     if options.torch is None:
-        options.torch = modes[:2] if torch_device() == "cpu" else modes
+        options.torch = modes[:2] if rounds.torch_device() == "cpu" else modes
     if options.batch == "sweep" and on_cpu:
         parser.error("--batch sweep fills a device's memory; on a CPU give a number.")
     found = []

@@ -16,10 +16,9 @@ import pathlib
 
 import jax
 import numpy as np
+from finished_run import last_state
 from rounds import markdown
 
-from clsl_jax import experiment
-from clsl_jax.checkpoint import Checkpointer
 from clsl_jax.workdir import Workdir
 
 
@@ -46,11 +45,7 @@ def masks(
 
 def main(workdir: str, out: pathlib.Path) -> None:
     """Writes the masks of a run and prints what they hold."""
-    config = Workdir.stored_config(workdir)
-    built = experiment.build(config)
-    state, _, _ = Checkpointer(f"{workdir}/checkpoints", keep=2, read_only=True).restore_latest(
-        built.abstract_state
-    )
+    built, state = last_state(workdir)
     labels, count = built.dataset.train.labels, len(built.annotations)
     known = built.annotations >= 0
     recovered, weight = jax.device_get((state.recovered[:count], state.recovered_weight[:count]))
@@ -58,7 +53,8 @@ def main(workdir: str, out: pathlib.Path) -> None:
     right = (recovered > 0.5) == (labels == 1)
     out.mkdir(parents=True, exist_ok=True)
     rows = [["known to the run", f"{known.sum():,}", f"{(labels[known] == 1).sum():,}", ""]]
-    for name, mask in masks(known, taken, right, labels, seed=config.seed).items():
+    seed = Workdir.stored_config(workdir).seed
+    for name, mask in masks(known, taken, right, labels, seed=seed).items():
         np.save(out / f"{name}.npy", mask)
         added = mask & ~known
         share = f"{100 * right[added].mean():.1f} %" if name != "random" else ""

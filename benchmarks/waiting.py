@@ -13,14 +13,13 @@ images are files of 500 x 375 pixels (`benchmarks/decode.py`), decoded anew for 
 import argparse
 import contextlib
 import itertools
-import json
+import pathlib
 
 import decode
 import jax
 import rounds
-from profile_step import load_config
 
-from clsl_jax import experiment, sharding
+from clsl_jax import command_line, experiment, sharding
 from clsl_jax.compiled import compile_steps
 from clsl_jax.data import images, pipeline
 from clsl_jax.train import StepQueue
@@ -36,12 +35,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0])
     parser.add_argument("--files", nargs="+", choices=("JPEG", "WebP", "PNG"), default=[])
     parser.add_argument("--images", type=int, default=256, help="files of each codec")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     options = parser.parse_args()
     rows, found = [], {}
     sources = options.files or [options.config]
     for source, where, workers in itertools.product(sources, options.augment_on, options.workers):
-        config = load_config(options.config)
+        config = command_line.config_of([f"--config={options.config}"])
         config.data.augment_on, config.data.workers = where, workers
         sharding.divide_cpu(config.cpu_devices)
         with contextlib.ExitStack() as stack:
@@ -60,9 +59,7 @@ def main() -> None:
     header = ("images", "augmentation on", "workers", "ms a step", "with a kept batch")
     header += ("waiting", "images/s")
     print(rounds.markdown(f"{options.config}, batches of {config.batch_size}", header, rows))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": rounds.machine(), "milliseconds": found}, file, indent=2)
+    rounds.write(options.json, {"machine": rounds.machine(), "milliseconds": found})
 
 
 def measure(

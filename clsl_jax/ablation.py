@@ -8,10 +8,23 @@ from collections.abc import Mapping
 
 import ml_collections
 
-HARD = "recovery.soft=False recovery.thresholds"
-_MATCHED = f"{HARD}=matched"
-ONLINE = "recovery.mode=online recovery.source=scores recovery.weight=0.8 recovery.sharpening"
 NO_STATISTICS = "loss.statistics=False evaluation.statistics=False recovery.source=scores"
+
+
+def hard(thresholds: str) -> str:
+    """Returns the keys of hard labels, beyond thresholds of that kind (`recovery.thresholds`)."""
+    return f"recovery.soft=False recovery.thresholds={thresholds}"
+
+
+def online(sharpening: str) -> str:
+    """Returns the keys of recovery within each step, by that way of `recovery.sharpening`."""
+    return (
+        "recovery.mode=online recovery.source=scores recovery.weight=0.8 "
+        f"recovery.sharpening={sharpening}"
+    )
+
+
+_MATCHED = hard("matched")
 
 # A recipe with one part changed: what it is worth beside all others.
 CHANGED: Mapping[str, str] = {
@@ -21,9 +34,9 @@ CHANGED: Mapping[str, str] = {
     "gcn": "graph.layers=2 graph.refresh=False",
     "gcn_refreshed": "graph.layers=2",
     "no_recovery": "recovery.mode=none",
-    "fixed": f"{HARD}=fixed",
-    "online": f"{ONLINE}=safe",
-    "online_released": f"{ONLINE}=released",
+    "fixed": hard("fixed"),
+    "online": online("safe"),
+    "online_released": online("released"),
     "no_ema": "optim.ema_decay=0.0",
     "mean_scale": "loss.scale=mean",
 }
@@ -40,8 +53,8 @@ ALONE: Mapping[str, str] = {
     "bare+sgfe": "model.sgfe=True",
     "bare+global_branch": "model.global_branch=True",
     "bare+recovery": "recovery.mode=epoch",
-    "bare+online": f"{ONLINE}=safe",
-    "bare+online_released": f"{ONLINE}=released",
+    "bare+online": online("safe"),
+    "bare+online_released": online("released"),
     "bare+ema": "optim.ema_decay=0.99",
     "bare+balanced_scale": "loss.scale=balanced",
 }

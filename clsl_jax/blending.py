@@ -1,4 +1,7 @@
-"""Label-specific features blended with others', in whose place an unknown label is known in part.
+"""Label-specific features: the prototypes of classes, and features blended with others'.
+
+Where an image's features of an unknown label are blended with those of a known positive, or with a
+prototype, the label is known in part.
 
 Pure functions of one batch. Source: Pu et al., Semantic-Aware Representation Blending for
 Multi-Label Image Recognition with Partial Labels, arXiv 2203.02172 (SARB), where the shares are
@@ -12,6 +15,52 @@ import jax
 import jax.numpy as jnp
 
 from clsl_jax.losses import ElementwiseLoss, known_loss
+
+# Of products: a TPU would take bfloat16 for float32, a GPU TensorFloat-32.
+_WHOLE = jax.lax.Precision.HIGHEST
+
+
+def update_prototypes(
+    prototypes: jax.Array, semantic: jax.Array, annotations: jax.Array, decay: float
+) -> jax.Array:
+    """Moves each class's prototype towards the features of the batch's known positives.
+
+    Args:
+      prototypes: float32 [C, D]; zeros before the first known positive.
+      semantic: [B, C, D], label-specific features.
+      annotations: [B, C].
+      decay: of the moving average, in [0, 1).
+
+    Returns:
+      float32 [C, D]; as it was where the batch has no known positive of a class.
+    """
+    positive = (annotations == 1).astype(jnp.float32)
+    features = jax.lax.stop_gradient(semantic).astype(jnp.float32)
+    count = jnp.sum(positive, axis=0)[:, None]
+    total = jnp.einsum("bc,bcd->cd", positive, features, precision=_WHOLE)
+    mean = total / jnp.maximum(count, 1.0)
+    first = jnp.all(prototypes == 0.0, axis=1, keepdims=True)
+    moved = jnp.where(first, mean, decay * prototypes + (1.0 - decay) * mean)
+    return jnp.where(count > 0, moved, prototypes)
+
+
+def prototype_scores(semantic: jax.Array, prototypes: jax.Array) -> jax.Array:
+    """Likeness of each label-specific feature to its class's prototype.
+
+    Args:
+      semantic: [B, C, D].
+      prototypes: [C, D].
+
+    Returns:
+      float32 [B, C] in [0, 1]: (1 + cosine) / 2.
+
+    Source: the across-images part of Chen et al., Heterogeneous Semantic Transfer for Multi-Label
+    Recognition with Partial Labels, arXiv 2205.11131 (prototypes of each class, cosine likeness).
+    """
+    features = semantic.astype(jnp.float32)
+    dot = jnp.einsum("bcd,cd->bc", features, prototypes, precision=_WHOLE)
+    norms = jnp.linalg.norm(features, axis=-1) * jnp.linalg.norm(prototypes, axis=-1)
+    return 0.5 * (1.0 + dot / jnp.maximum(norms, 1e-6))
 
 
 def known_before(annotations: jax.Array) -> jax.Array:

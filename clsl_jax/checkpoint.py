@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from clsl_jax import cluster, sharding
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, first_line
 
 FORMAT_VERSION = 6
 # A checkpoint whose step is being saved again, until that is whole.
@@ -467,8 +467,7 @@ def _reason(error: BaseException) -> str:
         if said:
             return said[1]
         found = found.__cause__ or found.__context__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    return first_line(error)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, first_line
 
 Result = TypeVar("Result")
 PATIENCE, LAST_WORDS = 3600, 10
@@ -54,11 +54,10 @@ def join() -> None:
     try:
         jax.distributed.initialize(**given)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
         raise InputError(
-            f"--distributed: the other processes of this run cannot be joined ({reason}). Start "
-            "it under Slurm, Open MPI or on a TPU pod, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
-            f"{_COUNT} and {_INDEX} for each process."
+            "--distributed: the other processes of this run cannot be joined "
+            f"({first_line(error)}). Start it under Slurm, Open MPI or on a TPU pod, or set "
+            f"JAX_COORDINATOR_ADDRESS=HOST:PORT, {_COUNT} and {_INDEX} for each process."
         ) from None
 
 

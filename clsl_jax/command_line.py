@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import select
 import signal
 import sys
@@ -307,9 +308,9 @@ def _unknown_key(argv: Sequence[str], base: ml_collections.ConfigDict, file: str
     """Returns the message for the first override of a key that does not exist, if there is one."""
     known = config_lib.flatten(base)
     for argument in argv:
-        _, found, key = argument.split("=", 1)[0].partition("config.")
-        if found and key not in known:
-            return config_lib.unknown_key_message(key, base, file=file)
+        given = re.fullmatch(r"--?(?:no)?config\.(.+)", argument.split("=", 1)[0])
+        if given and given[1] not in known:
+            return config_lib.unknown_key_message(given[1], base, file=file)
     return None
 
 

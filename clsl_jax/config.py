@@ -144,8 +144,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.recovery.source = "scores"
     c.recovery.components = 12  # statistics, both, evaluation.statistics: of the mixture
     c.recovery.branch = "semantic"  # whose scores a teacher gives: semantic | global | mean
-    c.recovery.teacher = "ema"  # whose scores are kept: ema | student
-    c.recovery.view = "clean"  # the image the teacher sees: clean (no augmentation) | augmented
+    c.recovery.teacher = "ema"  # whose scores are kept: ema | student (its own step's)
+    c.recovery.view = "clean"  # the image an EMA teacher sees: clean (no augmentation) | augmented
     c.recovery.momentum = 0.8  # of a row's scores over its visits
     # fixed | adaptive (per class, so precise) | matched (per class, a share of what it should have)
     # | none (every unknown label is its probability). What the network learns by matched and none
@@ -212,6 +212,10 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.without_labels": ("keep", "drop"),
     "data.cache": ("auto", "none", "memory", "disk"),
     "labels.protocol": ("all", "file", "released", "sst", "uniform", "single_positive"),
+    "model.backbone": (
+        *("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+        "efficientnet_lite0",
+    ),
     "model.freeze": ("none", "backbone"),
     "model.remat": ("none", "blocks"),
     "model.dtype": ("float32", "bfloat16"),

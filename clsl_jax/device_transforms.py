@@ -26,7 +26,6 @@ OPERATIONS = transforms.RANDAUGMENT_OPERATIONS
 _ONE_PIXEL = 1 << 16
 # Functions of one channel's level alone.
 _POINTWISE = ("brightness", "posterize", "solarize")
-_LUMINANCE = (0.299, 0.587, 0.114)
 
 
 class Draws(NamedTuple):
@@ -243,7 +242,7 @@ def _tables(magnitude: int, side: int) -> _Tables:
     positions, lookup, contrast, factors = [], [], [], []
     for sign in (-1.0, 1.0):
         level = magnitude / transforms.MAX_MAGNITUDE * sign
-        factors.append(1 + 0.9 * level)
+        factors.append(transforms.enhancement_factor(level))
         contrast.append(np.asarray(Image.blend(by_mean, by_level, factors[-1])))
         for name in OPERATIONS:
             matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -408,7 +407,7 @@ def jitter(image: jax.Array, factors: jax.Array) -> jax.Array:
         # Pillow's box filter: weights of 22 bits, rounded after each direction.
         mean = (mean.sum(axis=-2) * round((1 << 22) / side) + (1 << 21)) >> 22
     brightness, contrast, saturation = factors
-    weights = jnp.array(_LUMINANCE, jnp.float32)
+    weights = jnp.array(transforms.LUMINANCE, jnp.float32)
     gain = brightness * contrast
     offset = brightness * (1 - contrast) * (weights * mean).sum()
     matrix = gain * ((1 - saturation) * weights + saturation * jnp.eye(3))

@@ -32,6 +32,11 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + more
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """Returns the first line of what an error says, or its kind if it says nothing."""
+    return str(error).strip().partition("\n")[0][:most] or type(error).__name__
+
+
 @contextlib.contextmanager
 def writing(place: str | os.PathLike, advice: str) -> Iterator[None]:
     """Says in one message that something cannot be written, and what to do about it.

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import os
+import pathlib
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -22,7 +25,6 @@ from clsl_jax.errors import InputError, listed
 from clsl_jax.models import efficientnet
 from clsl_jax.models.backbone_weights import load_backbone
 from clsl_jax.models.clsl import CLSL, head_of
-from clsl_jax.models.resnet import BACKBONES
 from clsl_jax.step_options import StepOptions
 from clsl_jax.train_state import TrainState
 
@@ -197,6 +199,32 @@ def build(
         eval_batch_size=eval_batch_size,
         unknown=config.evaluation.unknown,
     )
+
+
+def build_together(
+    config: ml_collections.ConfigDict,
+    *,
+    embeddings_file: str = "",
+    report: Callable[[str], None] = lambda line: None,
+    training: bool = True,
+) -> Experiment:
+    """Does `build` in every process of a run, and checks that all have the same data.
+
+    Raises:
+      InputError: as `build`, in every process whichever it happened in; or if the processes have
+        different images, known labels or label embeddings.
+    """
+    built = cluster.agree(
+        lambda: build(config, embeddings_file=embeddings_file, report=report, training=training)
+    )
+    cluster.check_alike(
+        {
+            "images": built.dataset.fingerprint,
+            "known labels": partial.matrix_sha256(built.annotations),
+            "label embeddings": built.label_embeddings.tobytes().hex(),
+        }
+    )
+    return built
 
 
 def build_network(
@@ -450,6 +478,7 @@ def _check_selection(
 ) -> None:
     """Refuses splits that cannot pick an epoch, or would by hidden labels of training images."""
     train = dataset.train
+    evaluated = scored_splits(config, dataset)
     for name in sources.SPLITS:
         split = getattr(dataset, name)
         if not len(split.labels):
@@ -466,6 +495,11 @@ def _check_selection(
                 "epoch could be picked by it: label some of its images, or pick by another split "
                 "(evaluation.selection)."
             )
+        if name in evaluated and not there.any():
+            report(
+                f"No image of the {name} split is labelled as positive for any class: it will have "
+                "no mAP."
+            )
         if there.any() and not (there & absent).any():
             found = (
                 f"Of no class has the {name} split a label that is known to be absent beside one "
@@ -477,7 +511,7 @@ def _check_selection(
                     f"{found}label some of its images, {advice}, or pick by another split "
                     "(evaluation.selection)."
                 )
-            if name in scored_splits(config, dataset):
+            if name in evaluated:
                 report(f"{found}label some of its images, or {advice}.")
     if (
         config.evaluation.selection == "validation"
@@ -523,8 +557,6 @@ def augments_on_device(config: ml_collections.ConfigDict) -> bool:
 def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
     """Returns the model that the configuration describes."""
     m = config.model
-    if m.backbone not in BACKBONES:
-        raise InputError(f"model.backbone={m.backbone!r}: expected one of {', '.join(BACKBONES)}.")
     if m.attention_kernel:
         from clsl_jax.models import attention_kernel  # Pallas takes its time to import
 
@@ -655,8 +687,19 @@ def needs_clean_view(options: StepOptions, config: ml_collections.ConfigDict) ->
     )
 
 
+@functools.cache
+def _sources_sha256() -> str:
+    """Returns a digest of the package's own modules: what tells one state of it from another."""
+    package = pathlib.Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.glob("**/*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
+    """Returns the versions that a result depends on, with a digest of the package's sources."""
     names = ("clsl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     found = {"python": platform.python_version(), "backend": jax.default_backend()}
     for name in names:
@@ -664,4 +707,5 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
+    found["clsl_jax"] += f" (sources {_sources_sha256()[:12]})"
     return found

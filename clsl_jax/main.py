@@ -72,8 +72,8 @@ def _run(values: flags.FlagValues, config: ml_collections.ConfigDict | None) -> 
         torch_checkpoint.evaluate_checkpoint(config, values.workdir, values.weights)
         return None
     evaluates = values.mode == "evaluate"
-    work = train.evaluate_only if evaluates else train.train_and_evaluate
-    if work(config, values.workdir) is not None:
+    command = train.evaluate_only if evaluates else train.train_and_evaluate
+    if command(config, values.workdir) is not None:
         return None
     return values.stopped_status or (128 + signal.SIGTERM if evaluates else 0)
 

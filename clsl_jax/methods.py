@@ -91,7 +91,10 @@ _GAMMAS = "gammas and clip of the configuration (negatives 2, positives 0, 0; pa
 _NOTHING_RECOVERED = (
     "where none is right enough on them nothing is recovered, which leaves known labels, BCE"
 )
-_DELTA = "delta is not tuned; a share of the unknown cells (in the authors' program, of all)"
+_DELTA = (
+    "delta is not tuned; a share of the unknown cells (in the authors' program, of all), rounded "
+    "up to a whole cell a batch, which in small batches of few classes is several times as many"
+)
 
 METHODS: Mapping[str, Method] = {
     "known_bce": Method(
@@ -181,7 +184,8 @@ METHODS: Mapping[str, Method] = {
             "recovery.soft": False,
             "recovery.weight": 1.0,
         },
-        note="score thresholds (from 0.9 on positive, below 0.1 negative), in one training",
+        note="score thresholds (from 0.9 on positive, below 0.1 negative), in one training, of "
+        "what its steps compute: from augmented images, with dropout and batch statistics",
     ),
     "ema_teacher": Method(
         "EMA teacher, weak and strong view",
@@ -199,7 +203,8 @@ METHODS: Mapping[str, Method] = {
             "recovery.confidence_power": 0.0,
             "recovery.weight": 1.0,
         },
-        note="targets are the teacher's probabilities at the row's last visit; the strong view is "
+        note="BCE, without a ramp, in the place of a squared error whose weight ramps up; targets "
+        "are the teacher's probabilities at the row's last visit; the strong view is "
         "the configuration's augmentation (in `scenes` shift, scale and colours): where that "
         "augments nothing, as in `table` with its cached features, both views are the same",
     ),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from clsl_jax import atomic
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, first_line
 
 # What an archive may unpack into: so much, or so many times its own bytes. A few kilobytes of
 # deflated zeros could otherwise fill the memory.
@@ -94,7 +94,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
         try:
             archive = zipfile.ZipFile(file)
         except Exception as error:  # zipfile fails in many ways on a file that was tampered with
-            raise ArrayError(_reason(error)) from error
+            raise ArrayError(first_line(error, 200)) from error
         with archive:
             if any(i.compress_type not in _COMPRESSIONS for i in archive.infolist()):
                 raise ArrayError("it is compressed by a method that NumPy does not use")
@@ -118,7 +118,7 @@ def member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
             # zipfile would unpack up to 2 GB before it looks at the size.
             data = file.read(size + 1)
     except Exception as error:  # as above, and zlib
-        raise ArrayError(f"{name}: {_reason(error)}") from error
+        raise ArrayError(f"{name}: {first_line(error, 200)}") from error
     try:
         return parse(data)
     except ArrayError as error:
@@ -155,10 +155,5 @@ def parse(data: bytes) -> np.ndarray:
     except ArrayError:
         raise
     except Exception as error:  # NumPy's parser fails in many ways on what is no header
-        raise ArrayError(_reason(error)) from error
+        raise ArrayError(first_line(error, 200)) from error
     return array
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0][:200]
-    return text or type(error).__name__

@@ -163,17 +163,15 @@ def ema_update(ema: Any, new: Any, decay: jax.Array | float) -> Any:
     """Exponential moving average of two trees, ``decay * ema + (1 - decay) * new``.
 
     Args:
-        ema: tree of the averages.
+        ema: tree of the averages, of floating types.
         new: tree of the same structure and shapes.
         decay: in [0, 1].
 
     Returns:
-        The new averages; leaves that are not floating point are taken from `new`.
+        The new averages, of the types of `ema`.
     """
 
     def average(old: jax.Array, value: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            return value
         return (decay * old + (1.0 - decay) * value).astype(jnp.result_type(old))
 
     return jax.tree.map(average, ema, new)

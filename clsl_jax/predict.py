@@ -344,12 +344,12 @@ def _described(probabilities: np.ndarray, class_names: Sequence[str]) -> str:
 
 
 def _draw(path: str, classifier: Classifier, images: FileImages, rows: Sequence[int]) -> None:
-    from clsl_jax import report  # matplotlib is slow to import
+    from clsl_jax import pictures  # matplotlib is slow to import
 
     shown = np.stack([images[row]["image"] for row in rows])
     probabilities, heat = classifier.explain(shown)
     with writing(path, ": name another place"):
-        report.picture_sheet(
+        pictures.picture_sheet(
             path,
             images=shown,
             labels=np.full(probabilities.shape, partial.UNKNOWN, np.int8),

@@ -40,8 +40,15 @@ from clsl_jax.errors import InputError, listed, writing
 
 LEAVE_OUT = (MISSING, UNREADABLE)
 _CONFIG, _VERSION = "prepared", "1.0.0"
-# The configuration that each set has of its own; the others name theirs to that of COCO.
-_CONFIGS = {"voc2007": "voc", "coco2014": "coco", "nuswide": "nuswide", "table": "table"}
+# The configuration of each set; some have to be told that the set is another than its own.
+_CONFIGS = {
+    "voc2007": ("voc", False),
+    "voc2012": ("voc", True),
+    "coco2014": ("coco", False),
+    "nuswide": ("nuswide", False),
+    "vg500": ("coco", True),
+    "table": ("table", False),
+}
 # As configs/table.py has them; a larger part for validation if that is too few to pick an epoch.
 _BATCH_SIZE, _VALIDATION_FRACTIONS = 32, (0.15, 0.3, 0.5)
 # Options that only some data sets have.
@@ -176,8 +183,9 @@ def _label_notes(listing: Listing, labels: np.ndarray) -> list[str]:
 
 def _next_step(name: str, directory: pathlib.Path, out: pathlib.Path) -> str:
     """Returns the command that trains on a prepared set, or says that none can yet."""
-    config = f"configs/{_CONFIGS.get(name, 'coco')}.py"
-    given = [] if name in _CONFIGS else [f"--config.data.name={name}"]
+    file, other = _CONFIGS[name]
+    config = f"configs/{file}.py"
+    given = [f"--config.data.name={name}"] if other else []
     if name == "table":
         fits = (_fit_table(directory, fraction) for fraction in _VALIDATION_FRACTIONS)
         recipe, given = next((found for found in fits if found), ("", None))

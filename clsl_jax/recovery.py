@@ -8,14 +8,15 @@ Two ways, both pure functions of arrays:
   `matched_thresholds` and `recover_labels` turn the whole matrix into labels, `recovery_counts` and
   `recovery_summary` into figures for people.
 
-Every [N, C] array may be sharded by row over any mesh; the functions need no collective but sums of
-per-class integers, so sharding does not change a bit of their results. Known entries are never
-changed by any of them.
+Every [N, C] array may be sharded by row over any mesh: `scatter_scores` gathers the batch, the
+others need no collective but sums of per-class integers, so sharding does not change a bit of their
+results. Known entries are never changed by any of them.
 
 Letters: N training images (padded rows: no visit, every annotation unknown), B batch, C classes.
 Annotations are 1 positive, 0 negative, -1 unknown.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -71,7 +72,11 @@ def scatter_scores(
 
 
 def online_targets(
-    semantic_logits: jax.Array, annotations: jax.Array, *, sharpening: str = "safe"
+    semantic_logits: jax.Array,
+    annotations: jax.Array,
+    *,
+    sharpening: str = "safe",
+    log_odds: Callable[[jax.Array], jax.Array] = lambda logits: logits,
 ) -> jax.Array:
     """Targets of the global branch from the semantic branch of the same batch.
 
@@ -80,10 +85,12 @@ def online_targets(
     flips: ``sigmoid(z1 * max(1, |max_c z1|))``.
 
     Args:
-        semantic_logits: [B, C], z1; where the loss takes a target for how often a label is positive
-            (`losses.expected_loss`), the log odds that they stand for.
+        semantic_logits: [B, C], z1.
         annotations: [B, C], 1 positive, 0 negative, -1 unknown.
         sharpening: ``safe`` or ``released``.
+        log_odds: what logits stand for where the loss takes a target for how often a label is
+            positive (`losses.expected_loss`): of z1 before it is sharpened safely, of what the
+            released formula makes of z1, so that its sign flips where the program's does.
 
     Returns:
         [B, C] float32 in [0, 1], without gradient: the label where known.
@@ -94,14 +101,15 @@ def online_targets(
     Source: CLSL, arXiv 2510.10055, label recovery; the released program where named so.
     """
     logits = jax.lax.stop_gradient(semantic_logits).astype(jnp.float32)
-    sharpness = jnp.max(logits, axis=-1, keepdims=True)
     if sharpening == "safe":
-        sharpness = jnp.maximum(1.0, jnp.abs(sharpness))
-    elif sharpening != "released":
+        logits = log_odds(logits)
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        sharpened = logits * jnp.maximum(1.0, jnp.abs(largest))
+    elif sharpening == "released":
+        sharpened = log_odds(logits * jnp.max(logits, axis=-1, keepdims=True))
+    else:
         raise ValueError(f"sharpening {sharpening!r} is unknown: use 'safe' or 'released'")
-    return jnp.where(
-        annotations >= 0, annotations.astype(jnp.float32), jax.nn.sigmoid(logits * sharpness)
-    )
+    return jnp.where(annotations >= 0, annotations.astype(jnp.float32), jax.nn.sigmoid(sharpened))
 
 
 def adaptive_thresholds(

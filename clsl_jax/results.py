@@ -293,7 +293,8 @@ def _explain(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns images [n, H, W, 3], probabilities [n, C] and heat [n, h, w, C] of test images."""
     images = np.stack([built.dataset.test.images[i]["image"] for i in range(count)])
-    return images, *evaluate.explain(images, explain, mesh=built.mesh)
+    predictions, heat = evaluate.explain(images, explain, mesh=built.mesh)
+    return images, np.asarray(outputs.stated_probabilities(predictions, built.options)), heat
 
 
 def _write_predictions(path: str, built: Experiment, scores: np.ndarray) -> None:
@@ -316,11 +317,11 @@ def _write_pictures(
     explained: tuple[np.ndarray, np.ndarray, np.ndarray | None],
     note: str,
 ) -> None:
-    from clsl_jax import report  # matplotlib is slow to import
+    from clsl_jax import pictures  # matplotlib is slow to import
 
     images, probabilities, heat = explained
     test = built.dataset.test
-    report.picture_sheet(
+    pictures.picture_sheet(
         path,
         images=images,
         labels=built.scored_labels(test)[: len(images)],

@@ -22,7 +22,7 @@ from rich.table import Table
 from clsl_jax import atomic, command_line, metrics, npz
 from clsl_jax.errors import InputError, writing
 
-DIFFICULT = ("ignored", "negative")
+DIFFICULT_AS = ("ignored", "negative")
 WITHOUT_LABELS = ("kept", "dropped")
 THRESHOLD, TOP_K = 0.5, 3
 
@@ -165,7 +165,7 @@ def score_file(path: str) -> dict[str, Any]:
             without_labels=without_labels,
         )
         for difficult, without_labels, convention in itertools.product(
-            DIFFICULT, WITHOUT_LABELS, metrics.CONVENTIONS
+            DIFFICULT_AS, WITHOUT_LABELS, metrics.CONVENTIONS
         )
     ]
     with open(path, "rb") as file:
@@ -187,7 +187,7 @@ def tables(scored: Mapping[str, Any]) -> list[Table]:
     by = {(r["difficult"], r["without_labels"], r["AP_convention"]): r for r in scored["results"]}
     precision = _table("Mean average precision, percent", "images", *metrics.CONVENTIONS)
     decisions = _table("Precision, recall and F1, percent", "predicted", *_NAMES)
-    for difficult, without_labels in itertools.product(DIFFICULT, WITHOUT_LABELS):
+    for difficult, without_labels in itertools.product(DIFFICULT_AS, WITHOUT_LABELS):
         rows = [by[difficult, without_labels, convention] for convention in metrics.CONVENTIONS]
         precision.add_row(
             difficult, without_labels, str(rows[0]["images"]), *(percent(r["mAP"]) for r in rows)

@@ -10,8 +10,8 @@ class StepOptions:
     """What the train step and the end of an epoch do, as plain values.
 
     Attributes mean what the configuration keys of the same names mean (`config.py`); lengths are in
-    steps, and `total_steps` is read if `hands_out_others`. `augment` is what the step itself does
-    to the images, on the device; the teacher then sees them as they came if `clean_view`.
+    steps, `total_steps` of the whole schedule. `augment` is what the step itself does to the
+    images, on the device; the teacher then sees them as they came if `clean_view`.
     """
 
     steps_per_epoch: int

@@ -20,8 +20,8 @@ from clsl_jax import (
     recovery,
     sharding,
 )
+from clsl_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from clsl_jax.models.clsl import Blend
-from clsl_jax.models.efficientnet import IMAGENET_MEAN, IMAGENET_STD
 from clsl_jax.outputs import calibrated, stated_log_odds
 from clsl_jax.step_options import StepOptions
 from clsl_jax.train_state import SUM_NAMES, TrainState, with_backbone
@@ -376,8 +376,13 @@ def _targets(
         return _estimates(state, rows), jnp.ones(annotations.shape, jnp.float32)
     if options.recovery_mode == "online":
         # The released scale takes soft targets into the asymmetric loss as they are.
-        stated = logits if options.scale == "released" else stated_log_odds(logits, options)
-        targets = recovery.online_targets(stated, annotations, sharpening=options.sharpening)
+        calibrates = options.scale != "released"
+        targets = recovery.online_targets(
+            logits,
+            annotations,
+            sharpening=options.sharpening,
+            log_odds=lambda x: stated_log_odds(x, options) if calibrates else x,
+        )
         return targets, (annotations < 0).astype(jnp.float32)
     targets, weights = state.recovered[rows], state.recovered_weight[rows]
     if options.open_weight:
@@ -406,7 +411,7 @@ def _remembered(
         )
     if options.keeps_prototypes:
         before = state.memory["prototypes"]
-        moved = label_statistics.update_prototypes(
+        moved = blending.update_prototypes(
             before, found["semantic"], state.annotations[rows], options.ema_decay
         )
         changed["memory"] = {**state.memory, "prototypes": jnp.where(finite, moved, before)}
@@ -466,7 +471,7 @@ def _teach(
             logits = 0.5 * (logits + out["global_logits"])
     semantic = jax.lax.stop_gradient(out["semantic_features"])
     if options.source == "prototypes":
-        return label_statistics.prototype_scores(semantic, state.memory["prototypes"]), semantic
+        return blending.prototype_scores(semantic, state.memory["prototypes"]), semantic
     return calibrated(jax.lax.stop_gradient(logits), options), semantic
 
 

@@ -382,12 +382,15 @@ def check(study: Mapping[str, Any]) -> None:
     """Refuses keys that a study does not have, and values of another kind.
 
     Raises:
-      InputError: naming them.
+      InputError: naming them, or keys that are missing.
     """
     base = base_study()
     strange = [key for key in study if key not in base]
     if strange:
         raise InputError(f"There is no study key {strange[0]!r}; there are {', '.join(base)}.")
+    missing = [key for key in base if key not in study]
+    if missing:
+        raise InputError(f"The study has no {', '.join(missing)}: start from study.base_study().")
     wrong = [
         f"{key}={study[key]!r}: expected {'several in brackets' if is_list else 'text'}"
         for key, is_list in ((k, isinstance(base[k], tuple)) for k in study)

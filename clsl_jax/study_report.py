@@ -122,7 +122,7 @@ def read(cell: Cell, workdir: str, *, split: str, convention: str, weights: str)
     """Returns what a finished cell gave, on the split `test` or `validation`.
 
     Raises:
-      InputError: it has no such split, or was run with another configuration.
+      InputError: it has no such split, no mAP of it, or was run with another configuration.
     """
     directory = os.path.join(workdir, cell.directory)
     with open(os.path.join(directory, RESULTS_NAME), encoding="utf-8") as file:
@@ -135,6 +135,11 @@ def read(cell: Cell, workdir: str, *, split: str, convention: str, weights: str)
             "for it (data.validation_fraction)."
         )
     (row,) = rows
+    if row["mAP"] is None:
+        raise InputError(
+            f"{directory} has no {split} mAP: that split has a known positive of no class. Leave "
+            "its recipe out of the study, or label some of its images."
+        )
     cost = {"seconds": float("nan"), "peak_memory_mib": float("nan")}
     if os.path.exists(os.path.join(directory, COST_NAME)):
         with open(os.path.join(directory, COST_NAME), encoding="utf-8") as file:
@@ -363,9 +368,11 @@ def _details(summary: Sequence[Mapping[str, Any]]) -> list[str]:
         error = f"{error:.2f} %" if np.isfinite(error) else ""
         rows.append([_where(_setting(r)), r["method"], str(r["seeds"]), *shares, error, *costs])
     about = (
-        "Recovered labels of the last epoch against the hidden ones; expected calibration error of "
-        f"the test probabilities in {BINS} bins, where those of this split and these weights were "
-        "kept; time and peak memory of a cell's processes."
+        "Recovered labels of the last epoch against the hidden ones, means of the seeds that "
+        "recovered any; nothing where a method makes its targets within a step and keeps none. "
+        f"Expected calibration error of the test probabilities in {BINS} bins, where those of this "
+        "split and these weights were kept; time and peak memory (of the host, not of an "
+        "accelerator) of a cell's processes."
     )
     return ["## Recovery, calibration, cost", about, _markdown(rows)]
 
@@ -444,6 +451,7 @@ def _cell_row(found: Found, study: ml_collections.ConfigDict) -> dict[str, Any]:
         "calibration_error": found.calibration_error,
         "seconds": found.seconds,
         "peak_memory_mib": found.peak_memory_mib,
+        "version": found.versions.get("clsl_jax", ""),
         "settings": " ".join(cell.settings),
     }
 

@@ -58,9 +58,7 @@ def evaluate_checkpoint(
     with Workdir(workdir) as where:
         with writing_to(workdir):
             log = RunLog(workdir)
-        built = cluster.agree(
-            lambda: experiment.build(config, report=log.console.print, training=False)
-        )
+        built = experiment.build_together(config, report=log.console.print, training=False)
         weights = _weights(built, config, state_dict, path)
         compiled = compile_steps(
             built, config, report=log.console.print, training=False, weights_alone=True

@@ -92,7 +92,7 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
         built = _build(config, where, log, training=False)
         run = _Run(config, built, where, log, guard, read_only=True)
         try:
-            with unwritable(workdir, "it goes on from the last checkpoint"):
+            with unwritable(workdir, "it evaluates anew"):
                 return run.evaluate()
         except Preempted as stopped:
             log.console.print(f"{stopped} Run the same command again.")
@@ -104,20 +104,12 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
 def _build(
     config: ml_collections.ConfigDict, where: Workdir, log: RunLog, *, training: bool
 ) -> Experiment:
-    kept = where.path(EMBEDDINGS_NAME)
-    built = cluster.agree(
-        lambda: experiment.build(
-            config, embeddings_file=kept, report=log.console.print, training=training
-        )
+    return experiment.build_together(
+        config,
+        embeddings_file=where.path(EMBEDDINGS_NAME),
+        report=log.console.print,
+        training=training,
     )
-    cluster.check_alike(
-        {
-            "images": built.dataset.fingerprint,
-            "known labels": partial.matrix_sha256(built.annotations),
-            "label embeddings": built.label_embeddings.tobytes().hex(),
-        }
-    )
-    return built
 
 
 def _processes() -> str:

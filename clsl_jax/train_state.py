@@ -35,7 +35,8 @@ class TrainState:
       label_embeddings: float32 [C, E], fixed embeddings of the label texts.
       adjacency: float32 [C, C], normalised label graph of the graph convolution.
       annotations: int8 [N, C], 1 positive, 0 negative, -1 unknown: all that training may see.
-      scores: float32 [N, C] in [0, 1], the teacher's probabilities averaged over a row's visits.
+      scores: float32 [N, C] in [0, 1], the teacher's probabilities averaged over a row's visits
+        (label estimates by `recovery.mode=estimate`, likenesses by `recovery.source=prototypes`).
       visits: int32 [N], how often the row's scores were updated.
       recovered: float32 [N, C] in [0, 1], recovered labels; known entries hold the label. After the
         last step they are what is handed out (`epoch_end.make_recover`).

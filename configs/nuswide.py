@@ -7,13 +7,14 @@ The recipe starts from ImageNet weights and from embeddings of the label texts; 
 
     --config.model.pretrained=resnet101.pth --config.model.embeddings=labels.npz
 
-(`python -m clsl_jax.embed --encoder=bert` makes the second as the authors do). Without them,
-weights and embeddings are random.
+(`python -m clsl_jax.embed --encoder=bert --labels=FILE --source=BERT --out=labels.npz` makes the
+second as the authors do: FILE has the class names in order, one a line, BERT is the folder of
+bert-base-uncased). Without them, weights and embeddings are random.
 
 `released` is the authors' recipe, loss scale and recovery included; without it, the same model and
 schedule with this project's loss scale and recovery. Hardware: one GPU of 40 GB. Source of the
 numbers: the CLSL authors' released program. Published, all at 10 % known: 61.7 mAP (backbone not
-stated).
+stated). The set was not at hand here: the recipe was run on made-up files of its format alone.
 """
 
 import ml_collections

@@ -8,8 +8,8 @@
 
 The empty cells are the protocol: nothing else is hidden. An EfficientNet-Lite0 with ImageNet
 weights stays as it is, its features are computed once and kept; all the rest is trained on them.
-The run leaves the filled table in DIR/recovered.csv. `positives` is for a table in which nothing
-is marked as absent, and not all as there. Hardware: a laptop's CPU.
+The run leaves the filled table in DIR/recovered.csv. `positives` is for a table that
+marks only what is there, and not all of that. Hardware: a laptop's CPU.
 """
 
 import ml_collections

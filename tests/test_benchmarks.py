@@ -120,6 +120,7 @@ def test_an_ablation_in_under_sixty_lines(shared, tmp_path):
         "--config.recovery.source=scores",
         "--config.loss.statistics=False",
         "--config.evaluation.statistics=False",
+        f"--config.checkpoint.dir={tmp_path}/saved",
     )
     assert status == 0, errors
     environment = commands.environment(shared)

@@ -1,8 +1,9 @@
-"""Blending of label-specific features, by hand and by torch."""
+"""Prototypes and blending of label-specific features, by hand and by other libraries."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from clsl_jax import blending, losses
@@ -82,3 +83,35 @@ def test_a_head_classifies_blended_features_as_its_own():
         plain, out = head.apply(variables, features, embeddings, train=False)
         np.testing.assert_array_equal(plain, logits)
         assert out["blended_logits"] is None
+
+
+def test_prototypes_by_hand():
+    annotations = jnp.array([[1, 0, -1], [1, 1, -1]], jnp.int8)
+    features = jnp.arange(12.0).reshape(2, 3, 2)
+    first = blending.update_prototypes(jnp.zeros((3, 2)), features, annotations, 0.9)
+    np.testing.assert_allclose(first, [[3, 4], [8, 9], [0, 0]])
+    second = blending.update_prototypes(first, features + 1, annotations, 0.9)
+    np.testing.assert_allclose(second, [[3.1, 4.1], [8.1, 9.1], [0, 0]], rtol=1e-6)
+
+
+def test_prototype_scores_are_cosines():
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
+    rng = np.random.default_rng(7)
+    features, prototypes = rng.normal(size=(4, 3, 6)), rng.normal(size=(3, 6))
+    found = blending.prototype_scores(jnp.asarray(features), jnp.asarray(prototypes))
+    for c in range(3):
+        cosine = pairwise.cosine_similarity(features[:, c], prototypes[c : c + 1])[:, 0]
+        np.testing.assert_allclose(found[:, c], (1 + cosine) / 2, rtol=1e-5)
+    np.testing.assert_allclose(blending.prototype_scores(features, jnp.zeros((3, 6))), 0.5)
+
+
+def test_products_are_of_whole_float32_on_any_device():
+    """A TPU multiplies bfloat16, a GPU TensorFloat-32, unless a product asks for more."""
+    semantic, prototypes = jnp.zeros((3, 3, 6)), jnp.zeros((3, 6))
+    for function, arguments in (
+        (lambda s, a: blending.update_prototypes(prototypes, s, a, 0.9), (semantic, ANNOTATIONS)),
+        (lambda s: blending.prototype_scores(s, prototypes), (semantic,)),
+    ):
+        lines = jax.jit(function).lower(*arguments).as_text().splitlines()
+        (found,) = (line for line in lines if "dot_general" in line)
+        assert "precision = [HIGHEST, HIGHEST]" in found

@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -228,7 +229,7 @@ def test_a_killed_process_leaves_no_file_that_looks_whole(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     (left,) = _files(tmp_path)
-    assert left.startswith(".incomplete-")
+    assert re.fullmatch(r"set-6px-5000-[0-9a-f]{8}\.npy\.partial-\d+-[0-9a-f]{8}", left)
     held = _cached(Numbered(5000), "disk", tmp_path / "set", 5000)
     assert np.array_equal(held[4999]["image"], Numbered(5000)[4999]["image"])
     assert len(_files(tmp_path)) == 2

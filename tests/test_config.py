@@ -9,6 +9,7 @@ import pytest
 from clsl_jax import config as config_lib
 from clsl_jax import corrections, losses, metrics
 from clsl_jax.data import partial, scenes, sources
+from clsl_jax.models import resnet
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs")
 
@@ -69,6 +70,7 @@ def test_keys_that_do_not_go_together(key, value, expected):
         ("data.cache", sources.CACHES),
         ("data.without_labels", sources.WITHOUT_LABELS),
         ("labels.protocol", [*partial.PROTOCOLS, "file"]),
+        ("model.backbone", resnet.BACKBONES),
         ("loss.scale", losses.SCALES),
         ("recovery.correction", corrections.CORRECTIONS),
         ("evaluation.convention", metrics.CONVENTIONS),

@@ -41,8 +41,8 @@ def normalize(x, state, name):
     return F.batch_norm(x, *parts, eps=1e-3)
 
 
-def torch_features(state, x, head):
-    """x [B, 3, H, W], (pixel - 127) / 128 -> [B, D, h, w]."""
+def torch_features(state, x):
+    """x [B, 3, H, W], (pixel - 127) / 128 -> [B, 320, h, w]."""
     x = F.relu6(normalize(convolve(x, state["_conv_stem.weight"], 2), state, "_bn0"))
     for i, stride in enumerate(STRIDES):
         name, y = f"_blocks.{i}.", x
@@ -53,9 +53,12 @@ def torch_features(state, x, head):
         y = F.relu6(normalize(y, state, f"{name}_bn1"))
         y = normalize(convolve(y, state[f"{name}_project_conv.weight"]), state, f"{name}_bn2")
         x = x + y if x.shape == y.shape else y
-    if head:
-        x = F.relu6(normalize(convolve(x, state["_conv_head.weight"]), state, "_bn1"))
     return x
+
+
+def torch_head(state, x):
+    """x [B, 320, h, w] -> [B, 1280, h, w], what the network has before its pooling."""
+    return F.relu6(normalize(convolve(x, state["_conv_head.weight"]), state, "_bn1"))
 
 
 def random_state(seed=0):
@@ -116,21 +119,21 @@ def assert_close(found, expected, tolerance=1e-4):
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("head", "size"), [(True, (64, 64)), (False, (75, 98))])
-def test_features_match_torch(tmp_path, head, size):
+@pytest.mark.parametrize("size", [(64, 64), (75, 98)])
+def test_features_match_torch(tmp_path, size):
     state = random_state()
     torch.save(state, tmp_path / "lite0.pth", _use_new_zipfile_serialization=False)
-    model = EfficientNetLite0(head=head)
+    model = EfficientNetLite0()
     variables, report = load_backbone(
         "efficientnet_lite0", tmp_path / "lite0.pth", empty_variables(model)
     )
     assert "_fc.weight (1000, 1280)" in report
-    assert ("_conv_head.weight (1280, 320, 1, 1)" in report) == (not head)
+    assert "_conv_head.weight (1280, 320, 1, 1)" in report
 
     images = np.random.default_rng(1).standard_normal((2, *size, 3)).astype(np.float32)
-    expected = torch_features(state, preprocess(images), head).permute(0, 2, 3, 1).numpy()
+    expected = torch_features(state, preprocess(images)).permute(0, 2, 3, 1).numpy()
     found = apply(model, variables, images)
-    assert found.shape == (2, -(-size[0] // 32), -(-size[1] // 32), 1280 if head else 320)
+    assert found.shape == (2, -(-size[0] // 32), -(-size[1] // 32), 320)
     assert_close(found, expected)
 
 
@@ -198,7 +201,7 @@ def imagenet_file():
 
 @pytest.fixture(scope="module")
 def imagenet_variables(imagenet_file):
-    model = EfficientNetLite0(head=True)
+    model = EfficientNetLite0()
     return load_backbone("efficientnet_lite0", imagenet_file, empty_variables(model))[0]
 
 
@@ -213,8 +216,11 @@ def test_the_installed_weights_are_read_as_torch_reads_them(imagenet_file):
 def test_the_installed_weights_match_torch(imagenet_file, imagenet_variables):
     state = torch.load(imagenet_file, weights_only=True)
     images = np.random.default_rng(2).standard_normal((2, 224, 224, 3)).astype(np.float32)
-    expected = torch_features(state, preprocess(images), head=True).permute(0, 2, 3, 1).numpy()
-    assert_close(apply(EfficientNetLite0(head=True), imagenet_variables, images), expected)
+    expected = torch_features(state, preprocess(images))
+    found = apply(EfficientNetLite0(), imagenet_variables, images)
+    assert_close(found, expected.permute(0, 2, 3, 1).numpy())
+    found = torch_head(state, torch.tensor(found.transpose(0, 3, 1, 2)))
+    assert_close(found.numpy(), torch_head(state, expected).numpy())
 
 
 @pytest.mark.parametrize(("name", "label"), [("flower.jpg", 985), ("china.jpg", 698)])
@@ -225,7 +231,7 @@ def test_photographs_get_their_imagenet_class(imagenet_file, imagenet_variables,
     left, top = ((length - side) // 2 for length in image.size)
     image = image.crop((left, top, left + side, top + side)).resize((224, 224), Image.BICUBIC)
     image = ((np.asarray(image) / 255 - MEAN) / STD).astype(np.float32)
-    features = apply(EfficientNetLite0(head=True), imagenet_variables, image[None])
-    weights = read_weights(imagenet_file)
-    logits = weights["_fc.weight"] @ features.mean((0, 1, 2)) + weights["_fc.bias"]
-    assert np.argmax(logits) == label
+    features = apply(EfficientNetLite0(), imagenet_variables, image[None])
+    state = {name: torch.tensor(array) for name, array in read_weights(imagenet_file).items()}
+    pooled = torch_head(state, torch.tensor(features.transpose(0, 3, 1, 2))).mean((0, 2, 3))
+    assert torch.argmax(state["_fc.weight"] @ pooled + state["_fc.bias"]) == label

@@ -224,6 +224,13 @@ def test_glove_names_every_unknown_word(tmp_path: pathlib.Path) -> None:
         glove.embed(labels, source=source, skip_unknown=True)
 
 
+@pytest.mark.parametrize("skip_unknown", [True, False])
+def test_glove_names_a_class_without_a_word(tmp_path: pathlib.Path, skip_unknown: bool) -> None:
+    labels = [names.Label("__", names.label_text("__")), *LABELS]
+    with pytest.raises(InputError, match=r"no word at all of class '__'"):
+        glove.embed(labels, source=_glove_file(tmp_path, VECTORS), skip_unknown=skip_unknown)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -384,7 +391,7 @@ def _cut(path: pathlib.Path, length: int) -> None:
         (lambda f: _rewrite_config(f, hidden_size=None), "hidden_size is None"),
         (lambda f: _rewrite_config(f, num_attention_heads=5), "not a multiple"),
         (lambda f: _rewrite_config(f, intermediate_size=24), r"\(20, 12\), config.json says \(24"),
-        (lambda f: _rewrite_config(f, num_hidden_layers=3), "layer.2.* is missing; and 11 more"),
+        (lambda f: _rewrite_config(f, num_hidden_layers=3), "layer.2.* is missing and 11 more"),
         (lambda f: _rewrite_config(f, max_position_embeddings=3), "max_position|position_emb"),
     ],
 )

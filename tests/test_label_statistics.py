@@ -199,26 +199,6 @@ def test_rows_without_a_label_say_nothing():
     np.testing.assert_allclose(plain.log_prior, more.log_prior, rtol=1e-4)
 
 
-def test_prototypes_by_hand():
-    annotations = jnp.array([[1, 0, -1], [1, 1, -1]], jnp.int8)
-    features = jnp.arange(12.0).reshape(2, 3, 2)
-    first = ls.update_prototypes(jnp.zeros((3, 2)), features, annotations, 0.9)
-    np.testing.assert_allclose(first, [[3, 4], [8, 9], [0, 0]])
-    second = ls.update_prototypes(first, features + 1, annotations, 0.9)
-    np.testing.assert_allclose(second, [[3.1, 4.1], [8.1, 9.1], [0, 0]], rtol=1e-6)
-
-
-def test_prototype_scores_are_cosines():
-    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
-    rng = np.random.default_rng(7)
-    features, prototypes = rng.normal(size=(4, 3, 6)), rng.normal(size=(3, 6))
-    found = ls.prototype_scores(jnp.asarray(features), jnp.asarray(prototypes))
-    for c in range(3):
-        cosine = pairwise.cosine_similarity(features[:, c], prototypes[c : c + 1])[:, 0]
-        np.testing.assert_allclose(found[:, c], (1 + cosine) / 2, rtol=1e-5)
-    np.testing.assert_allclose(ls.prototype_scores(features, jnp.zeros((3, 6))), 0.5)
-
-
 def test_what_other_labels_say_equals_enumeration():
     """Log odds given the others, whose unknown ones weigh by their scores, less the class's own."""
     model, (_, annotations) = mixture(5), example(6, n=12)
@@ -256,18 +236,11 @@ def test_independent_labels_say_nothing_of_one_another():
 def test_products_are_of_whole_float32_on_any_device():
     """A TPU multiplies bfloat16, a GPU TensorFloat-32, unless a product asks for more."""
     annotations = jnp.asarray(example(10)[1])
-    semantic, prototypes = jnp.zeros((N, C, 6)), jnp.zeros((C, 6))
-    for function, arguments, products in (
-        (lambda a: ls.fit_statistics(jax.random.key(0), a, K), (annotations,), 2),
-        (ls.co_occurrence_scores, (annotations,), 2),
-        (
-            lambda s, a: ls.update_prototypes(prototypes, s, a, 0.9),
-            (semantic, annotations),
-            1,
-        ),
-        (lambda s: ls.prototype_scores(s, prototypes), (semantic,), 1),
+    for function in (
+        lambda a: ls.fit_statistics(jax.random.key(0), a, K),
+        ls.co_occurrence_scores,
     ):
-        lines = jax.jit(function).lower(*arguments).as_text().splitlines()
+        lines = jax.jit(function).lower(annotations).as_text().splitlines()
         found = [line for line in lines if "dot_general" in line]
-        assert len(found) == products
+        assert len(found) == 2
         assert all("precision = [HIGHEST, HIGHEST]" in line for line in found)

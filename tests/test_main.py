@@ -33,6 +33,7 @@ CASES = [
         "larger than the training split",
     ),
     ([f"--config={CONFIG}", "--config.model.backbone=resnet19"], "resnet19"),
+    (["--config", CONFIG, "--config.epoch=3"], "There is no configuration key 'epoch'"),
     (["--config=configs/voc.py"], "data.dir"),
 ]
 

@@ -146,15 +146,14 @@ def test_head_equals_pytorch(variant, layers, norm_first, final_norm, positions)
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_whole_network_equals_pytorch(sequential):
-    backbone = resnet((1, 2, 1), (8, 8, D))
+    backbone = resnet((2, 2, 2, 2), (8, 8, 8, D))
     if sequential:
         backbone = torch.nn.Sequential(*backbone.children())
     module = TorchCLSL("clsl", c=C, e=E, d=D, backbone=backbone)
     model = CLSL(
         C,
         backbone="resnet18",
-        backbone_widths=(8, 8, D),
-        backbone_stage_sizes=(1, 2, 1),
+        backbone_widths=(8, 8, 8, D),
         **SIZES,
         **NO_DROPOUT,
     )

@@ -210,11 +210,10 @@ def test_the_optimizer_learns():
 
 
 def test_ema_by_hand():
-    ema = {"w": jnp.array([1.0, 2.0]), "steps": jnp.array(3)}
-    new = {"w": jnp.array([3.0, 2.0]), "steps": jnp.array(4)}
+    ema = {"w": jnp.array([1.0, 2.0])}
+    new = {"w": jnp.array([3.0, 2.0])}
     averaged = ema_update(ema, new, 0.75)
     np.testing.assert_array_equal(averaged["w"], [1.5, 2.0])
-    assert int(averaged["steps"]) == 4
     for decay, expected in ((0.0, new), (1.0, ema)):
         np.testing.assert_array_equal(ema_update(ema, new, decay)["w"], expected["w"])
 

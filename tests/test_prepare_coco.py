@@ -43,6 +43,13 @@ def test_what_is_wrong_is_named(tmp_path):
     coco_tree(tmp_path)
     path = tmp_path / "annotations" / "instances_val2014.json"
     content = json.loads(path.read_text())
+    whole = path.read_text()
+    (image,) = content["images"]
+    content["images"].append({**image, "id": 43, "file_name": f"a/{image['file_name']}"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"by file names without folder.*: 1 images listed twice"):
+        coco.read_coco(tmp_path)
+    content = json.loads(whole)
     content["annotations"][0]["category_id"] = 12
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"instances_val2014.json: .* image 42 and category 12"):

@@ -119,6 +119,8 @@ def test_what_is_wrong_is_named(tmp_path):
     home = source / "VOCdevkit/VOC2007"
     with pytest.raises(ValueError, match=r"image sets of VOC2012: not found(.|\n)*VOC2012"):
         voc.read_voc(source, year="2012")
+    with pytest.raises(ValueError, match="VOC2007 has labels of its own test split"):
+        voc.read_voc(source, year="2007", test="val")
     write(
         home / "Annotations/000007.xml",
         "<annotation><object><name>cra</name></object></annotation>",

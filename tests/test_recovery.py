@@ -168,6 +168,22 @@ def test_online_targets_by_hand():
     )
 
 
+def test_the_released_formula_flips_where_the_logits_do_and_not_what_they_stand_for():
+    logits = jnp.array([[0.5, -1.0], [-0.5, -1.0]])
+    unknown = jnp.full((2, 2), -1, jnp.int8)
+    released, safe = (
+        online_targets(logits, unknown, sharpening=name, log_odds=lambda x: x - 2)
+        for name in ("released", "safe")
+    )
+    np.testing.assert_allclose(
+        released, [[sigmoid(-1.75), sigmoid(-2.5)], [sigmoid(-1.75), sigmoid(-1.5)]], rtol=1e-6
+    )
+    # The largest log odds are -1.5 and -2.5.
+    np.testing.assert_allclose(
+        safe, [[sigmoid(-2.25), sigmoid(-4.5)], [sigmoid(-6.25), sigmoid(-7.5)]], rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize("sharpening", ["safe", "released"])
 def test_online_targets_have_no_gradient_and_stay_in_range(sharpening):
     rng = np.random.default_rng(1)

@@ -118,7 +118,7 @@ def test_threshold_and_top_k_by_hand() -> None:
 def test_unknown_labels_never_count() -> None:
     labels = LABELS.copy()
     labels[3, 0] = labels[4, 0] = -1
-    for difficult in score.DIFFICULT:
+    for difficult in score.DIFFICULT_AS:
         by_label = score.score_convention(
             SCORES, labels, IGNORE, NAMES, convention="interpolated", difficult=difficult
         )
@@ -127,7 +127,7 @@ def test_unknown_labels_never_count() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), difficult=st.sampled_from(score.DIFFICULT))
+@given(seed=st.integers(0, 2**32 - 1), difficult=st.sampled_from(score.DIFFICULT_AS))
 def test_equals_scikit_learn(seed: int, difficult: str) -> None:
     rng = np.random.default_rng(seed)
     n, c = 40, 5

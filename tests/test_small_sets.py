@@ -44,6 +44,7 @@ def test_two_classes_and_a_test_split_to_be_filled_in(shared, tmp_path):
         out,
     )
     assert sum(map(int, told.groups())) == 24
+    assert "No image of the test split is labelled as positive for any class" in out
     row = next(line for line in out.splitlines() if "test, best" in line)
     assert row.count("–") == 5, row
     found = json.loads((tmp_path / "run" / "results.json").read_text())["results"]

@@ -481,9 +481,20 @@ def test_the_newest_version_is_read_and_a_test_split_is_needed(tmp_path):
     for version in ("1.9.0", "1.10.0"):
         _prepare(tmp_path, version=version)
     assert sources.find_prepared("voc2007", tmp_path).name == "1.10.0"
+    leftover = tmp_path / "voc2007" / ".incomplete" / "2.0.0"
+    leftover.mkdir(parents=True)
+    (leftover / "dataset_info.json").write_text("")
+    assert sources.find_prepared("voc2007", tmp_path).name == "1.10.0"
     directory = _prepare(tmp_path, name="other", splits=("train",))
     with pytest.raises(ValueError, match="no split test"):
         sources.load_prepared(directory, image_size=8)
+
+
+@pytest.mark.parametrize("directory", [".hidden/sets", "a/..", "a/../.b"])
+def test_a_set_is_found_wherever_its_directory_lies(tmp_path, directory):
+    (tmp_path / "a").mkdir()
+    _prepare(tmp_path / directory)
+    assert sources.find_prepared("voc2007", tmp_path / directory).is_dir()
 
 
 def test_datasets_do_not_change(cache):

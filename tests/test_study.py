@@ -159,6 +159,13 @@ def test_study_keys_are_checked(changes, message):
         study.check({**study.base_study().to_dict(), **changes})
 
 
+def test_study_keys_that_are_missing_are_named():
+    given = study.base_study().to_dict()
+    del given["methods"], given["seeds"]
+    with pytest.raises(InputError, match=r"has no methods, seeds: start from study\.base_study"):
+        study.check(given)
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_is_a_valid_configuration(name):
     config = runpy.run_path(commands.CONFIG)["get_config"]()
@@ -175,7 +182,7 @@ def test_every_method_is_a_valid_configuration(name):
         ("main", 2 * 2 * 3 * 5),
         ("methods", 24 * 2),
         ("fractions", 2 * 4 * 5),
-        ("ablation", (1 + 19 + 14) * 2),
+        ("ablation", (1 + 19 + 14) * 3 * 5),
         ("search", (1 + 14) * 2),
         ("quick", 2 * 2 * 2),
     ],
@@ -247,7 +254,7 @@ def test_the_study_of_photographs_takes_its_data():
     assert len(grid) == (len(methods.METHODS) + 6) * 2
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in grid)
     parts = study.cells(get_config("ablation:somewhere/DATA"))
-    assert len(parts) == (1 + 16 + 11) * 2
+    assert len(parts) == (1 + 16 + 11) * 3 * 5
     assert all("data.dir=somewhere/DATA" in cell.settings for cell in parts)
     search = get_config("search:somewhere/DATA")
     assert search.split == "validation"
@@ -657,6 +664,18 @@ def the_report_is_what_the_files_say(folder, directories):
         for sign, some in ((1, gains[:3]), (-1, gains[:-4:-1]))
     ]
     assert "`per_class.csv`" in classes
+
+
+def test_a_cell_whose_split_has_no_positive_is_named(tmp_path):
+    cell = study.cells(make_study())[0]
+    directory = tmp_path / cell.directory
+    directory.mkdir(parents=True)
+    row = {"split": "test", "weights": "last", "AP_convention": "interpolated", "mAP": None}
+    (directory / "results.json").write_text(json.dumps({"results": [row]}))
+    reading = {key: value for key, value in row.items() if key != "mAP"}
+    reading["convention"] = reading.pop("AP_convention")
+    with pytest.raises(InputError, match=r"seed-0 has no test mAP: .* of no class"):
+        study_report.read(cell, str(tmp_path), **reading)
 
 
 @pytest.mark.slow

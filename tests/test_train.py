@@ -146,6 +146,7 @@ def test_results_name_what_they_depend_on(finished):
         assert row["mAP"] == logged[epoch - 1]
         assert row["epoch"] == epoch
     assert {"jax", "flax", "numpy", "clsl_jax"} <= results["versions"].keys()
+    assert re.fullmatch(r".+ \(sources [0-9a-f]{12}\)", results["versions"]["clsl_jax"])
     found = {(r["weights"], r["split"], r["AP_convention"]) for r in results["results"]}
     assert len(found) == 8
     for row in results["results"]:

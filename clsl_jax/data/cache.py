@@ -11,10 +11,9 @@ import errno
 import hashlib
 import os
 import pathlib
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,7 +24,6 @@ from clsl_jax.data.threads import usual_number
 from clsl_jax.errors import InputError
 
 KINDS = ("memory", "disk")
-_INCOMPLETE = ".incomplete-"
 
 
 def held_images(count: int, image_size: int, limit_bytes: int) -> int:
@@ -194,49 +192,45 @@ def _open(path: pathlib.Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.nd
     return (pixels, readable) if whole else None
 
 
+class _Outrun(Exception):
+    """Another process has put the file there, which others may have opened: it stays."""
+
+
 def _write(images: Images, path: pathlib.Path, shape: tuple[int, ...]) -> None:
     """Writes the file beside its place and moves it there; the first to finish wins."""
     with _unwritable(path, shape):
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.sweep(path.parent.glob(f"{_INCOMPLETE}*"))
-        unique = f"{_INCOMPLETE}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
-        partial = path.with_name(unique)
-        file = open(partial, "w+b")  # noqa: SIM115
-    try:
-        with file:
-            _write_arrays(images, file, path, shape)
-        if _open(path, shape) is None:
-            with _unwritable(path, shape):
-                os.replace(partial, path)
-            _sync_directory(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        atomic.sweep(path.parent.glob("*.partial-*"))
+        with contextlib.suppress(_Outrun), atomic.replacing(path) as partial:
+            with open(partial, "wb") as file:
+                _write_arrays(images, file, shape)
+            if _open(path, shape) is not None:
+                raise _Outrun
+        _sync_directory(path.parent)
 
 
-def _write_arrays(images: Images, file: Any, path: pathlib.Path, shape: tuple[int, ...]) -> None:
-    with _unwritable(path, shape):
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.flush()
-        start, stride = file.tell(), int(np.prod(shape[1:]))
-        end = start + stride * shape[0]
-        reserve(file.fileno(), end)
+def _write_arrays(images: Images, file: BinaryIO, shape: tuple[int, ...]) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    start, stride = file.tell(), int(np.prod(shape[1:]))
+    end = start + stride * shape[0]
+    reserve(file.fileno(), end)
 
     def put(row: int, image: np.ndarray) -> None:
         # Written, and not stored through a map: on a full disk a map kills the process.
         left, position = memoryview(image.tobytes()), start + row * stride
-        with _unwritable(path, shape):
-            while left:
-                written = os.pwrite(file.fileno(), left, position)
-                left, position = left[written:], position + written
+        while left:
+            written = os.pwrite(file.fileno(), left, position)
+            left, position = left[written:], position + written
 
     readable = _fill(images, shape[0], put)
-    with _unwritable(path, shape):
-        os.ftruncate(file.fileno(), end)  # rows that could not be read may have been the last ones
-        file.seek(end)
-        np.save(file, readable)
-        file.flush()
-        os.fsync(file.fileno())
+    os.ftruncate(file.fileno(), end)  # rows that could not be read may have been the last ones
+    file.seek(end)
+    np.save(file, readable)
+    file.flush()
+    # Here, so that no time passes between looking who was first and moving the file.
+    os.fsync(file.fileno())
 
 
 def reserve(descriptor: int, length: int) -> None:

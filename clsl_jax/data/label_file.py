@@ -14,13 +14,20 @@ import numpy as np
 
 from clsl_jax import npz
 from clsl_jax.data import partial
-from clsl_jax.data.formats.table import CELLS, IMAGE_COLUMNS, SPLIT_COLUMNS, plain
+from clsl_jax.data.formats.table import (
+    CELLS,
+    FAULTS_SHOWN,
+    IMAGE_COLUMNS,
+    SPLIT_COLUMNS,
+    first_faults,
+    plain,
+    unusable,
+)
 from clsl_jax.data.formats.table_file import SUFFIXES, Table, read_table
 from clsl_jax.errors import InputError
 
 _ID_COLUMNS = (*IMAGE_COLUMNS, "id", "image_id", "name")
 _EXPECTED = "expected 1, 0 or an empty cell"
-_FAULTS_SHOWN = 50
 
 
 def read_label_file(
@@ -119,7 +126,8 @@ def _read_annotations(table: Table, ids: Sequence[str], class_names: Sequence[st
                 faults.append(f"row {number}, {cell}; {_EXPECTED}")
             else:
                 found[label] = meaning
-    _raise_if_any(table, faults)
+    if faults:
+        raise unusable(table, len(faults), "thing", first_faults(faults))
     if place.keys().isdisjoint(first):
         raise InputError(
             f"{table.path}: none of its {len(first):,} images, such as {next(iter(first))!r}, is "
@@ -156,7 +164,7 @@ def _class_columns(
             found[column] = place[name]
         elif column not in passed_over and name.lower() not in SPLIT_COLUMNS:
             # A file of something else may have any number of columns, and this takes its time.
-            shown = len(faults) < _FAULTS_SHOWN
+            shown = len(faults) < FAULTS_SHOWN
             near = difflib.get_close_matches(name, class_names, n=3) if shown else []
             lowered = [known for known in class_names if known.lower() == name.lower()]
             near = list(dict.fromkeys([*lowered, *near]))
@@ -165,14 +173,3 @@ def _class_columns(
     if not found and not faults:
         faults.append(f"no column is a class; the first class is {class_names[0]!r}")
     return found
-
-
-def _raise_if_any(table: Table, faults: Sequence[str]) -> None:
-    if not faults:
-        return
-    shown = list(faults[:_FAULTS_SHOWN])
-    if len(faults) > len(shown):
-        shown.append(f"… and {len(faults) - len(shown):,} more")
-    count = "1 thing" if len(faults) == 1 else f"{len(faults):,} things"
-    listed = "\n  ".join(shown)
-    raise InputError(f"{table.path}: {count} cannot be used:\n  {listed}")

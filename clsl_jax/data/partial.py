@@ -86,7 +86,8 @@ def known_mask(protocol: str, labels: np.ndarray, fraction: float, seed: int) ->
       protocol: one of
         'all': every label;
         'released': each entry with probability `fraction`, by the 24-bit uniforms of MT19937 that
-          the CLSL authors' program draws, so that seed 0 gives its masks bit for bit;
+          the CLSL authors' program draws, so that seed 0 gives its masks bit for bit for the same
+          rows: of the whole training split (data.validation_fraction=0, as `:released` has it);
         'sst': the same by NumPy's 53-bit uniforms, as in SST, SARB and HST;
         'uniform': the same by NumPy's present default generator (PCG64);
         'single_positive': one positive, chosen at random, per image that has one, and nothing else

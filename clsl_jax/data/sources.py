@@ -146,7 +146,11 @@ def find_prepared(name: str, directory: str | os.PathLike | None) -> pathlib.Pat
         return directory
     home = directory / name
     found = [p.parent for p in home.glob("**/dataset_info.json")] if os.path.isdir(home) else []
-    found = [path for path in found if not any(part.startswith(".") for part in path.parts[-4:])]
+    found = [
+        path
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(home).parts)
+    ]
     if not found:
         state = "holds no prepared copy of it"
         if not os.path.isdir(directory) or not os.access(directory, os.R_OK | os.X_OK):

@@ -33,7 +33,7 @@ from clsl_jax import atomic, npz
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import shards
 from clsl_jax.data.shards import Example
-from clsl_jax.errors import InputError, writing
+from clsl_jax.errors import InputError, first_line, writing
 
 DIFFICULT = 2
 INDEX_NAME = "index.npz"
@@ -337,14 +337,10 @@ class StoredImages:
                     self._split, decoders={"image": tfds.decode.SkipDecoding()}
                 )
         except Exception as error:
-            what = f"split {self._split} cannot be opened ({_first_line(error)})"
+            what = f"split {self._split} cannot be opened ({first_line(error)})"
             raise _broken(self._directory, what) from error
         try:
             return self._records[index]["image"]
         except Exception as error:
-            what = f"{self._name(index)} cannot be read ({_first_line(error)})"
+            what = f"{self._name(index)} cannot be read ({first_line(error)})"
             raise _broken(self._directory, what, images_lib.CorruptImage) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)

@@ -7,11 +7,14 @@ import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+# Of the three channels, in [0, 1]: what `steps.normalize` takes away.
+IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
 # What an affine change uncovers: the mean colour of ImageNet, which normalisation turns into zeros.
 FILL = (124, 116, 104)
 MAX_MAGNITUDE = 30
 # ITU-R 601, as in Pillow's conversion to grey.
-_LUMINANCE = (0.299, 0.587, 0.114)
+LUMINANCE = (0.299, 0.587, 0.114)
 
 AFFINE = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 _ENHANCE = {
@@ -139,14 +142,14 @@ def _jitter(image: Image.Image, rng: np.random.Generator, strength: float) -> Im
     """Brightness, then contrast about the mean luminance, then saturation, as one colour matrix."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3).tolist()
     mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-    luminance = sum(weight * value for weight, value in zip(_LUMINANCE, mean, strict=True))
+    luminance = sum(weight * value for weight, value in zip(LUMINANCE, mean, strict=True))
     gain = brightness * contrast
     offset = brightness * (1 - contrast) * luminance
     matrix = []
     for row in range(3):
         matrix += [
             gain * ((1 - saturation) * weight + saturation * (row == column))
-            for column, weight in enumerate(_LUMINANCE)
+            for column, weight in enumerate(LUMINANCE)
         ]
         matrix.append(offset)
     return image.convert("RGB", tuple(matrix))
@@ -186,7 +189,7 @@ def apply_operation(image: Image.Image, name: str, magnitude: float, sign: float
     if name in AFFINE:
         return _affine(image, affine_matrix(name, level * sign, image.size))
     if name in _ENHANCE:
-        return _ENHANCE[name](image).enhance(1 + 0.9 * level * sign)
+        return _ENHANCE[name](image).enhance(enhancement_factor(level * sign))
     match name:
         case "identity":
             return image
@@ -200,6 +203,11 @@ def apply_operation(image: Image.Image, name: str, magnitude: float, sign: float
         case "equalize":
             return ImageOps.equalize(image)
     raise ValueError(f"{name!r} is no operation; choose one of {', '.join(RANDAUGMENT_OPERATIONS)}")
+
+
+def enhancement_factor(level: float) -> float:
+    """The factor of brightness, colour, contrast and sharpness; `level` is in [-1, 1]."""
+    return 1 + 0.9 * level
 
 
 def affine_matrix(name: str, level: float, size: tuple[int, int]) -> tuple[float, ...]:

@@ -62,10 +62,14 @@ class Watched:
                 message = f"The images of step {self._position + 1} do not come: {lost}"
                 if attempt == MOST_TRIES or not lost.replaceable:
                     # Without workers, what hangs is a thread of this process.
-                    raise (InputError if lost.replaceable else Stuck)(
-                        f"{message} Look at the storage and the memory of this machine, set "
-                        "data.workers=0, or raise data.timeout; the same command goes on from the "
-                        "last checkpoint."
+                    kind, instead = (
+                        (InputError, "set data.workers=0, or raise")
+                        if lost.replaceable
+                        else (Stuck, "or raise")
+                    )
+                    raise kind(
+                        f"{message} Look at the storage and the memory of this machine, {instead} "
+                        "data.timeout; the same command goes on from the last checkpoint."
                     ) from None
                 self._report(f"{message} New ones go on from there.")
                 self._reader = _Reader(self._make, self._position)

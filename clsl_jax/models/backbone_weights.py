@@ -17,17 +17,9 @@ from clsl_jax.models.weights_file import read_weights
 Variables = Mapping[str, Any]
 State = dict[str, np.ndarray]
 
-_HEADS = ("fc.", "_fc.", "classifier.", "head.fc.")
-_EFFICIENTNET_HEAD = ("_conv_head.", "_bn1.")
-_COUNTER = ".num_batches_tracked"
+# Of ResNets, and of EfficientNets: their last 1x1 convolution is no part of the backbone here.
+_HEADS = ("fc.", "_fc.", "classifier.", "head.fc.", "_conv_head.", "_bn1.")
 _LISTED = 10
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
 
 
 def load_backbone(
@@ -65,7 +57,7 @@ def load_backbone(
     else:
         layout = _resnet_layout(state)
         prefix, expected = layout.backbone, pretrained.torch_shapes(variables, layout)
-    rest, dropped = _drop_heads(state, prefix, expected)
+    rest, dropped = _drop_heads(state, prefix)
     _check(rest, expected, backbone, path)
     load = _import_efficientnet if backbone == "efficientnet_lite0" else pretrained.import_torch
     return load(rest, variables), _report(backbone, path, expected, dropped)
@@ -91,7 +83,7 @@ def _efficientnet_name(path: tuple[str, ...]) -> str:
     """('batch_stats', 'blocks_3', 'bn1', 'mean') -> '_blocks.3._bn1.running_mean'."""
     _, *modules, leaf = path
     name = ".".join(f"_{module}" for module in modules)
-    return re.sub(r"^_blocks_(\d+)", r"_blocks.\1", name) + "." + _LEAVES[leaf]
+    return re.sub(r"^_blocks_(\d+)", r"_blocks.\1", name) + "." + pretrained.LEAVES[leaf]
 
 
 def _efficientnet_shapes(target: Variables) -> dict[str, tuple]:
@@ -114,15 +106,12 @@ def _import_efficientnet(state: State, target: Variables) -> dict[str, Any]:
     return traverse_util.unflatten_dict(filled)
 
 
-def _drop_heads(state: State, prefix: str, expected: Mapping[str, Any]) -> tuple[State, State]:
+def _drop_heads(state: State, prefix: str) -> tuple[State, State]:
     """(tensors of the backbone, tensors of what follows it); counters of batches are in neither."""
-    heads = _HEADS
-    if not any(name.startswith(_EFFICIENTNET_HEAD) for name in expected):
-        heads += _EFFICIENTNET_HEAD
     rest, dropped = {}, {}
     for name, array in state.items():
-        inside = name.startswith(prefix) and not name.removeprefix(prefix).startswith(heads)
-        if not name.endswith(_COUNTER) or not inside:
+        inside = name.startswith(prefix) and not name.removeprefix(prefix).startswith(_HEADS)
+        if not name.endswith(f".{pretrained.COUNTER}") or not inside:
             (rest if inside else dropped)[name] = array
     return rest, dropped
 

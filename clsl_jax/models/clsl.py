@@ -232,14 +232,13 @@ class CLSL(CLSLHead):
 
     Attributes:
       backbone: a name that `build_backbone` knows.
-      backbone_widths, backbone_stage_sizes: instead of the named network's own, mostly for 'small'.
+      backbone_widths: instead of the named network's own, mostly for 'small'.
       freeze_backbone: the backbone always works as in inference and takes no gradient.
       The others: as in `CLSLHead`; dtype holds for both.
     """
 
     backbone: str = "resnet101"
     backbone_widths: Sequence[int] | None = None
-    backbone_stage_sizes: Sequence[int] | None = None
     freeze_backbone: bool = False
 
     @nn.compact
@@ -264,7 +263,6 @@ def backbone_of(model: CLSL, *, name: str | None = None) -> nn.Module:
     """The backbone of a model by itself; its variables are those under 'backbone'."""
     return build_backbone(
         model.backbone,
-        stage_sizes=model.backbone_stage_sizes,
         widths=model.backbone_widths,
         dtype=model.dtype,
         remat=model.remat,

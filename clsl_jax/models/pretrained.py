@@ -33,7 +33,8 @@ _HEAD_MODULES = {
 }
 # Written as Conv1d of size 1: their weights are [out, in, 1].
 _POINTWISE = {("semantic", "hidden"), ("semantic", "out"), ("global_branch",), ("pooled",)}
-_LEAVES = {
+# Names of our leaves, and of the counter beside them, in PyTorch's modules.
+LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
@@ -42,7 +43,7 @@ _LEAVES = {
     "in_proj_kernel": "in_proj_weight",
     "in_proj_bias": "in_proj_bias",
 }
-_COUNTER = "num_batches_tracked"
+COUNTER = "num_batches_tracked"
 # An nn.Sequential of a ResNet's children: 2 and 3 are the ReLU and the maximum.
 _SEQUENTIAL = {"conv1": "0", "bn1": "1"} | {f"layer{i}": str(i + 3) for i in range(1, 5)}
 _LISTED = 50
@@ -186,7 +187,7 @@ def _entries(variables: Variables, layout: TorchLayout) -> Iterator[tuple[Path, 
     pooled = "fc1" if "global_branch" in variables.get("params", {}) else "fc0"
     for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
         _, *modules, last = path
-        name = _module_name(tuple(modules), layout, pooled) + "." + _LEAVES[last]
+        name = _module_name(tuple(modules), layout, pooled) + "." + LEAVES[last]
         yield path, layout.wrapper + name, leaf
 
 
@@ -211,7 +212,7 @@ def _module_name(modules: Path, layout: TorchLayout, pooled: str) -> str:
 
 
 def _counter(name: str) -> str:
-    return name.rsplit(".", 1)[0] + "." + _COUNTER
+    return name.rsplit(".", 1)[0] + "." + COUNTER
 
 
 def _is_transposed(path: Path) -> bool:

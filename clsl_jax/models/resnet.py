@@ -160,7 +160,6 @@ class ResNet(nn.Module):
 def build_backbone(
     backbone: str,
     *,
-    stage_sizes: Sequence[int] | None = None,
     widths: Sequence[int] | None = None,
     dtype: Any = jnp.float32,
     remat: bool = False,
@@ -173,30 +172,30 @@ def build_backbone(
 
     Args:
       backbone: one of the names above.
-      stage_sizes: blocks in each stage, instead of the named ones; one each for 'small'.
       widths: inner channels of each stage, instead of the named ones.
       dtype: compute type.
       remat: see `ResNet`.
       name: the module's name inside its parent.
 
     Raises:
-      ValueError: the name is none of these, or an EfficientNet shall have other widths or stages.
+      ValueError: the name is none of these, or an EfficientNet shall have other widths.
     """
     if backbone == "efficientnet_lite0":
-        if widths or stage_sizes:
-            raise ValueError(f"{backbone} has widths and stage sizes of its own: leave them out.")
+        if widths:
+            raise ValueError(f"{backbone} has widths of its own: leave them out.")
         return EfficientNetLite0(dtype=dtype, remat=remat, name=name)
     if backbone not in STAGE_SIZES:
         raise ValueError(f"unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
     if backbone == "small":
         widths = tuple(widths or SMALL_WIDTHS)
-        stage_sizes = stage_sizes or (1,) * len(widths)
+        stage_sizes = (1,) * len(widths)
         stem = {"stem_size": 5, "stem_width": max(widths[0] // 2, 1)}
     else:
         widths = tuple(widths or (64, 128, 256, 512))
+        stage_sizes = STAGE_SIZES[backbone]
         stem = {}
     return ResNet(
-        stage_sizes=tuple(stage_sizes or STAGE_SIZES[backbone]),
+        stage_sizes=stage_sizes,
         widths=widths,
         bottleneck=backbone in BOTTLENECK,
         dtype=dtype,

@@ -47,8 +47,9 @@ def embed(
     rows, faults = [], []
     for label in labels:
         found, unknown = _look_up(label.text, vectors)
-        if unknown and (not skip_unknown or not found):
-            faults.append(f"{', '.join(map(repr, unknown))} of class {label.name!r}")
+        if not found or (unknown and not skip_unknown):
+            words = ", ".join(map(repr, unknown)) or "no word at all"
+            faults.append(f"{words} of class {label.name!r}")
             continue
         rows.append(np.sum(found, axis=0) / (len(found) if combine == "mean" else 1))
     if faults:

@@ -3,8 +3,9 @@
     python -m clsl_jax.study --config=configs/study/official.py:voc:DATA --workdir=DIR
 
 or `coco:DATA`, `nuswide:DATA`; DATA is the directory of the prepared set. Recipe and schedule are
-those of `configs/voc.py` (`coco.py`, `nuswide.py`), with random weights and label embeddings unless
-files are named, together with the directory, for every run:
+those of `configs/voc.py` (`coco.py`, `nuswide.py`), but known labels are drawn by the protocol
+`uniform` and not the authors' `released`, with random weights and label embeddings unless files are
+named, together with the directory, for every run:
 
     --config.settings="('data.dir=DATA','model.pretrained=resnet101.pth','model.embeddings=labels.npz')"
 

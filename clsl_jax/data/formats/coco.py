@@ -140,4 +140,5 @@ def _image_list(
             )
         labels[row_of[image], columns[category]] = 1
     ids = [pathlib.PurePosixPath(name).stem for name in names]
+    listing.check_unique(ids, f"{path}, by file names without folder and ending")
     return ImageList([folder / name for name in names], ids, labels)

@@ -60,7 +60,7 @@ _SPLITS = {
 # Columns of the tables that a run writes, beside those of its classes.
 _TAKEN = ("image", "split")
 # A column with more wrong cells than this is probably no class at all.
-_CELLS_SHOWN = 50
+FAULTS_SHOWN = 50
 # Missing images that are looked for by name, and files among which they are.
 _LOOKED_FOR, _FILES_SEEN = 5, 200_000
 
@@ -251,15 +251,37 @@ class _Faults:
             return
         lines: list[tuple[int, str]] = []
         for column, faults in self._found.items():
-            lines += faults[:_CELLS_SHOWN]
-            if more := faults[_CELLS_SHOWN:]:
-                text = f"… and {len(more)} more in column {self._table.columns[column]!r}"
-                lines.append((faults[_CELLS_SHOWN - 1][0], text))
+            rows = [row for row, _ in faults[:FAULTS_SHOWN]]
+            where = f" in column {self._table.columns[column]!r}"
+            texts = first_faults([text for _, text in faults], where)
+            # What is left out is told behind the last one shown.
+            lines += itertools.zip_longest(rows, texts, fillvalue=rows[-1])
         count = sum(map(len, self._found.values()))
-        cells = "1 cell" if count == 1 else f"{count} cells"
-        listed = "\n  ".join(text for _, text in sorted(lines, key=lambda line: line[0]))
-        hints = "".join(f"\n{hint}" for hint in self._hints)
-        raise InputError(f"{self._table.path}: {cells} cannot be used:\n  {listed}{hints}")
+        told = [text for _, text in sorted(lines, key=lambda line: line[0])]
+        raise unusable(self._table, count, "cell", told, self._hints)
+
+
+def first_faults(faults: Sequence[str], where: str = "") -> list[str]:
+    """Returns the first of them, and after those how many more there are."""
+    more = len(faults) - FAULTS_SHOWN
+    return [*faults[:FAULTS_SHOWN], *([f"… and {more:,} more{where}"] if more > 0 else [])]
+
+
+def unusable(
+    table: Table, count: int, what: str, told: Sequence[str], hints: Sequence[str] = ()
+) -> InputError:
+    """Returns the error of a table.
+
+    Args:
+      table: read.
+      count: how many cells, or other things, are at fault.
+      what: one of them is called.
+      told: what is said of them, a line each.
+      hints: sentences, told below.
+    """
+    things = f"1 {what}" if count == 1 else f"{count:,} {what}s"
+    lines = "\n".join([*(f"  {text}" for text in told), *hints])
+    return InputError(f"{table.path}: {things} cannot be used:\n{lines}")
 
 
 def _column(
@@ -433,7 +455,7 @@ def _read_images(
         first.setdefault(name, row)
     if 2 * len(missing) > len(ids) and (found := _find_elsewhere(missing, folder)):
         faults.hint(found)
-    if len(missing) > _CELLS_SHOWN:
+    if len(missing) > FAULTS_SHOWN:
         faults.hint("To go on without images that are missing: --leave_out=missing")
     return paths, ids
 

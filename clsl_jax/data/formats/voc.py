@@ -51,6 +51,8 @@ def read_voc(source: pathlib.Path, *, year: str, test: str = "auto") -> Listing:
       InputError: files are missing or say something that cannot be.
     """
     name = f"VOC{year}"
+    if test == "val" and year != "2012":
+        raise InputError(f"test='val': {name} has labels of its own test split; leave it out.")
     root = listing.existing(
         source / "VOCdevkit" / name / "ImageSets" / "Main",
         source / name / "ImageSets" / "Main",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from clsl_jax import report
+from clsl_jax import pictures
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_sheet(tmp_path, monkeypatch, count, with_heat, classes):
         lambda self, text, **how: written.append(text) or set_title(self, text, **how),
     )
     names = [f"folder/$_{i}$" + "/long" * (i % 2 * 20) for i in range(count)]
-    report.picture_sheet(
+    pictures.picture_sheet(
         str(path),
         images=images,
         labels=rng.integers(-1, 2, (count, classes)).astype(np.int8),
@@ -54,7 +54,7 @@ def test_what_is_written_below_an_image_does_not_reach_the_next_one(tmp_path, mo
 
     def captions(labels, probabilities):
         said.clear()
-        report.picture_sheet(
+        pictures.picture_sheet(
             str(tmp_path / "sheet.png"),
             images=np.zeros((1, 8, 8, 3), np.uint8),
             labels=np.array([labels], np.int8),
@@ -65,7 +65,7 @@ def test_what_is_written_below_an_image_does_not_reach_the_next_one(tmp_path, mo
         )
         return list(said)
 
-    right, wrong, missed = report.RIGHT, report.WRONG, report.MISSED
+    right, wrong, missed = pictures.RIGHT, pictures.WRONG, pictures.MISSED
     everywhere = captions([1] * 5 + [0] * 7 + [1] * 3, [0.9] * 12 + [0.1] * 3)
     assert everywhere == [
         (right, "0, 1"), (right, "2, 2 more"),

@@ -1,0 +1,25 @@
+"""A finished run of `clsl_jax.main`, for programs that ask its last state."""
+
+import contextlib
+
+from clsl_jax import experiment
+from clsl_jax.checkpoint import Checkpointer, CheckpointError
+from clsl_jax.train_state import TrainState
+from clsl_jax.workdir import Workdir
+
+
+def last_state(workdir: str) -> tuple[experiment.Experiment, TrainState]:
+    """Returns what a run was of, and its state at the newest sound checkpoint.
+
+    Raises:
+      InputError: there is no such run, it has saved nothing, or all of it is damaged.
+    """
+    config = Workdir.stored_config(workdir)
+    built = experiment.build(config)
+    checkpoints = Workdir(workdir).checkpoints(config)
+    checkpointer = Checkpointer(checkpoints, keep=config.checkpoint.keep, read_only=True)
+    with contextlib.closing(checkpointer):
+        restored = checkpointer.restore_latest(built.abstract_state)
+    if restored is None:
+        raise CheckpointError(f"{checkpoints} holds no checkpoint: train first.")
+    return built, restored[0]
