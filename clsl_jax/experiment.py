@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import os
 import pathlib
@@ -687,7 +686,6 @@ def needs_clean_view(options: StepOptions, config: ml_collections.ConfigDict) ->
     )
 
 
-@functools.cache
 def _sources_sha256() -> str:
     """Returns a digest of the package's own modules: what tells one state of it from another."""
     package = pathlib.Path(__file__).parent
@@ -696,6 +694,10 @@ def _sources_sha256() -> str:
         digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+# As the program starts: the files may be others when its results are written.
+_SOURCES = _sources_sha256()
 
 
 def versions() -> dict[str, str]:
@@ -707,5 +709,5 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
-    found["clsl_jax"] += f" (sources {_sources_sha256()[:12]})"
+    found["clsl_jax"] += f" (sources {_SOURCES[:12]})"
     return found

@@ -20,7 +20,7 @@ from clsl_jax import (
     recovery,
     sharding,
 )
-from clsl_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from clsl_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from clsl_jax.models.clsl import Blend
 from clsl_jax.outputs import calibrated, stated_log_odds
 from clsl_jax.step_options import StepOptions

@@ -176,7 +176,7 @@ def write(
     """Writes every table and figure of the finished cells into the study's workdir.
 
     Raises:
-      InputError: a cell was run with another configuration.
+      InputError: as `read`, of any cell.
     """
     found = [
         read(cell, workdir, split=study.split, convention=study.convention, weights=study.weights)

@@ -391,7 +391,7 @@ def _cut(path: pathlib.Path, length: int) -> None:
         (lambda f: _rewrite_config(f, hidden_size=None), "hidden_size is None"),
         (lambda f: _rewrite_config(f, num_attention_heads=5), "not a multiple"),
         (lambda f: _rewrite_config(f, intermediate_size=24), r"\(20, 12\), config.json says \(24"),
-        (lambda f: _rewrite_config(f, num_hidden_layers=3), "layer.2.* is missing and 11 more"),
+        (lambda f: _rewrite_config(f, num_hidden_layers=3), "layer.2.* is missing; and 11 more"),
         (lambda f: _rewrite_config(f, max_position_embeddings=3), "max_position|position_emb"),
     ],
 )

@@ -10,6 +10,7 @@ from absl import flags
 from commands import CONFIG, REPOSITORY, interrupts, read, run
 
 from clsl_jax import command_line
+from clsl_jax import config as config_lib
 from clsl_jax.errors import InputError
 from clsl_jax.preemption import PreemptionGuard
 
@@ -33,7 +34,6 @@ CASES = [
         "larger than the training split",
     ),
     ([f"--config={CONFIG}", "--config.model.backbone=resnet19"], "resnet19"),
-    (["--config", CONFIG, "--config.epoch=3"], "There is no configuration key 'epoch'"),
     (["--config=configs/voc.py"], "data.dir"),
 ]
 
@@ -46,6 +46,14 @@ def test_wrong_input(shared, tmp_path, arguments, expected):
     assert err.startswith("error: ")
     assert expected in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("override", ["--config.epoch=3", "--noconfig.epoch", "-config.epoch"])
+def test_the_key_that_does_not_exist_is_the_one_that_is_named(override):
+    argv = ["--config", "my_config.py", "--workdir=a.config.b", "--config.epochs=2", override]
+    message = command_line._unknown_key(argv, config_lib.base_config(), "my_config.py")
+    assert message.startswith("There is no configuration key 'epoch'. Near ones: epochs")
+    assert command_line._unknown_key(argv[:-1], config_lib.base_config(), "my_config.py") is None
 
 
 @pytest.mark.slow

@@ -368,6 +368,14 @@ def test_the_command_that_trains_fits_the_labels(tmp_path, labels, config, given
     assert int(keys.get("batch_size", own.batch_size)) <= len(dataset.train.ids)
 
 
+def test_every_set_has_a_configuration_that_trains_it():
+    assert prepare_lib._CONFIGS.keys() == set(sources.PREPARED_NAMES)
+    for name, (file, other) in prepare_lib._CONFIGS.items():
+        path = os.path.join(REPOSITORY, "configs", f"{file}.py")
+        own = runpy.run_path(path)["get_config"]().data.name
+        assert (own != name) == other
+
+
 def test_a_share_for_testing_is_more_than_nothing(tmp_path):
     files = {f"{row}.jpg": picture(row) for row in range(3)}
     listing = _listing(tmp_path / "in", {"train": files})

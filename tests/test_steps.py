@@ -772,6 +772,7 @@ def test_online_targets_leave_a_network_where_it_stands():
         make_options(recovery_mode="online"),
         make_options(recovery_mode="online", loss_name="bce"),
         make_options(recovery_mode="online", scale="released"),
+        make_options(recovery_mode="online", sharpening="released"),
     ):
         logits = jnp.linspace(-3.0, 1.0, C)[None]  # the largest is 1: as sharp as it is
         unknown = jnp.full((1, C), -1, jnp.int8)

@@ -10,7 +10,7 @@ from torch_clsl import TorchCLSL, resnet
 
 from clsl_jax import npz
 from clsl_jax.data import scenes, sources
-from clsl_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from clsl_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 WIDTHS, D, E = (8, 8, 8, 16), 16, 6
 ARGUMENTS = (

@@ -104,7 +104,9 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(tmp_path):
 
 def test_a_thread_that_hangs_ends_the_run():
     data = watched(Images("hang", seconds=5), timeout=1.0)
-    with pytest.raises(Stuck, match=r"reading hangs, nothing for 1 s.*, or raise data\.timeout"):
+    with pytest.raises(
+        Stuck, match=r"reading hangs, nothing for 1 s.*machine, or raise data\.timeout"
+    ):
         rows(data, 10)
 
 

@@ -7,9 +7,6 @@ import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-# Of the three channels, in [0, 1]: what `steps.normalize` takes away.
-IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
 # What an affine change uncovers: the mean colour of ImageNet, which normalisation turns into zeros.
 FILL = (124, 116, 104)
 MAX_MAGNITUDE = 30

@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clsl_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from clsl_jax.errors import InputError
+from clsl_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from clsl_jax.models.convolution import conv_general_dilated
 from clsl_jax.models.norm import BatchNorm
 

