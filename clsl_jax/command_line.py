@@ -308,7 +308,8 @@ def _unknown_key(argv: Sequence[str], base: ml_collections.ConfigDict, file: str
     """Returns the message for the first override of a key that does not exist, if there is one."""
     known = config_lib.flatten(base)
     for argument in argv:
-        given = re.fullmatch(r"--?(?:no)?config\.(.+)", argument.split("=", 1)[0])
+        name = argument.split("=", 1)[0]
+        given = re.fullmatch(r"--?(?:no)?config\.(.*)", name, re.DOTALL)
         if given and given[1] not in known:
             return config_lib.unknown_key_message(given[1], base, file=file)
     return None

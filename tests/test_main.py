@@ -54,6 +54,9 @@ def test_the_key_that_does_not_exist_is_the_one_that_is_named(override):
     message = command_line._unknown_key(argv, config_lib.base_config(), "my_config.py")
     assert message.startswith("There is no configuration key 'epoch'. Near ones: epochs")
     assert command_line._unknown_key(argv[:-1], config_lib.base_config(), "my_config.py") is None
+    for key in ("", "epochs\n"):
+        message = command_line._unknown_key([f"--config.{key}=3"], config_lib.base_config(), "a.py")
+        assert message.startswith(f"There is no configuration key '{key}'.")
 
 
 @pytest.mark.slow
