@@ -44,6 +44,11 @@ def whole(path: str) -> str:
     return re.sub(rf"{re.escape(_PARTIAL)}\d+-[0-9a-f]{{8}}$", "", path)
 
 
+def leftovers(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Returns the files in a directory that `replacing` is writing, or was when it was killed."""
+    return directory.glob(f"*{_PARTIAL}*")
+
+
 def sweep(paths: Iterable[pathlib.Path]) -> None:
     """Removes those of `paths` that nobody has written to for a day: a killed process left them."""
     for path in paths:

@@ -213,7 +213,12 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.cache": ("auto", "none", "memory", "disk"),
     "labels.protocol": ("all", "file", "released", "sst", "uniform", "single_positive"),
     "model.backbone": (
-        *("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+        "small",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
         "efficientnet_lite0",
     ),
     "model.freeze": ("none", "backbone"),

@@ -8,9 +8,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clsl_jax import sharding
+from clsl_jax import outputs, sharding
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import pipeline
+from clsl_jax.step_options import StepOptions
 
 
 def predict(
@@ -66,19 +67,25 @@ def _collect(scores: np.ndarray, batch: Mapping[str, jax.Array], probabilities: 
 
 
 def explain(
-    images: np.ndarray, explain_step: Callable[[jax.Array], Any], *, mesh: Mesh
+    images: np.ndarray,
+    explain_step: Callable[[jax.Array], Any],
+    options: StepOptions,
+    *,
+    mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns probabilities [n, C] of images and where each class was seen, on every process.
 
     Args:
       images: uint8 [n, S, S, 3].
-      explain_step: `images -> (probabilities, position weights)`.
+      explain_step: `images -> (predictions, position weights)`.
+      options: of the run: the probabilities are those that its predictions stand for.
       mesh: of devices.
 
     Returns:
       (probabilities, heat [n, h, w, C], summing to 1 over positions; None if the model has none).
     """
-    probabilities, weights = gather(explain_step(sharding.put_replicated(mesh, images)))
+    predictions, weights = gather(explain_step(sharding.put_replicated(mesh, images)))
+    probabilities = np.array(outputs.stated_probabilities(predictions, options))
     if weights is None:
         return probabilities, None
     side = round(weights.shape[1] ** 0.5)

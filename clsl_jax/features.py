@@ -161,7 +161,7 @@ def _write(
     written = np.zeros(len(split.labels), bool)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.sweep(path.parent.glob("*.partial-*"))
+        atomic.sweep(atomic.leftovers(path.parent))
         with atomic.replacing(path) as partial:
             for batch in evaluate.batches(split.images, mesh=mesh, batch_size=batch_size):
                 poll()

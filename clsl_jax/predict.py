@@ -95,10 +95,12 @@ class Classifier:
 
         That is [n, h, w, C], summing to 1 over positions; None if the model does not tell.
         """
-        found, heat = evaluate.explain(
-            images, lambda given: self._explain_step(self.weights, given), mesh=self.mesh
+        return evaluate.explain(
+            images,
+            lambda given: self._explain_step(self.weights, given),
+            self.options,
+            mesh=self.mesh,
         )
-        return np.array(outputs.stated_probabilities(found, self.options)), heat
 
     # Compiled once for each number of images, however often they are called.
 

@@ -293,8 +293,7 @@ def _explain(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns images [n, H, W, 3], probabilities [n, C] and heat [n, h, w, C] of test images."""
     images = np.stack([built.dataset.test.images[i]["image"] for i in range(count)])
-    predictions, heat = evaluate.explain(images, explain, mesh=built.mesh)
-    return images, np.asarray(outputs.stated_probabilities(predictions, built.options)), heat
+    return images, *evaluate.explain(images, explain, built.options, mesh=built.mesh)
 
 
 def _write_predictions(path: str, built: Experiment, scores: np.ndarray) -> None:

@@ -200,8 +200,8 @@ def _write(images: Images, path: pathlib.Path, shape: tuple[int, ...]) -> None:
     """Writes the file beside its place and moves it there; the first to finish wins."""
     with _unwritable(path, shape):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in ("*.partial-*", ".incomplete-*"):  # the second by earlier versions
-            atomic.sweep(path.parent.glob(left))
+        atomic.sweep(atomic.leftovers(path.parent))
+        atomic.sweep(path.parent.glob(".incomplete-*"))  # of earlier versions
         with contextlib.suppress(_Outrun), atomic.replacing(path) as partial:
             with open(partial, "wb") as file:
                 _write_arrays(images, file, shape)

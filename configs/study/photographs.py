@@ -90,7 +90,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     if part == "ablation":
         bare = f"{ablation.BARE} model.global_branch=False"
+        config.known_fractions = (0.1, 0.2, 0.3)
         ablation.configure(config, CHANGED, ALONE, bare=bare)
+    else:
+        config.known_fractions = (0.2,)
+        config.seeds = (0, 1)
     if part == "search":
         ablation.configure_search(config, OTHERWISE)
     if part == "positives":
@@ -107,9 +111,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             ("role_told", "role", _TOLD),
             ("epr_told+recovery", "clsl", recover),
         )
-    ablates = part == "ablation"
-    config.known_fractions = (0.1, 0.2, 0.3) if ablates else (0.2,)
-    config.seeds = (0, 1, 2, 3, 4) if ablates else (0, 1)
     config.weights = "last"  # the only ones that are saved: no epoch is picked
     config.settings = (
         f"data.dir={directory}",
