@@ -3,8 +3,8 @@
     python -m clsl_jax.main --config=configs/scenes.py --workdir=DIR
 
 Arguments, after a colon: `configs/scenes.py:strong` for labels that co-occur strongly. Hardware:
-two CPU cores, three to five minutes. Test mAP of five seeds: 84.82 ± 0.54, strong 91.92 ± 0.34
-(docs/study.md).
+two CPU cores, three to five minutes. Test mAP of ten seeds: 85.24 ± 0.56, of five with `strong`:
+91.92 ± 0.34 (docs/study.md).
 """
 
 import ml_collections
