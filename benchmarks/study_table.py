@@ -32,20 +32,19 @@ OURS, KNOWN = "clsl", "known_asl"
 CEILING = ("scenes, all", 0.0, "all_known")
 SCENES, PHOTOGRAPHS, FRACTION = "scenes, uniform", "table, uniform", 0.2
 FRACTIONS = (0.1, 0.2, 0.3)  # of the ablation
-# On `scenes` with moderate co-occurrence, at these fractions: by later versions of the program, and
-# with seeds that took no part in tuning, then by every version.
+# What was run again on `scenes` with moderate co-occurrence, at these fractions: the runs of later
+# versions of the program, with seeds 5 to 9 that took no part in tuning, and those of all versions.
 LATER = {
     OURS: "clsl_again,clsl_third,clsl_fresh",
     KNOWN: "known_asl_again,known_asl_fresh",
     "alike_last": "alike_last,alike_last_fresh",
+    "no_recovery": "no_recovery,no_recovery_fresh",
 }
-EVERY = {OURS: f"{OURS},{LATER[OURS]}", KNOWN: f"{KNOWN},{LATER[KNOWN]}"}
-AGAIN = (
-    (SCENES, EVERY[OURS], ()),
-    (SCENES, EVERY[KNOWN], (EVERY[OURS],)),
-    (SCENES, LATER[KNOWN], (LATER[OURS],)),
-    (SCENES, LATER[OURS], (LATER["alike_last"],)),
-)
+EVERY = LATER | {
+    OURS: f"{OURS},{LATER[OURS]}",
+    KNOWN: f"{KNOWN},{LATER[KNOWN]}",
+    "no_recovery": f"known_product,{LATER['no_recovery']}",
+}
 # The parts of the ablation: a data set, what its rows are compared with, and the rows; one training
 # under two names is one row.
 ABLATION = (
@@ -76,7 +75,7 @@ def read(path: pathlib.Path) -> Runs:
     return runs
 
 
-def table(runs: Runs, baseline: str) -> str:
+def table(runs: Runs, baseline: str, title: str = "Runs with several seeds") -> str:
     """The Markdown table of what has several seeds."""
     lines = []
     for (name, fraction, method), found in sorted(runs.items()):
@@ -94,7 +93,17 @@ def table(runs: Runs, baseline: str) -> str:
         each = ", ".join(f"{a - b:+.2f}" for a, b in zip(ours, theirs, strict=True))
         lines.append([*line, f"{difference:+.2f}", f"{p_value:.2g}", each])
     header = ["data, known", "method", "seeds", "test mAP", f"to {baseline}", "p", "each seed"]
-    return rounds.markdown("Runs with several seeds", header, lines)
+    return rounds.markdown(title, header, lines)
+
+
+def again(runs: Runs, groups: dict[str, str], title: str) -> str:
+    """The Markdown tables of methods whose runs are those of several, to known labels and ours."""
+    means = {
+        (SCENES, fraction, method): pooled(runs, SCENES, fraction, names)
+        for fraction in FRACTIONS
+        for method, names in groups.items()
+    }
+    return "\n".join(table(means, baseline, title) for baseline in (KNOWN, OURS))
 
 
 def pooled(runs: Runs, data: str, fraction: float, names: str) -> dict[int, float]:
@@ -238,7 +247,9 @@ def main() -> None:
     options = parser.parse_args()
     runs = read(options.csv)
     print(table(runs, options.baseline))
-    for name, baseline, rows in (*AGAIN, *ABLATION):
+    print(again(runs, EVERY, "Means of the runs of each seed"))
+    print(again(runs, LATER, "The same, of later versions alone"))
+    for name, baseline, rows in ABLATION:
         print(ablation(runs, name, rows, baseline))
     print(one_seed(runs, seed=0))
     assume = {n for n, m in methods.METHODS.items() if m.settings.get("recovery.mode") == "assume"}
