@@ -61,6 +61,11 @@ def test_the_ablation_pairs_seeds_and_takes_the_mean_of_runs_again(monkeypatch):
     p_value = stats.ttest_rel([80.0, 81.5, 83.75], [82.0, 82.0, 84.0]).pvalue
     assert row == f"| `bare+ema` | -0.92, p = {p_value:.2g} (3) |  | +1.50 (1) |"
     assert empty == "| `gcn` |  |  |  |"
+    text = study_table.again(runs, {"clsl": baseline, "known_asl": "bare+ema"}, "Means")
+    (mean,) = [
+        line for line in text.splitlines() if "10% | clsl | 4 | 82.00" in line and "+" in line
+    ]
+    assert mean.endswith(f"| +0.92 | {p_value:.2g} | +2.00, +0.50, +0.25 |")
 
 
 def test_collectives_in_loops_count_as_often_as_they_run(monkeypatch):
