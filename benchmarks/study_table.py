@@ -195,10 +195,10 @@ def draw(runs: Runs, path: pathlib.Path) -> None:
     figure = Figure(figsize=(11.0, 4.2), layout="constrained")
     scores, gains = figure.subplots(1, 2)
     for place, (name, title) in enumerate(NAMES.items()):
-        both, again = {}, name == SCENES
+        both, repeated = {}, name == SCENES
         for method, style, what in ((OURS, "-", "the default"), (KNOWN, ":", "known labels")):
             both[method] = {
-                f: pooled(runs, name, f, EVERY[method] if again and f in FRACTIONS else method)
+                f: pooled(runs, name, f, EVERY[method] if repeated and f in FRACTIONS else method)
                 for (n, f, m) in sorted(runs)
                 if (n, m) == (name, method)
             }
