@@ -123,7 +123,7 @@ def ablation(runs: Runs, name: str, rows: Iterable[str], baseline: str) -> str:
     against = {f: pooled(runs, name, f, baseline) for f in FRACTIONS}
     lines = [[f"`{baseline}`", *(_spread_of(against[f]) for f in FRACTIONS)]]
     for row in rows:
-        if row in baseline.split(","):
+        if set(row.split(",")) <= set(baseline.split(",")):
             continue
         line = [f"`{row}`"]
         for fraction in FRACTIONS:

@@ -54,7 +54,7 @@ def test_the_ablation_pairs_seeds_and_takes_the_mean_of_runs_again(monkeypatch):
     }
     baseline = "clsl,clsl_again"
     assert study_table.pooled(runs, data, 0.1, baseline) == {0: 80.0, 1: 82.0, 2: 82.0, 3: 84.0}
-    text = study_table.ablation(runs, data, ["bare+ema", "clsl", "gcn"], baseline)
+    text = study_table.ablation(runs, data, ["bare+ema", baseline, "clsl", "gcn"], baseline)
     *_, header, _, first, row, empty = text.strip().splitlines()
     assert header == "| test mAP | 10% known | 20% known | 30% known |"
     assert first == "| `clsl,clsl_again` | 82.00 ± 1.63 |  | 90.00 |"
