@@ -173,6 +173,53 @@ def test_images_of_32_bits_a_channel_are_refused(tmp_path, kind):
     assert inspection.inspect_image(path).state == "readable"
 
 
+@pytest.mark.parametrize("name", ["scan.pfm", "scan.hdr", "scan.fits", "whole.fits"])
+def test_nor_are_those_of_other_formats_read(tmp_path, name):
+    """Floats of two formats that OpenCV would read; floats and whole numbers of one for Pillow."""
+    path = tmp_path / name
+    pixels = np.linspace(0, 1000, 64, dtype=np.float32).reshape(8, 8)
+    if path.suffix == ".pfm":
+        Image.fromarray(pixels).save(path)
+    elif path.suffix == ".hdr":
+        cv2.imwrite(str(path), np.repeat(pixels[:, :, None], 3, axis=2))
+    else:
+        path.write_bytes(_fits(pixels.astype(">f4" if name == "scan.fits" else ">i4")))
+    with pytest.raises(images.WideImage, match="scan 3: 32 bits a channel"):
+        images.decode_image(path.read_bytes(), where="scan 3")
+    found = inspection.inspect_image(path)
+    assert (found.state, found.reason) == ("unreadable", "32 bits a channel: convert it to 8")
+
+
+def _fits(pixels):
+    """A picture as a FITS file of big-endian numbers."""
+    bits = pixels.itemsize * 8 * (-1 if pixels.dtype.kind == "f" else 1)
+    keys = {"SIMPLE": "T", "BITPIX": bits, "NAXIS": 2, "NAXIS1": 8, "NAXIS2": 8}
+    header = "".join(f"{name:8}= {value!s:>20}".ljust(80) for name, value in keys.items())
+    return f"{header}{'END':80}".ljust(2880).encode() + pixels.tobytes().ljust(2880, b"\0")
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "zstd", "lzma"])
+def test_of_16_bits_a_channel_the_upper_eight_are_read(tmp_path, compression):
+    """By OpenCV, and by Pillow where OpenCV does not know the compression."""
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    path = tmp_path / "scan.tif"
+    Image.fromarray(ramp).save(path, compression=compression)
+    found = images.decode_image(path.read_bytes())
+    np.testing.assert_array_equal(found, np.repeat((ramp // 256)[:, :, None], 3, axis=2))
+    assert inspection.inspect_image(path).state == "readable"
+
+
+@pytest.mark.slow
+def test_a_large_image_is_no_damaged_one(tmp_path):
+    """More pixels than Pillow takes: OpenCV reads them, and training does."""
+    path = tmp_path / "large.png"
+    with Image.new("1", (13_500, 13_500)) as image:
+        image.save(path)
+    found = inspection.inspect_image(path)
+    assert (found.state, found.reason) == ("readable", "")
+    assert (found.width, found.height) == (13_500, 13_500)
+
+
 def test_resizing_squashes_without_cropping():
     image = np.zeros((10, 40, 3), np.uint8)
     image[:, :20] = 200
@@ -284,10 +331,10 @@ def test_a_jpeg_cut_in_half_is_no_image(at_least):
             images.decode_image(encoded[: len(encoded) // 2], at_least=at_least)
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF", "PNG", "WEBP", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photographs_are_turned_upright_if_asked_for(orientation, file_format):
-    """Against Pillow; OpenCV reads the first format, and both read the second."""
+    """Against Pillow, which reads the last format; OpenCV reads the others."""
     pixels = np.zeros((32, 48, 3), np.uint8)
     pixels[:8, :16] = (250, 30, 30)
     exif = Image.Exif()

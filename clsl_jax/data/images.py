@@ -13,7 +13,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from clsl_jax.errors import InputError
 
@@ -23,7 +23,7 @@ except ImportError:
     cykooz_resizer = None
 
 # To be raised whenever the same file comes out as other pixels.
-_DECODING = 2
+_DECODING = 3
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -31,10 +31,19 @@ _REDUCED = {
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 _PER_THREAD = threading.local()
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_FLOATING = (b"Pf\n", b"PF\n", b"#?RADIANCE", b"#?RGBE")  # PFM, Radiance HDR
+_AVIF = (b"ftypavif", b"ftypavis")
+# Of Pillow, for 32 bits a channel.
+WIDE_MODES = ("I", "F")
 
 
 class CorruptImage(InputError):
     """One image cannot be read or decoded; its neighbours perhaps can."""
+
+
+class WideImage(CorruptImage):
+    """An image has 32 bits a channel, of which nothing says how bright white is."""
 
 
 class Images(Protocol):
@@ -138,8 +147,9 @@ def decode_image(
 ) -> np.ndarray:
     """Decodes an image file to RGB.
 
-    OpenCV decodes; Pillow decodes what OpenCV does not read, and four-component (CMYK) JPEG, whose
-    colours the two convert differently.
+    OpenCV decodes; Pillow decodes what OpenCV does not read, four-component (CMYK) JPEG, whose
+    colours the two convert differently, and AVIF to be turned upright, which OpenCV does not do. Of
+    16 bits a channel the upper eight are taken.
 
     Args:
       encoded: the file's bytes.
@@ -153,17 +163,15 @@ def decode_image(
       uint8 [H, W, 3]; reduced, sides are rounded up.
 
     Raises:
-      CorruptImage: the bytes are cut off or are no image, or have 32 bits a channel, of which
-        nothing says how bright white is.
+      CorruptImage: the bytes are cut off or are no image; `WideImage`, of those it is a kind: they
+        have 32 bits a channel.
     """
-    if wide_pixels(encoded):
-        raise CorruptImage(
-            f"{where}: 32 bits a channel, of which nothing says how bright white is; convert the "
-            "image to 8 bits a channel."
-        )
+    if _is_wide(encoded):
+        raise _too_wide(where)
     frame = jpeg_frame(encoded)
     reduction = _reduction(frame, at_least)
-    if frame is None or frame[2] != 4:
+    turned_by_pillow = upright and encoded[4:12] in _AVIF and features.check("avif")
+    if not turned_by_pillow and (frame is None or frame[2] != 4):
         flags = _REDUCED[reduction] | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
         try:
             decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
@@ -176,8 +184,12 @@ def decode_image(
             if reduction > 1:
                 image.draft(None, (image.width // reduction, image.height // reduction))
             turned = ImageOps.exif_transpose(image) if upright else image
+            if turned.mode in WIDE_MODES:
+                raise _too_wide(where)
+            if turned.mode.startswith("I;16"):  # of which Pillow would make white all above 255
+                turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
             return np.asarray(turned.convert("RGB"))
-    except MemoryError:
+    except (MemoryError, CorruptImage):
         raise
     except Exception as error:  # Pillow's readers raise anything on broken files
         reason = " ".join(str(error).split()) or repr(error)
@@ -189,9 +201,18 @@ def decode_image(
         ) from error
 
 
-def wide_pixels(encoded: bytes) -> bool:
-    """Whether a file is a TIFF of 32 bits a channel; broken ones are for whoever decodes them."""
-    if encoded[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+def _too_wide(where: str) -> WideImage:
+    return WideImage(
+        f"{where}: 32 bits a channel, of which nothing says how bright white is; convert the image "
+        "to 8 bits a channel."
+    )
+
+
+def _is_wide(encoded: bytes) -> bool:
+    """Whether a file that OpenCV would read has 32 bits a channel; a broken one is for OpenCV."""
+    if encoded.startswith(_FLOATING):
+        return True
+    if not encoded.startswith(_TIFF):
         return False
     try:
         with Image.open(io.BytesIO(encoded)) as image:

@@ -51,29 +51,38 @@ def inspect_image(path: pathlib.Path) -> Inspected:
         return Inspected(MISSING, "no such file")
     except OSError as error:
         return Inspected(UNREADABLE, error.strerror or str(error))
-    facts = {
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "size": status.st_size,
-        "modified": status.st_mtime_ns,
-    }
+    found = Inspected(
+        READABLE,
+        sha256=hashlib.sha256(content).hexdigest(),
+        size=status.st_size,
+        modified=status.st_mtime_ns,
+    )
     try:
         with Image.open(io.BytesIO(content)) as image:
-            facts |= {"width": image.width, "height": image.height, "mode": image.mode}
+            found = dataclasses.replace(
+                found, width=image.width, height=image.height, mode=image.mode
+            )
             image.load()
-        if images_lib.wide_pixels(content):
-            return Inspected(UNREADABLE, "32 bits a channel: convert it to 8", **facts)
-        return Inspected(READABLE, **facts)
+        if image.mode not in images_lib.WIDE_MODES:
+            return found
+        state, reason = READABLE, ""  # 16 bits a channel can be among them
+    except Image.DecompressionBombError as error:
+        state, reason = READABLE, str(error)  # of no more than its size
     except Exception as error:  # Pillow's readers raise anything on broken files
-        reason = str(error).replace("\n", " ")
+        state, reason = DAMAGED, str(error).replace("\n", " ")
     # Pillow names the Python object that it was handed.
     if reason.startswith("cannot identify image file"):
         reason = "of no image format that is known"
     try:
-        decoded = images_lib.decode_image(content, where=os.fspath(path))
+        height, width = images_lib.decode_image(content).shape[:2]
+    except images_lib.WideImage:
+        state, reason = UNREADABLE, "32 bits a channel: convert it to 8"
     except InputError:
-        return Inspected(UNREADABLE, reason if content else "an empty file", **facts)
-    height, width = decoded.shape[:2]
-    return Inspected(DAMAGED, reason, **{"mode": "?", **facts, "width": width, "height": height})
+        state, reason = UNREADABLE, reason if content else "an empty file"
+    else:
+        reason = "" if state == READABLE else reason
+        found = dataclasses.replace(found, width=width, height=height, mode=found.mode or "?")
+    return dataclasses.replace(found, state=state, reason=reason)
 
 
 def inspect_images(
