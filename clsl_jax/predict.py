@@ -45,6 +45,8 @@ from clsl_jax.workdir import EMBEDDINGS_NAME, MASK_NAME, Workdir
 WEIGHTS = ("best", "last")
 _SHOWN = 10  # images whose classes are printed, and unreadable ones that are named
 _NAMED = 5  # classes of an image
+# Data, videos and drawings, whose endings Pillow knows; it may read none of them by itself.
+_NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,14 +208,16 @@ def find_images(
             f"{missing[0]}: there is no such file or folder; expected images, or folders of them."
         )
     Image.init()
-    endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    kinds = Image.OPEN.keys() - _NO_PICTURES
+    endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in kinds)
     found: dict[str, None] = {}
     for place in places:
         if not os.path.isdir(place):
             found[place] = None
             continue
         others, linked = collections.Counter[str](), 0
-        for folder, folders, files in os.walk(place):
+        closed: list[OSError] = []
+        for folder, folders, files in os.walk(place, onerror=closed.append):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
             for name in sorted(files):
@@ -225,6 +229,8 @@ def find_images(
                     others[os.path.splitext(name)[1].lower() or "without an ending"] += 1
         if others or linked:
             report(_passed_over(place, others, linked))
+        for error in closed:
+            report(_shown(f"Passed over: {error.filename} ({error.strerror})"))
     if not found:
         raise InputError(
             f"There is no image in {', '.join(places)} (looked for names that end in "

@@ -148,6 +148,7 @@ def test_images_are_found_once_and_in_order(tmp_path):
 
 def test_what_is_passed_over_is_counted(tmp_path):
     names = ["a.jpg", "b.HEIC", "c.heic", "in/d.dng", "in/e", "in/.hidden", ".git/f.dng"]
+    names += ["in/clip.mpg", "in/features.h5"]  # of which Pillow knows the endings
     for name in names:
         (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "new" / name).touch()
@@ -160,13 +161,27 @@ def test_what_is_passed_over_is_counted(tmp_path):
     assert found == [f"{new}/a.jpg", f"{whole}/g.png"]
     (line,) = lines
     assert line.startswith(
-        f"Passed over in {new}: 2 .heic, 1 .dng, 1 without an ending, 2 linked folders (an image "
-        "in a folder is known by its ending"
+        f"Passed over in {new}: 2 .heic, 1 .mpg, 1 .dng, 1 without an ending, 1 .h5, 2 "
+        "linked folders (an image in a folder is known by its ending"
     )
     # What is named by itself is taken.
     by_name = [f"{new}/in/linked", f"{new}/b.HEIC"]
     found = predict.find_images(by_name, report=lines.append)
     assert (found, len(lines)) == ([f"{new}/in/linked/g.png", f"{new}/b.HEIC"], 1)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """As one that may not be read; this one's path is too long, which is so for root as well."""
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):
+        os.mkdir("b" * 250)
+        os.chdir("b" * 250)
+    lines = []
+    assert predict.find_images([os.fspath(tmp_path)], report=lines.append) == [f"{tmp_path}/a.jpg"]
+    (line,) = lines
+    assert line.startswith(f"Passed over: {tmp_path}/bbb")
+    assert line.endswith("bbb (File name too long)")
 
 
 def test_a_photograph_is_not_taken_for_the_table(shared, tmp_path):
