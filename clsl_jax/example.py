@@ -116,7 +116,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("images", 200, "How many.")
     flags.DEFINE_float("unknown", 0.3, "Share of the cells that are empty.")
     flags.DEFINE_bool("faults", False, "Plant five errors in the table and the images.")
-    flags.DEFINE_integer("seed", 0, "Of the images and of which cells are empty.", lower_bound=0)
+    flags.DEFINE_integer(
+        "seed", 0, "Of the images and of which cells are empty.", 0, upper_bound=2**32 - 1
+    )
 
 
 def _work(arguments: Sequence[str]) -> None:

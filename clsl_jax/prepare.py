@@ -258,18 +258,21 @@ def _check_splits(listing: Listing, test_fraction: float) -> None:
 def _with_test_split(
     listing: Listing, inspected: Mapping[pathlib.Path, Inspected], fraction: float, seed: int
 ) -> tuple[dict[str, ImageList], list[str]]:
-    """Returns the splits, with one for testing taken from `train` if there is none."""
+    """Returns the splits; if none is for testing, with readable images of `train` as one."""
     splits = dict(listing.splits)
     if "test" in splits:
         return splits, []
     train = splits["train"]
-    groups = np.array([inspected[path].sha256 or str(path) for path in train.paths])
-    kept, held = stratified_split(train.labels, fraction, seed, groups)
+    facts = [inspected[path] for path in train.paths]
+    usable = np.array(verification.usable_rows(facts), np.int64)
+    groups = np.array([facts[row].sha256 for row in usable])
+    held = usable[stratified_split(train.labels[usable], fraction, seed, groups)[1]]
     if not len(held):
         raise InputError(
-            f"{listing.name}: {len(train.ids)} images are too few to hold out {fraction:.0%} for "
+            f"{listing.name}: {len(usable)} images are too few to hold out {fraction:.0%} for "
             "testing; name a split column, or a larger --test_fraction."
         )
+    kept = np.setdiff1d(np.arange(len(train.ids)), held)
     splits = {**splits, "train": train.rows(kept), "test": train.rows(held)}
     note = f"No split for testing: {len(held):,} images held out, by label, seed {seed}."
     return splits, [note]
@@ -401,7 +404,7 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "test_fraction", 0.2, "table: share held out for testing if no split is.", 0.0, 0.9
     )
-    flags.DEFINE_integer("seed", 0, "table: of that split.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "table: of that split.", 0, upper_bound=2**32 - 1)
 
 
 def read_listing(values: flags.FlagValues) -> Listing:

@@ -131,6 +131,7 @@ def test_what_is_there_is_left_alone(tmp_path):
         (["--out=x", "more"], "Unexpected argument 'more'"),
         (["--out=x", "--images=3"], "expected 20 to 10,000"),
         (["--out=x", "--seed=-1"], "seed"),
+        (["--out=x", f"--seed={2**32}"], "flag --seed="),
     ],
 )
 @pytest.mark.slow

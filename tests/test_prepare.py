@@ -124,6 +124,7 @@ def test_check_only_writes_nothing(tmp_path):
         ),
         (["--dataset=voc2007", "--source=.", "--out=x", "--cells=?"], "--cells has no meaning"),
         (["--dataset=table", "--source=.", "--out=x", "--cells=maybe"], "choose of yes/no"),
+        (["--dataset=table", "--source=.", "--out=x", f"--seed={2**32}"], "flag --seed="),
         (["--dataset=table", "--source=.", "--out=x", "more"], "Unexpected argument 'more'"),
     ],
 )

@@ -1,6 +1,7 @@
 """A table of one's own: CSV, TSV, Parquet, lists; and all that can be wrong with one at once."""
 
 import re
+import shlex
 
 import numpy as np
 import pyarrow
@@ -132,6 +133,20 @@ def test_a_column_that_is_no_class_is_not_listed_cell_by_cell(tmp_path):
         "If column 'weight' is no class: --ignore_columns=weight; if it lists the labels of an "
         "image: --labels_column=weight"
     )
+
+
+def test_the_advice_on_columns_with_commas_in_their_names_can_be_followed(tmp_path):
+    for number in range(4):
+        write(tmp_path / f"{number}.jpg", picture(number))
+    rows = "\n".join(f'{n}.jpg,{n}.5,"{n} ""m""",{n % 2}' for n in range(4))
+    path = write(tmp_path / "t.csv", f'image,"place, x","a ""b""",cat\n{rows}\n')
+    command = ("--dataset=table", f"--source={path}", "--check-only")
+    status, _, errors = prepare(*command)
+    assert status == 2
+    advised = re.search(r"--ignore_columns=\S.*?(?=; if)", errors)[0]
+    status, shown, errors = prepare(*command, *shlex.split(advised), "--test_fraction=0.5")
+    assert (status, errors) == (0, "")
+    assert "1 classes" in shown
 
 
 def test_words_in_the_cells_are_met_with_the_flag_that_reads_them(tmp_path):
@@ -276,6 +291,36 @@ def test_lists_of_labels(tmp_path):
         table.read_own_table(path, columns=columns, may_miss=True, class_names=names)
     with pytest.raises(ValueError, match="found none; give --source=FILE"):
         table.read_own_table(tmp_path / ("long" * 99))
+
+
+def test_lists_of_parquet_are_lists_of_labels(tmp_path):
+    path = tmp_path / "t.parquet"
+
+    def save(lists):
+        columns = {"image": ["a.jpg", "b.jpg", "c.jpg"], " tags ": lists}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+    save([["dog", "cat"], [], ["tree", None]])
+    columns = table.Columns(labels="tags")
+    found = table.read_own_table(path, columns=columns, may_miss=True)
+    assert found.class_names == ("cat", "dog", "tree")
+    assert found.splits["train"].labels.tolist() == [[1, 1, 0], [-1, -1, -1], [0, 0, 1]]
+    save([["dog; small"], [], []])
+    with pytest.raises(InputError, match=r"t.parquet cannot be read .*a list has 'dog; small'"):
+        table.read_own_table(path, columns=columns, may_miss=True)
+
+
+def test_lists_as_a_program_prints_them_are_refused(tmp_path):
+    """Or each bracket and quote would be of a class's name."""
+    lists = ["['dog', 'cat']", '[""tree""]', "[]", "[dog]", "dog; [cat]"]
+    rows = "".join(f'{n}.jpg,"{labels}"\n' for n, labels in enumerate(lists))
+    path = write(tmp_path / "t.csv", f"image,tags\n{rows}")
+    with pytest.raises(InputError, match="3 cells cannot be used") as error:
+        table.read_own_table(path, columns=table.Columns(labels="tags"), may_miss=True)
+    assert str(error.value).splitlines()[1:] == [
+        f"  row {row}, column 'tags': {cell!r}; expected labels with ';' between them, no brackets"
+        for row, cell in ((2, "['dog', 'cat']"), (3, '["tree"]'), (4, "[]"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -529,6 +574,27 @@ def test_images_that_may_be_left_out_are_no_wrong_cells(tmp_path):
         assert "row 3, column 'image': 'b.jpg'; no such file" in str(error.value)
     found = table.read_own_table(path, may_miss=True, may_break=True)
     assert found.splits["train"].ids == ["a.jpg", "b.jpg"]
+
+
+def test_images_left_out_are_neither_held_out_nor_counted(tmp_path):
+    """Half of them are gone: a fifth of the others is for testing, not of all."""
+    rows = [[f"{n:02d}.jpg", str(n % 2), str(n // 2 % 2)] for n in range(40)]
+    source = _folder(tmp_path / "mine", rows, ("image", "cat", "dog"))
+    for n in range(20):
+        (source / rows[n][0]).unlink()
+    flags = ("--dataset=table", f"--source={source}", "--leave_out=missing")
+    status, shown, errors = prepare(*flags, f"--out={tmp_path / 'out'}")
+    assert (status, errors) == (0, "")
+    assert "No split for testing: 4 images held out, by label, seed 0." in shown
+    dataset = _load(tmp_path / "out", validation_fraction=0.0)
+    assert (len(dataset.train.ids), len(dataset.test.ids)) == (16, 4)
+    assert dataset.test.labels.sum(axis=0).tolist() == [2, 2]
+    assert "Labels of each class, positive / negative, of images that can be read:" in shown
+    (line,) = [line for line in shown.splitlines() if "cat" in line]
+    assert re.findall(r"\d+ / \d+", line) == ["8 / 8", "2 / 2"]
+    status, _, errors = prepare(*flags, "--check-only", "--test_fraction=0.01")
+    assert status == 2
+    assert "20 images are too few to hold out 1% for testing" in errors
 
 
 def test_commas_at_the_ends_of_lines_are_no_columns(tmp_path):

@@ -44,6 +44,9 @@ def build_report(
 ) -> dict[str, Any]:
     """Returns all that was found, as JSON values.
 
+    Of each split: counts over all of its images, as data sets are published, and over those that
+    can be decoded class by class, as these alone will teach and be scored.
+
     Args:
       listing: the set; its published counts are what is found is held against.
       splits: its images, split as they will be stored.
@@ -73,7 +76,9 @@ def build_report(
                 "negative": int((images.labels == 0).sum()),
                 "unknown": int((images.labels == -1).sum()),
                 "difficult": int((images.labels == stored.DIFFICULT).sum()),
-                "per_class": _per_class(listing.class_names, images.labels),
+                "per_class": _per_class(
+                    listing.class_names, images.labels[usable_rows(inspected[split])]
+                ),
                 **{
                     state: [
                         {"id": name, "path": str(path), "reason": f.reason}

@@ -83,6 +83,8 @@ def _class_table(report: Mapping[str, Any]) -> tuple[Table, str]:
     first = next(iter(counts.values()))
     names = list(first)
     title = "Labels of each class, positive / negative"
+    if any(part[state] for part in report["splits"].values() for state in (MISSING, UNREADABLE)):
+        title += ", of images that can be read"
     if len(names) > _CLASSES_SHOWN:
         total = {name: sum(part[name]["positive"] for part in counts.values()) for name in names}
         names = sorted(names, key=lambda name: total[name])[:_CLASSES_SHOWN]

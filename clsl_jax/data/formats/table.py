@@ -5,7 +5,9 @@ column of label lists. Unknown cells stay unknown: they are what the method is f
 """
 
 import collections
+import csv
 import dataclasses
+import io
 import itertools
 import os
 import pathlib
@@ -19,7 +21,13 @@ import numpy as np
 from clsl_jax.data import inspection
 from clsl_jax.data.formats import listing
 from clsl_jax.data.formats.listing import ImageList, Listing
-from clsl_jax.data.formats.table_file import SPREADSHEETS, SUFFIXES, Table, read_table
+from clsl_jax.data.formats.table_file import (
+    LIST_SEPARATOR,
+    SPREADSHEETS,
+    SUFFIXES,
+    Table,
+    read_table,
+)
 from clsl_jax.data.splits import SPLITS
 from clsl_jax.errors import InputError
 
@@ -43,7 +51,9 @@ _USUAL = {
 _WHOLE = re.compile(r"(-?[01])(?:\.0*|,0{0,2})")  # 1,000 is a thousand
 # More words than this are no labels; and what can stand in --cells as it is.
 _WORDS_SHOWN, _FREE_WORD = 6, re.compile(r"[^,'\"=]{1,30}")
-_SEPARATORS = (";", ",", "|", "/")
+_SEPARATORS = (LIST_SEPARATOR, ",", "|", "/")
+# A list as a program prints it, which has no separator alone.
+_PRINTED_LIST = re.compile(r"\[\s*((['\"]).*\2\s*)?\]", re.DOTALL)
 UNLISTED = ("negative", "unknown")
 EMPTY = ("unknown", "negative")
 IMAGE_COLUMNS = ("image", "image_path", "path", "file", "filename", "file_name")
@@ -80,7 +90,7 @@ class Columns:
     image: str = ""
     split: str = ""
     labels: str = ""
-    separator: str = ";"
+    separator: str = LIST_SEPARATOR
     ignored: tuple[str, ...] = ()
 
 
@@ -361,9 +371,11 @@ def _hint(
     if foreign:
         one = f"column {foreign[0]!r} is no class"
         several = f"columns {', '.join(map(repr, foreign))} are no classes"
+        ignored = io.StringIO()
+        csv.writer(ignored, lineterminator="").writerow(foreign)
         faults.hint(
             f"If {one if len(foreign) == 1 else several}: --ignore_columns="
-            f"{shlex.quote(','.join(foreign))}; if {'it' if len(foreign) == 1 else 'one'} lists "
+            f"{shlex.quote(ignored.getvalue())}; if {'it' if len(foreign) == 1 else 'one'} lists "
             f"the labels of an image: --labels_column={shlex.quote(foreign[0])}"
         )
 
@@ -398,6 +410,9 @@ def _read_lists(
     for row, found in enumerate(lists):
         if (unlisted if found else empty) == "negative":
             labels[row] = 0
+        if _PRINTED_LIST.fullmatch(table.rows[row][column]):
+            faults.add(row, column, f"expected labels with {separator!r} between them, no brackets")
+            continue
         for label in found:
             if label in index:
                 labels[row, index[label]] = 1

@@ -14,6 +14,7 @@ from typing import Any
 from clsl_jax.errors import InputError, listed
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
+LIST_SEPARATOR = ";"
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # Excel's first line in place of a setting.
@@ -57,7 +58,8 @@ def read_table(path: pathlib.Path) -> Table:
     """Reads a table by its file name's ending.
 
     The separator of a CSV is the one of comma, semicolon, tab and bar by which its first rows have
-    the same number of cells, most of them if there are several; or that of a first line `sep=;`.
+    the same number of cells, most of them if there are several; or that of a first line `sep=;`. A
+    list in a cell of Parquet is read as its parts with `LIST_SEPARATOR` between them.
 
     Raises:
       InputError: no such file, an unknown ending, no header, no rows, rows of another length than
@@ -186,11 +188,12 @@ def _read_parquet(path: pathlib.Path) -> Table:
         if count > _ROWS + _ROWS_A_BYTE * path.stat().st_size:
             raise InputError(f"{path} says that it has {count:,} rows, more than such a file can.")
         content = pyarrow.parquet.read_table(path)
-        names = content.column_names
+        names = [name.strip() for name in content.column_names]
         columns = [[_text(cell) for cell in column.to_pylist()] for column in content.columns]
     except InputError:
         raise
-    # Text that is no UTF-8, and times that Python has not, are found only when they are asked for.
+    # Text that is no UTF-8, and times that Python has not, are found only when they are asked for;
+    # a list may have what it is not divided by.
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError(
             f"{path} cannot be read as Parquet ({error}): write it again with columns of text and "
@@ -208,4 +211,9 @@ def _text(cell: Any) -> str:
         return str(int(cell))
     if isinstance(cell, bytes):
         return cell.decode("utf-8", "replace").strip()
+    if isinstance(cell, list):
+        parts = [_text(part) for part in cell]
+        if wrong := [part for part in parts if LIST_SEPARATOR in part]:
+            raise ValueError(f"a list has {wrong[0]!r}, and {LIST_SEPARATOR!r} is between labels")
+        return LIST_SEPARATOR.join(parts)
     return str(cell).strip()
