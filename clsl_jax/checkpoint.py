@@ -52,6 +52,14 @@ class CheckpointError(InputError):
     """No usable checkpoint; the message says where and what to do."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be saved; `reason` is why, in the system's words if it has any."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(f"{message}: {reason}.")
+        self.reason = reason
+
+
 def checksums(state: Any) -> list[int]:
     """Returns a checksum of each array of a tree, whatever its sharding.
 
@@ -200,15 +208,15 @@ class Checkpointer:
           selection: the metric that picks the best checkpoint; None inside an epoch.
 
         Raises:
-          CheckpointError: this one cannot be saved; those saved before are as they were.
+          SaveError: this one cannot be saved; those saved before are as they were.
         """
         self.wait()
-        if step in self._manager.all_steps():
-            old = self._directory / str(step)
-            self._alone(lambda: old.rename(self._directory / f"{_REPLACED}{step}"))
         meta = {**meta, "format": FORMAT_VERSION, "checksums": checksums(state)}
         self._pending = step
         with _quiet(), self._failing():
+            if step in self._manager.all_steps():
+                old = self._directory / str(step)
+                self._alone(lambda: old.rename(self._directory / f"{_REPLACED}{step}"))
             self._save(step, state, meta, selection)
 
     def _save(self, step: int, state: Any, meta: dict[str, Any], selection: float | None) -> None:
@@ -347,7 +355,7 @@ class Checkpointer:
         """Blocks until a save in the background is whole on disk.
 
         Raises:
-          CheckpointError: it cannot be saved; those before it are as they were, and on a disk
+          SaveError: it cannot be saved; those before it are as they were, and on a disk
             what was written of it is removed as far as it can be.
         """
         with self._failing():
@@ -385,9 +393,9 @@ class Checkpointer:
                     self._manager.reload()
             elif isinstance(error, (TimeoutError, jax.errors.JaxRuntimeError)):
                 raise
-            raise CheckpointError(
-                f"The checkpoint of step {step} could not be saved in {self._directory}: "
-                f"{_reason(error)}."
+            raise SaveError(
+                f"The checkpoint of step {step} could not be saved in {self._directory}",
+                _reason(error),
             ) from error
 
     def _try_to_tidy(self) -> None:

@@ -17,9 +17,8 @@ from rich.console import Console
 
 from clsl_jax import atomic
 from clsl_jax import config as config_lib
-from clsl_jax.errors import InputError, Stuck
+from clsl_jax.errors import InputError, Unavailable
 
-EXIT_BAD_INPUT = 2
 _ELSEWHERE = "name another place"
 # What a run keeps in its directory, and nothing else may replace.
 _OF_A_RUN = (
@@ -58,7 +57,7 @@ def run(
     Args:
       define_flags: defines the command's flags.
       work: does it, given the arguments that are no flags, and returns the exit status (None: 0);
-        an `InputError` that it raises is printed without a traceback, and the exit status is 2.
+        an `InputError` that it raises is printed without a traceback, and the exit status is its.
       explain: `explain(error, argv)` gives a better message for an error in reading the flags, or
         None: then absl's own errors speak for themselves and others keep their traceback.
     """
@@ -68,11 +67,11 @@ def run(
         try:
             return work(argv[1:])
         except InputError as error:
-            status = refuse(str(error))
-            if isinstance(error, Stuck):
+            refuse(str(error))
+            if isinstance(error, Unavailable):
                 sys.stdout.flush()
-                os._exit(status)
-            return status
+                os._exit(error.status)
+            return error.status
 
     def parse(argv: Sequence[str]) -> list[str]:
         argv = [argv[0], *map(_at_home, argv[1:])]
@@ -318,4 +317,4 @@ def _unknown_key(argv: Sequence[str], base: ml_collections.ConfigDict, file: str
 def refuse(message: str) -> int:
     """Says why the input cannot be used; returns the exit status."""
     print(f"error: {message}", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    return InputError.status

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from clsl_jax import atomic
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+# What somebody has to do before the same command can go on; other faults of storage may pass.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable for you"),
+}
 
 
 class InputError(ValueError):
@@ -16,14 +19,21 @@ class InputError(ValueError):
 
     The message names what and where, what was expected and what to do. Commands print it without a
     traceback and exit with status 2; anything else is a bug and keeps its traceback.
+
+    Attributes:
+      status: of the program's exit; launchers start no program again that ended with 2.
     """
 
+    status = 2
 
-class Stuck(InputError):
-    """As `InputError`, and a thread of this process waits for something that may never come.
 
-    The process must not wait for that thread when it ends.
+class Unavailable(InputError):
+    """As `InputError`, where storage or workers gave out: the same command may well go on.
+
+    A thread of this process may wait for what never comes; the process must not wait for it.
     """
+
+    status = 1
 
 
 def listed(names: Sequence[str], most: int) -> str:
@@ -52,6 +62,11 @@ def writing(place: str | os.PathLike, advice: str) -> Iterator[None]:
         ) from None
 
 
+def remedy(reason: str) -> str:
+    """Returns what to do where the system gives this reason, such as "Make room"; '' of others."""
+    return next((what for code, what in _REMEDIES.items() if os.strerror(code) == reason), "")
+
+
 @contextlib.contextmanager
 def unwritable(place: str, then: str) -> Iterator[None]:
     """Says in one message that there is no room, or no permission to write, in long work.
@@ -66,12 +81,11 @@ def unwritable(place: str, then: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (*_NO_ROOM, *_NOT_ALLOWED):
+        if error.errno not in _REMEDIES:
             raise
-        remedy = "Make room" if error.errno in _NO_ROOM else "Make it writable for you"
         raise InputError(
             f"{atomic.whole(error.filename or place)} cannot be written ({error.strerror}). "
-            f"{remedy} and run the same command again: {then}."
+            f"{_REMEDIES[error.errno]} and run the same command again: {then}."
         ) from error
 
 

@@ -6,9 +6,11 @@ python -m clsl_jax.main --config=configs/voc.py:released --workdir=DIR --mode=ev
     --weights=best_ema_model.pth --config.model.embeddings=labels.npz --config.data.dir=PREPARED
 
 The last one evaluates a checkpoint of the CLSL authors' program.
-Exit status: 0 done, or a training that SIGTERM stopped, with everything saved; 2 input that cannot
-be used; 143 an evaluation that SIGTERM stopped. A launcher that starts again only what has failed
-tells the first two apart by --stopped_status. Ctrl-C does as SIGTERM; a second one ends it at once.
+Exit status: 0 done, or a training that SIGTERM stopped, with everything saved; 1 storage or workers
+gave out (the same command goes on), or an error of the program; 2 input that cannot be used, or a
+full disk; 143 an evaluation that SIGTERM stopped. A launcher that starts again only what has failed
+tells the two meanings of 0 apart by --stopped_status. Ctrl-C does as SIGTERM; a second one ends it
+at once.
 """
 
 import os

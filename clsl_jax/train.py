@@ -12,9 +12,19 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from clsl_jax import cluster, epoch_end, evaluate, experiment, features, metrics, results, sharding
+from clsl_jax import (
+    cluster,
+    epoch_end,
+    errors,
+    evaluate,
+    experiment,
+    features,
+    metrics,
+    results,
+    sharding,
+)
 from clsl_jax import config as config_lib
-from clsl_jax.checkpoint import Checkpointer, CheckpointError
+from clsl_jax.checkpoint import Checkpointer, CheckpointError, SaveError
 from clsl_jax.compiled import CompiledSteps, compile_steps
 from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.data.watched import Watched
@@ -157,6 +167,7 @@ class _Run:
         self.scored_splits = experiment.scored_splits(config, built.dataset)
         self.unreadable: set[int] = set()  # rows of training images that could not be read
         self.faulty_steps = 0  # left out, and said so
+        self.save_error: SaveError | None = None  # of the newest checkpoint
         self.data: Watched | None = None
 
     def close(self) -> None:
@@ -445,23 +456,22 @@ class _Run:
 
     def _all_saved(self) -> None:
         """Makes sure that the last checkpoint is whole on disk; else ends the run."""
-        error = None
         try:
             self.checkpointer.wait()
-        except CheckpointError as found:
-            error = found
-        if error is not None or self.saved is None:
-            raise self._unsaved(error or "The last checkpoint could not be saved.")
+        except SaveError as error:
+            raise self._unsaved(error) from error
+        if self.save_error is not None:
+            raise self._unsaved(self.save_error)
 
-    def _unsaved(self, what: CheckpointError | str) -> InputError:
+    def _unsaved(self, error: SaveError) -> InputError:
         """Returns what ends the run where a checkpoint is missing."""
         steps = self.checkpointer.steps()
         last = f"from step {steps[-1]}" if steps else "from its start"
-        return InputError(
-            f"{what} Make room there and run the same command again: it goes on {last}."
-        )
+        remedy = errors.remedy(error.reason)
+        kind, first = (InputError, f"{remedy} and run") if remedy else (errors.Unavailable, "Run")
+        return kind(f"{error} {first} the same command again: it goes on {last}.")
 
-    def _go_on_without(self, error: CheckpointError) -> None:
+    def _go_on_without(self, error: SaveError) -> None:
         """Says that a checkpoint is missing; one of several processes cannot go on.
 
         The others may wait for it in a barrier of Orbax's.
@@ -495,14 +505,14 @@ class _Run:
         meta = {**self.meta, "epoch_done": epoch_done, "unreadable": unreadable}
         try:
             self.checkpointer.wait()
-        except CheckpointError as error:  # of the one before
+        except SaveError as error:  # of the one before
             self._go_on_without(error)
-        self.saved = (step, epoch_done)
+        self.saved, self.save_error = (step, epoch_done), None
         try:
             self.checkpointer.save(state, step=step, meta=meta, selection=selection)
-        except CheckpointError as error:
+        except SaveError as error:
             self._go_on_without(error)
-            self.saved = None
+            self.saved, self.save_error = None, error
 
     def _check_origin(self, stored: Mapping[str, Any]) -> None:
         """Refuses another configuration or other data than those of a checkpoint.

@@ -175,8 +175,34 @@ def test_a_disk_that_two_processes_find_full(shared, tmp_path):
     assert refused, (said, logs)
     for error in refused:
         assert "could not be saved" in error
-        assert "No space left on device. Make room there and run the same command again" in error
+        assert "No space left on device. Make room and run the same command again" in error
     assert "Going on from step" in logs["again.0"]
+
+
+def test_storage_that_is_gone_for_a_while_ends_the_run_so_that_it_is_started_again(
+    shared, finished, tmp_path
+):
+    """With status 1, which launchers start again; a full disk, above, waits for somebody."""
+    out = tmp_path / "out"
+    place, gone = out / "checkpoints", tmp_path / "gone"
+    process = start(shared, out)
+    wait_for(lambda: place.exists() and newest_step(out) >= 6, process)
+    process.send_signal(signal.SIGSTOP)
+    place.rename(gone)
+    place.write_text("nothing is mounted here")
+    process.send_signal(signal.SIGCONT)
+    said, log = process.communicate(timeout=300)
+    assert process.returncode == 1, said + log
+    assert "could not be saved" in said
+    assert "The run goes on." in said
+    (error,) = log.splitlines()
+    assert error.startswith("error: The checkpoint of step 24 could not be saved in")
+    assert ". Run the same command again: it goes on from" in error
+    place.unlink()
+    gone.rename(place)
+    status, _, err = run(shared, out)
+    assert status == 0, err
+    assert_same_run(finished, out)
 
 
 def test_a_workdir_that_cannot_be_written(shared, finished, tmp_path):

@@ -99,9 +99,9 @@ def test_a_command_does_not_wait_for_a_thread_that_hangs():
     """As one that reads from a storage which has stopped to answer does."""
     words = program("""
 concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 1000)
-raise errors.Stuck("reading hangs")
+raise errors.Unavailable("reading hangs")
 """)
-    assert ended(words, stdout=subprocess.PIPE) == (2, "", "error: reading hangs\n")
+    assert ended(words, stdout=subprocess.PIPE) == (1, "", "error: reading hangs\n")
 
 
 def test_ctrl_c_ends_a_command_with_one_line():

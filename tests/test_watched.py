@@ -9,7 +9,7 @@ import pytest
 
 from clsl_jax.data import pipeline
 from clsl_jax.data.watched import MOST_TRIES, Watched
-from clsl_jax.errors import InputError, Stuck
+from clsl_jax.errors import InputError, Unavailable
 
 
 class Images:
@@ -97,7 +97,7 @@ def test_a_worker_that_died_while_nobody_asked_is_replaced(expected, tmp_path, w
 def test_a_worker_that_dies_again_and_again_ends_the_run(tmp_path):
     said = []
     data = watched(Images("die"), workers=1, report=said.append)
-    with pytest.raises(InputError, match=r"a data worker died .exit status -9.*data\.workers=0"):
+    with pytest.raises(Unavailable, match=r"a data worker died .exit status -9.*data\.workers=0"):
         rows(data, 10)
     assert said[-2] == said[-1]  # the same batch, three times with the one in the error
 
@@ -105,7 +105,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(tmp_path):
 def test_a_thread_that_hangs_ends_the_run():
     data = watched(Images("hang", seconds=5), timeout=1.0)
     with pytest.raises(
-        Stuck, match=r"reading hangs, nothing for 1 s.*machine, or raise data\.timeout"
+        Unavailable, match=r"reading hangs, nothing for 1 s.*machine, or raise data\.timeout"
     ):
         rows(data, 10)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clsl_jax.errors import InputError, Stuck
+from clsl_jax.errors import Unavailable
 
 Batch = Mapping[str, np.ndarray]
 # Tries to get one batch; a worker that dies of its image, not by chance, dies again.
@@ -51,7 +51,7 @@ class Watched:
         """Returns the next batch.
 
         Raises:
-          InputError: no batch came, three times over, or once without workers (`Stuck`).
+          Unavailable: no batch came, three times over, or once without workers.
           Exception: what reading raised.
         """
         for attempt in range(1, MOST_TRIES + 1):
@@ -61,15 +61,10 @@ class Watched:
                 self._reader.close()
                 message = f"The images of step {self._position + 1} do not come: {lost}"
                 if attempt == MOST_TRIES or not lost.replaceable:
-                    # Without workers, what hangs is a thread of this process.
-                    kind, instead = (
-                        (InputError, "set data.workers=0, or raise")
-                        if lost.replaceable
-                        else (Stuck, "or raise")
-                    )
-                    raise kind(
-                        f"{message} Look at the storage and the memory of this machine, {instead} "
-                        "data.timeout; the same command goes on from the last checkpoint."
+                    instead = "set data.workers=0, " if lost.replaceable else ""
+                    raise Unavailable(
+                        f"{message} Look at the storage and the memory of this machine, {instead}"
+                        "or raise data.timeout; the same command goes on from the last checkpoint."
                     ) from None
                 self._report(f"{message} New ones go on from there.")
                 self._reader = _Reader(self._make, self._position)
