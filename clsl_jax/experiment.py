@@ -156,7 +156,8 @@ def build(
     if rows % along_data:
         raise InputError(
             f"{rows:,} rows of labels do not spread over {along_data} devices: use 1, 2, 4, 8 or "
-            "another power of two of them, or set mesh.model so that so many are left along data."
+            f"another power of two of them, up to {sharding.ROW_MULTIPLE}, or set mesh.model so "
+            "that so many are left along data."
         )
     steps_per_epoch = pipeline.steps_per_epoch(len(labels), batch_size=config.batch_size)
     if steps_per_epoch == 0:
@@ -351,8 +352,8 @@ def _caches_features(
     """Whether features of `shape` [h, w, D] are computed once: they stay, and there is room."""
     if not _features_stay(config):
         return False
-    splits = (dataset.train, dataset.validation, dataset.test)
-    count = sum(len(split.labels) for split in splits)
+    splits = ("train", *scored_splits(config, dataset))
+    count = sum(len(getattr(dataset, name).labels) for name in splits)
     return features.size_in_bytes(shape, count) <= config.model.feature_cache_gb * 2**30
 
 

@@ -45,6 +45,7 @@ def cached_features(
     image_size: int,
     batch_size: int,
     directory: str | os.PathLike,
+    splits: Sequence[str] = sources.SPLITS,
     report: Callable[[str], None] = lambda line: None,
     poll: Callable[[], None] = lambda: None,
 ) -> sources.Dataset:
@@ -58,6 +59,7 @@ def cached_features(
       image_size: side of the images.
       batch_size: over all devices.
       directory: of the files; made if it does not exist.
+      splits: that are read; the others keep their images.
       report: takes a line where something is computed.
       poll: called before each batch; may raise to stop, and the split is computed again next time.
 
@@ -102,7 +104,7 @@ def cached_features(
         return dataclasses.replace(split, images=found)
 
     return dataclasses.replace(
-        dataset, **{name: features_of(getattr(dataset, name)) for name in sources.SPLITS}
+        dataset, **{name: features_of(getattr(dataset, name)) for name in splits}
     )
 
 

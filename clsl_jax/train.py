@@ -259,6 +259,7 @@ class _Run:
             image_size=self.config.data.image_size,
             batch_size=built.eval_batch_size,
             directory=sources.cache_directory() / "features",
+            splits=("train", *self.scored_splits),
             report=self.log.console.print,
             poll=functools.partial(self._end_if_stopped, "features were computed"),
         )

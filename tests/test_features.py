@@ -188,6 +188,13 @@ def test_features_are_computed_once(compute, tmp_path):
     assert len(list((tmp_path / "features").iterdir())) == 9
 
 
+def test_a_split_that_is_not_read_keeps_its_images(compute):
+    dataset = make_dataset()
+    made, lines = compute(dataset, splits=("train", "test"))
+    assert [line.partition(":")[0] for line in lines] == ["train", "test"]
+    assert made.validation is dataset.validation
+
+
 class Damaged(MemoryImages):
     def __getitem__(self, index):
         if index in (3, 4):
