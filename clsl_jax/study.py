@@ -243,6 +243,7 @@ class Runner:
             raise Stopped
         start = time.perf_counter()
         with open(os.path.join(directory, OUTPUT_NAME), "ab") as output:
+            before = output.tell()
             self._child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
@@ -252,11 +253,12 @@ class Runner:
             self._child.returncode = os.waitstatus_to_exitcode(status)
         code, self._child = self._child.returncode, None
         _add_cost(directory, time.perf_counter() - start, usage.ru_maxrss)
-        if code == 0 and os.path.exists(os.path.join(directory, RESULTS_NAME)):
+        # It is written last: what befell the process behind it costs nothing.
+        if os.path.exists(os.path.join(directory, RESULTS_NAME)):
             return ""
         if self._stopping:
             raise Stopped
-        cause = _last_words(os.path.join(directory, OUTPUT_NAME)) or "it said nothing"
+        cause = _last_words(os.path.join(directory, OUTPUT_NAME), before) or "it said nothing"
         cause = f"exit status {code}: {cause}" if code >= 0 else f"signal {-code}: {cause}"
         atomic.write_text(failure, cause + "\n")
         return cause
@@ -274,10 +276,12 @@ def _add_cost(directory: str, seconds: float, kilobytes: int) -> None:
     atomic.write_text(path, json.dumps(cost) + "\n")
 
 
-def _last_words(path: str) -> str:
-    """Returns the last error that a process printed, in one line."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [line.strip() for line in file.readlines()[-60:] if line.strip()]
+def _last_words(path: str, start: int) -> str:
+    """Returns the last error that a process printed, in one line; its output starts at a byte."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        text = file.read().decode("utf-8", "replace")
+    lines = [line.strip() for line in text.splitlines()[-60:] if line.strip()]
     errors = [line for line in lines if line.startswith("error: ") or "Error" in line]
     return (errors or lines or [""])[-1][:500]
 

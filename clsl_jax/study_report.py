@@ -287,10 +287,10 @@ def _summary(found: Sequence[Found], study: ml_collections.ConfigDict) -> list[d
                 "p_value": p_value,
                 "pairs": len(pairs),
                 **{name: _mean(row.get(name) for row in last) for name in _RECOVERY},
-                "calibration_error": np.mean([f.calibration_error for f in results]),
+                "calibration_error": _mean(f.calibration_error for f in results),
                 **_reading(study),
-                "seconds": np.mean([f.seconds for f in results]),
-                "peak_memory_mib": np.mean([f.peak_memory_mib for f in results]),
+                "seconds": _mean(f.seconds for f in results),
+                "peak_memory_mib": _mean(f.peak_memory_mib for f in results),
             }
         )
     return rows
@@ -302,7 +302,8 @@ def _reading(study: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    known = [value for value in values if value is not None]
+    """Returns the mean of those that there are: neither None nor NaN."""
+    known = [value for value in values if value is not None and not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
 
 

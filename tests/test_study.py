@@ -226,6 +226,35 @@ def test_cost_of_a_cell_that_took_several_processes(tmp_path):
     assert cost == {"seconds": 15.0, "peak_memory_mib": 2.0}
 
 
+def test_the_cause_of_a_failure_is_of_the_last_try(tmp_path):
+    output = tmp_path / "output.txt"
+    output.write_text("error: no room\n")
+    before = output.stat().st_size
+    with open(output, "a", encoding="utf-8") as file:
+        file.write("epoch 1/20  loss 0.5\n")
+    assert study._last_words(str(output), before) == "epoch 1/20  loss 0.5"
+    assert study._last_words(str(output), 0) == "error: no room"
+    assert study._last_words(str(output), output.stat().st_size) == ""
+
+
+def test_a_cell_that_wrote_its_results_has_not_failed(tmp_path, monkeypatch):
+    """Though its process was killed behind that."""
+    cell = study.Cell("nowhere.py", "clsl", "uniform", 0.1, 0, ())
+    wait4 = os.wait4
+
+    def written_before(pid, options):
+        (tmp_path / cell.directory / "results.json").write_text("{}")
+        return wait4(pid, options)
+
+    with study.Runner(str(tmp_path)) as runner:
+        assert runner.run(cell).startswith("exit status 2: error: ")
+        failure = tmp_path / cell.directory / "failure.txt"
+        assert failure.exists()
+        monkeypatch.setattr(os, "wait4", written_before)
+        assert runner.run(cell) == ""
+        assert not failure.exists()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_that_comes_when_the_cell_has_ended_already(tmp_path, monkeypatch, signum):
     """As where the signal reaches both: nobody may take the status that `wait4` waits for."""
@@ -372,6 +401,13 @@ def test_the_summary_pairs_by_seed():
     # (100 |0.2 - 0.1| + 300 |0.9 - 1|) / 400
     assert ours["calibration_error"] == pytest.approx(10.0)
     assert base["difference"] == 0.0
+    # What one run has not is left out.
+    lacking = dataclasses.replace(found[2], cell=dataclasses.replace(found[2].cell, seed=2))
+    lacking = dataclasses.replace(lacking, seconds=np.nan, count=np.zeros(2))
+    assert math.isnan(lacking.calibration_error)
+    (_, more) = study_report._summary([*found, lacking], make_study())
+    assert (more["seeds"], more["seconds"]) == (3, 10.5)
+    assert more["calibration_error"] == pytest.approx(10.0)
     uneven = made("clsl", 0, 73.0, 60.0, frequency=(0.1, 0.9))
     assert uneven.calibration_error == pytest.approx(2.5)
     (title, rows) = study_report._main_tables([base, ours], make_study())[0]
