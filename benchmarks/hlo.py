@@ -8,7 +8,8 @@ import re
 BYTES = {"f64": 8, "s64": 8, "u64": 8, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}  # others 4
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
-_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(body|condition|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.-]+))"
 )
@@ -19,8 +20,16 @@ def size_of(types: str) -> int:
     """Bytes of all arrays that a type names, as `(f32[64,3]{1,0}, s32[])`."""
     return sum(
         BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", types)
+        for dtype, dims in _ARRAY.findall(types)
     )
+
+
+def _result(types: str, kind: str, started: bool) -> str:
+    """The type of what a collective gives: one that is started names operands and counters too."""
+    if not started or kind not in ("all-gather", "collective-permute"):
+        return types
+    arrays = [f"{dtype}[{dims}]" for dtype, dims in _ARRAY.findall(types) if dims]
+    return ", ".join(arrays[len(arrays) // 2 :])
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
@@ -38,8 +47,9 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
         counts, sizes = collections.Counter(), collections.Counter()
         for line in bodies.get(name, "").splitlines():
             if match := _COLLECTIVE.search(line):
-                counts[match[2]] += 1
-                sizes[match[2]] += size_of(match[1])
+                types, kind, start = match.groups()
+                counts[kind] += 1
+                sizes[kind] += size_of(_result(types, kind, bool(start)))
             for kind, several, one in _CALLED.findall(line):
                 times = _TIMES.search(line) if kind == "body" else None
                 for called in (several or one).replace("%", "").split(", "):

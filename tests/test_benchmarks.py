@@ -86,6 +86,30 @@ def test_collectives_in_loops_count_as_often_as_they_run(monkeypatch):
     assert hlo.collectives(text) == {"all-reduce": (16, 15 * 4 * 6 * 4 + 6 * 4)}
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("%a = f32[8,4]{1,0} all-gather(%x)", {"all-gather": (1, 128)}),
+        ("%a = (f32[1,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%x)", {"all-gather": (1, 128)}),
+        (
+            "%a = ((f32[1], s8[2]), (f32[4], s8[8])) all-gather-start(%x, %y)",
+            {"all-gather": (1, 4 * 4 + 8)},
+        ),
+        (
+            "%a = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x)",
+            {"collective-permute": (1, 16)},
+        ),
+        ("%a = f32[4]{0} all-reduce-start(%x)", {"all-reduce": (1, 16)}),
+        ("%a = (f32[4]{0}, f32[2]{0}) all-reduce-start(%x, %y)", {"all-reduce": (1, 24)}),
+    ],
+)
+def test_a_collective_that_is_started_counts_as_one_that_is_waited_for(monkeypatch, line, expected):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hlo
+
+    assert hlo.collectives(f"ENTRY %main (x: f32[4]) -> f32[4] {{\n  {line}\n}}\n") == expected
+
+
 @pytest.mark.parametrize("form", ["class_by_class_gradients", "in_blocks_gradients"])
 def test_sgfe_exchanges_one_vector_whatever_the_classes(monkeypatch, form):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
