@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from clsl_jax import cluster, sharding
-from clsl_jax.errors import InputError, first_line
+from clsl_jax.errors import InputError, Unavailable, first_line, may_pass
 
 FORMAT_VERSION = 6
 # A checkpoint whose step is being saved again, until that is whole.
@@ -118,6 +118,7 @@ class Checkpointer:
 
     Raises:
       CheckpointError: nothing can be kept there.
+      Unavailable: or not now.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class Checkpointer:
             hint = "expected a directory that can be read and written"
             if bucket:
                 hint += "; a bucket (gs://...) needs `pip install gcsfs` and credentials"
-            raise CheckpointError(
+            raise (Unavailable if may_pass(error) else CheckpointError)(
                 f"Checkpoints cannot be kept in {directory}: {_reason(error)} ({hint})."
             ) from error
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from clsl_jax.errors import InputError, first_line
+from clsl_jax.errors import InputError, Unavailable, first_line
 
 Result = TypeVar("Result")
 PATIENCE, LAST_WORDS = 3600, 10
@@ -99,20 +99,24 @@ def agree(work: Callable[[], Result]) -> Result:
       work: without collectives; every process must call this.
 
     Raises:
-      InputError: another process failed; what `work` raised here, of any kind, is raised again.
+      InputError: another process failed, `Unavailable` where it may be tried again; what `work`
+        raised here, of any kind, is raised again.
     """
     if jax.process_count() == 1:
         return work()
-    result, error = None, None
+    result, error, status = None, None, 0
     try:
         result = work()
     except Exception as raised:
-        error = raised
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+        error, status = raised, raised.status if isinstance(raised, InputError) else 1
+    found = multihost_utils.process_allgather(np.int32(status))
     if error is not None:
         raise error
-    if failed.size:
-        raise InputError(f"Process {failed[0]} cannot go on: see what it says.")
+    if found.any():
+        final = found == InputError.status  # rather than what may be tried again
+        failed = np.flatnonzero(final if final.any() else found)[0]
+        kind = InputError if final.any() else Unavailable
+        raise kind(f"Process {failed} cannot go on: see what it says.")
     return result
 
 

@@ -7,11 +7,17 @@ from collections.abc import Iterator, Sequence
 
 from clsl_jax import atomic
 
-# What somebody has to do before the same command can go on; other faults of storage may pass.
+# What somebody has to do before the same command can go on.
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable for you"),
 }
+# Storage that does not answer may do so soon; these are of a disk or of what it is mounted from.
+_PASSING = (
+    *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ENETDOWN, errno.ENETUNREACH),
+)
 
 
 class InputError(ValueError):
@@ -47,17 +53,22 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return str(error).strip().partition("\n")[0][:most] or type(error).__name__
 
 
+def may_pass(error: BaseException) -> bool:
+    """Returns whether the storage did not answer, so that the same may be tried again."""
+    return isinstance(error, OSError) and error.errno in _PASSING
+
+
 @contextlib.contextmanager
 def writing(place: str | os.PathLike, advice: str) -> Iterator[None]:
     """Says in one message that something cannot be written, and what to do about it.
 
     Raises:
-      InputError: in place of an OSError in the block.
+      InputError: in place of an OSError in the block; `Unavailable` of those that may pass.
     """
     try:
         yield
     except OSError as error:
-        raise InputError(
+        raise (Unavailable if may_pass(error) else InputError)(
             f"{place} cannot be written to ({error.strerror or error}){advice}."
         ) from None
 

@@ -60,7 +60,8 @@ def work(arguments: Sequence[str]) -> int | None:
     try:
         return _run(values, config)
     except InputError as error:
-        cluster.leave(command_line.refuse(str(error)))
+        command_line.refuse(str(error))
+        cluster.leave(error.status)
     except Exception:
         traceback.print_exc()
         cluster.leave(1)

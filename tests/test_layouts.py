@@ -372,6 +372,35 @@ cluster.leave(2)
         assert statuses == [2, 2], said
 
 
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        ("errors.InputError('a wrong path')", [2, 2]),
+        ("errors.Unavailable('reading hangs')", [1, 1]),
+        ("OSError(errno.EIO, 'storage that does not answer')", [1, 1]),
+    ],
+)
+def test_what_may_pass_ends_no_process_for_good(shared, tmp_path, raised, expected):
+    """Status 2 of any of them would end the job, and no launcher start it again."""
+    program = f"""
+import errno
+from clsl_jax import cluster, errors, main
+
+def work():
+    import jax
+    if jax.process_index() == 1:
+        raise {raised}
+
+main._run = lambda values, config: cluster.agree(work)
+main.cli()
+"""
+    statuses, said = run_several(
+        shared, tmp_path / "run", *STEPS, processes=2, devices=1, program=program
+    )
+    assert statuses == expected, said
+    assert "error: Process 1 cannot go on: see what it says." in said[0]
+
+
 def test_an_error_of_one_process_ends_all(shared, tmp_path):
     """JAX alone would wait for five minutes and then abort both, whatever was wrong."""
     workdir = tmp_path / "run"

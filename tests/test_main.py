@@ -1,6 +1,8 @@
 """The command line: every wrong input gives one message and exit status 2; how commands end."""
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import pytest
 from absl import flags
 from commands import CONFIG, REPOSITORY, interrupts, read, run
 
-from clsl_jax import command_line
+from clsl_jax import command_line, errors
 from clsl_jax import config as config_lib
 from clsl_jax.errors import InputError
 from clsl_jax.preemption import PreemptionGuard
@@ -102,6 +104,20 @@ concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 1000)
 raise errors.Unavailable("reading hangs")
 """)
     assert ended(words, stdout=subprocess.PIPE) == (1, "", "error: reading hangs\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.EIO, 1), (errno.ESTALE, 1)],
+)
+def test_what_cannot_be_written_now_may_be_later(code, status):
+    """By the exit status, which tells launchers whether to start it again."""
+    with (
+        pytest.raises(InputError, match=re.escape(os.strerror(code))) as raised,
+        errors.writing("--workdir=x", ": name another"),
+    ):
+        raise OSError(code, os.strerror(code))
+    assert raised.value.status == status
 
 
 def test_ctrl_c_ends_a_command_with_one_line():
