@@ -192,7 +192,7 @@ class _Run:
         self._adopt()
         if built.options.recovery_mode == "epoch":
             self._foretell_recovery()
-        self.inputs = self._inputs(state)
+        self.inputs = self._inputs(state, "train", *self.scored_splits)
         self.saved = None if restored is None else (step, epoch_done)
         # Before the threads of the data start: it imports, with torch hidden from all threads.
         self.log.start(step if epoch_done else step - 1)
@@ -245,8 +245,8 @@ class _Run:
                 f"{listed(named, 5)}."
             )
 
-    def _inputs(self, state: TrainState) -> sources.Dataset:
-        """Returns what the steps read: images, or the features of a frozen backbone."""
+    def _inputs(self, state: TrainState, *splits: str) -> sources.Dataset:
+        """Returns what the steps read of these splits: images, or features of a frozen backbone."""
         built = self.experiment
         if not built.caches_features:
             return built.dataset
@@ -259,7 +259,7 @@ class _Run:
             image_size=self.config.data.image_size,
             batch_size=built.eval_batch_size,
             directory=sources.cache_directory() / "features",
-            splits=("train", *self.scored_splits),
+            splits=splits,
             report=self.log.console.print,
             poll=functools.partial(self._end_if_stopped, "features were computed"),
         )
@@ -573,7 +573,7 @@ class _Run:
         if restored is None:
             raise CheckpointError(f"{self.checkpoints} holds no checkpoint: train first.")
         state, meta, step = restored
-        self.inputs = self._inputs(state)
+        self.inputs = self._inputs(state, *self.scored_splits)
         self.meta = meta
         self.unreadable = set(meta["unreadable"])
         return self._report(state, step, "evaluation.json")

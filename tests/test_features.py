@@ -250,8 +250,11 @@ def test_a_run_on_cached_features_resumes_and_evaluates_to_the_same_numbers(tmp_
     assert status == 0, err
     assert "computing" not in out
     assert (tmp_path / "run" / "results.json").read_text() == first
-    status, _, err = run(shared, tmp_path / "run", "--mode=evaluate", tiny=False)
+    (training,) = tmp_path.glob("data/features/*-train-*.npy")
+    training.unlink()  # an evaluation does not read them
+    status, out, err = run(shared, tmp_path / "run", "--mode=evaluate", tiny=False)
     assert status == 0, err
+    assert "computing" not in out
     np.testing.assert_array_equal(
         np.load(tmp_path / "run" / "predictions.npz")["scores"], predictions
     )
