@@ -120,6 +120,14 @@ def test_averaged_weights_come_before_the_raw_ones(tmp_path):
     np.testing.assert_array_equal(read_weights(save(tmp_path / "a.pth", content))["a"], [1, 1])
 
 
+@FORMATS
+def test_tensors_beside_a_state_dict_are_no_weights(tmp_path, zipped):
+    """As the accuracy that PyTorch's ImageNet example saves, or the state of a generator."""
+    module = torch.nn.Linear(3, 2)
+    content = {"state_dict": module.state_dict(), "best_acc1": torch.tensor([76.1])}
+    assert_same(read_weights(save(tmp_path / "a.pth", content, zipped)), module.state_dict())
+
+
 def test_prefixes_are_taken_off_only_where_all_names_have_them(tmp_path):
     compiled = {"module._orig_mod.a": torch.ones(1), "module._orig_mod.b.c": torch.ones(1)}
     assert list(read_weights(save(tmp_path / "a.pth", compiled))) == ["a", "b.c"]
@@ -270,6 +278,7 @@ def test_opcodes_and_names_outside_the_table_are_refused(tmp_path, program):
         b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.",
         b"}r\xff\xff\xff\xff.",  # a memo index that makes Python's unpickler take 64 GB
         b"X\x04\x00\x00\x00\xff\xff\xff\xff.",
+        b"}S'sizes'\n(" + b"ctorch\nSize\n(S'aaaa'\ntR" * 2 + b"ts.",  # a tuple of letters
     ],
 )
 def test_broken_pickles_are_errors(tmp_path, program):

@@ -230,7 +230,7 @@ _CALLS = {
     "numpy.core.multiarray _reconstruct": _inert,
     "numpy._core.multiarray scalar": _inert,
     "numpy._core.multiarray _reconstruct": _inert,
-    "torch Size": lambda items=(): tuple(items),
+    "torch Size": lambda items=(): _size(items),
     "torch device": _inert,
     **{
         f"{module} {name}": _inert
@@ -238,6 +238,13 @@ _CALLS = {
         for name in ("set", "frozenset", "list", "dict", "int", "float")
     },
 }
+
+
+def _size(items: Any) -> tuple[Any, ...]:
+    """The tuple of a list or tuple; of text it would be many times as large."""
+    if not isinstance(items, (list, tuple)):
+        raise DamagedError("a size that is no list of numbers")
+    return tuple(items)
 
 
 def _find_name(module: str, name: str) -> Name:

@@ -8,7 +8,6 @@ Source: `torch/serialization.py` for the zip archive (since 1.6), the stream of 
 """
 
 import io
-import mmap
 import os
 import struct
 import tarfile
@@ -100,7 +99,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if not os.path.isfile(path):
         what = "is a directory" if os.path.isdir(path) else "does not exist or may not be read"
         raise InputError(f"{path}: the file of weights {what}; give the path of a file.")
-    readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
+    readers = {".safetensors": read_safetensors, ".npz": _read_npz}
     try:
         found = readers.get(suffix, _read_torch)(path)
     except RefusedError as error:
@@ -117,7 +116,13 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return _strip_prefixes(found, path)
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file of that format, bfloat16 among them, by their names as they are.
+
+    Raises:
+      DamagedError: it is cut off or none.
+      OSError: it cannot be read.
+    """
     try:
         # Not safetensors.numpy: it has no bfloat16.
         entries = safetensors.deserialize(path.read_bytes())
@@ -161,16 +166,16 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             raise DamagedError("the file is empty")
         if start == b"PK\x03\x04":
             return _read_zip(file)
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = start + file.read()  # not mapped, or whoever changes the file ends the process
     if start[:1] == b"\x80":
-        return _read_stream(content)
+        return _read_stream(io.BytesIO(content))
     if content[257:262] == b"ustar" or b"\0" in content[:100]:
         return _read_tar(io.BytesIO(content))
     raise DamagedError(f"it begins with {start!r}, which none of PyTorch's formats does")
 
 
 def _select(content: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict, itself or in an envelope."""
+    """The tensors of a state dict, in an envelope or itself."""
 
     def tensors(mapping: Any) -> dict[str, Tensor]:
         items = mapping.items() if isinstance(mapping, dict) else ()
@@ -180,8 +185,9 @@ def _select(content: Any) -> dict[str, Tensor]:
         raise DamagedError(
             f"it holds a {type(content).__name__}, not a mapping of names to tensors"
         )
+    # Beside a state dict in its envelope there may be tensors that are no weights.
     inside = (tensors(content.get(name)) for name in ENVELOPES)
-    found = next((t for t in (tensors(content), *inside) if t), None)
+    found = next((t for t in (*inside, tensors(content)) if t), None)
     if found is None:
         names = ", ".join(repr(key) for key in list(content)[:10])
         raise DamagedError(f"no tensors under {names or 'no name at all'}")
@@ -239,7 +245,7 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         raise DamagedError(str(error)) from error
 
 
-def _read_stream(content: mmap.mmap) -> dict[str, np.ndarray]:
+def _read_stream(content: BinaryIO) -> dict[str, np.ndarray]:
     magic, protocol, system = (torch_pickle.load(content) for _ in range(3))
     if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
         raise DamagedError("a pickle, but not one of PyTorch's")

