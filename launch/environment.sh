@@ -7,14 +7,19 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${CLSL_VENV:-$root/.venv}
 
 find_python() {
-  local candidate
-  for candidate in ${CLSL_PYTHON:-} python3.12 python3.11 python3 python; do
+  local candidate candidates=(python3.12 python3.11 python3 python)
+  if [ -n "${CLSL_PYTHON:-}" ]; then candidates=("$CLSL_PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "error: no Python 3.11 or newer was found; install one or set CLSL_PYTHON to it." >&2
+  if [ -n "${CLSL_PYTHON:-}" ]; then
+    echo "error: CLSL_PYTHON=$CLSL_PYTHON is no Python 3.11 or newer that can be run." >&2
+  else
+    echo "error: no Python 3.11 or newer was found; install one or set CLSL_PYTHON to it." >&2
+  fi
   return 1
 }
 

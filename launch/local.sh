@@ -46,6 +46,17 @@ while [[ ${1:-} =~ ^--(processes|restarts)(=(.*))?$ ]]; do
   fi
   printf -v "$name" %s "$number"
 done
+given=()
+while (($#)); do
+  if [[ $1 =~ ^--?(config|workdir|mode)$ ]] && (($# > 1)); then  # in two words
+    given+=("--${BASH_REMATCH[1]}=$2")
+    shift
+  else
+    given+=("$1")
+  fi
+  shift
+done
+set -- "${given[@]}"
 arguments=" $* "
 [[ $arguments == *" --config="* || $arguments == *" --mode=evaluate "* ]] ||
   set -- --config=configs/scenes.py "$@"

@@ -337,10 +337,21 @@ def test_environment_tells_what_another_try_can_mend(place):
     status, _, err = _source(place, CLSL_VENV=str(other))
     assert (status, "python3-venv" in err) == (2, True)
     other.mkdir()
+    status, _, err = _source(place, CLSL_VENV=str(other), CLSL_PYTHON="/nonexistent/python")
+    assert status == 2
+    assert "CLSL_PYTHON=/nonexistent/python is no Python 3.11 or newer that can be run" in err
     (other / "mine.txt").touch()
     status, _, err = _source(place, CLSL_VENV=str(other))
     assert (status, "holds something else" in err) == (2, True)
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
+
+
+def test_environment_is_made_with_the_python_that_is_named(place):
+    mine, made = place.root / "my pythons" / "python", place.root / "made with"
+    mine.parent.mkdir()
+    _program(mine, f'[[ "$*" != *venv* ]] || echo "$0" >"{made}"')
+    _source(place, CLSL_VENV=str(place.root / "other"), CLSL_PYTHON=str(mine))
+    assert made.read_text() == f"{mine}\n"
 
 
 # One machine.
@@ -368,6 +379,15 @@ def test_local_passes_arguments_on(place):
     assert place.run("local.sh", *given)[0] == 3
     start = ["-m", "clsl_jax.main", "--config=configs/scenes.py", *given]
     assert place.calls(".program") == [*start, "cache none", "gpus none", "of one"]
+
+
+def test_local_takes_a_configuration_and_workdir_in_two_words(place):
+    given = ["--config", "configs/coco.py", "--workdir", "my run", "--config.epochs=2", "-mode"]
+    assert place.run("local.sh", *given)[0] == 0
+    told = ["--config=configs/coco.py", "--workdir=my run", "--config.epochs=2", "-mode"]
+    assert place.calls(".program")[:-3] == ["-m", "clsl_jax.main", *told]
+    assert place.run("local.sh", "--processes=2", *given)[0] == 0
+    assert (place.repository / "my run.process-1.log").exists()
 
 
 @pytest.mark.parametrize(
