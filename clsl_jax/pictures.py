@@ -1,8 +1,11 @@
 """The picture sheet: test images with true and predicted labels and where each was seen."""
 
+import warnings
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
@@ -11,7 +14,13 @@ from clsl_jax import atomic
 
 ROW_INCHES = 2.5
 RIGHT, WRONG, MISSED = "#1a7f37", "#cf222e", "#9a6700"
-_NAME_LENGTH = 24
+# Letters of the name of an image (its end), of a class above a heat map and below the image.
+_NAME_LENGTH, _TITLE_LENGTH, _CAPTION_LENGTH = 24, 19, 40
+# Fonts with more letters than matplotlib's own, which stand in where they are installed.
+_FONTS = (
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "WenQuanYi Zen Hei"),
+    *("Hiragino Sans", "Arial Unicode MS", "Microsoft YaHei"),
+)
 # A class from this probability on counts as predicted; so many heat maps an image.
 THRESHOLD, SHOWN_CLASSES = 0.5, 3
 # Of two classes each, below an image: more would run into the next one's name.
@@ -41,10 +50,28 @@ def picture_sheet(
       labels: int8 [n, C]; 1 positive, 0 negative, else not known.
       probabilities: float [n, C] in [0, 1].
       heat: float [n, h, w, C], or None if the model has no position weights.
-      class_names: C names.
+      class_names: C names; the beginning of a long one is shown.
       names: n, of the images; the end of a long one is shown.
       title: of the sheet.
     """
+    installed = font_manager.get_font_names()
+    families = ["DejaVu Sans", *(name for name in _FONTS if name in installed)]
+    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands there
+        figure = _draw(images, labels, probabilities, heat, class_names, names, title)
+        with atomic.replacing(path) as partial:
+            figure.savefig(partial, format="png")
+
+
+def _draw(
+    images: np.ndarray,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    heat: np.ndarray | None,
+    class_names: Sequence[str],
+    names: Sequence[str],
+    title: str,
+) -> Figure:
     shown_classes = min(SHOWN_CLASSES, len(class_names))
     blocks = 2 if len(images) > 1 else 1
     panels = 1 + (shown_classes if heat is not None else 0)
@@ -72,8 +99,8 @@ def picture_sheet(
             order = np.argsort(-probabilities[i], kind="stable")[:shown_classes]
             for axis, c in zip(axes[1:], order, strict=True):
                 _heat(axis, image, heat[i, :, :, c])
-                color = {1: RIGHT, 0: WRONG}.get(int(labels[i, c]), "black")
-                text = f"{class_names[c]} {probabilities[i, c]:.2f}"
+                color = _color(labels[i, c], probabilities[i, c])
+                text = f"{_beginning(class_names[c], _TITLE_LENGTH)} {probabilities[i, c]:.2f}"
                 axis.set_title(text, fontsize=7, color=color, parse_math=False)
         for axis in axes:
             axis.set_axis_off()
@@ -85,13 +112,24 @@ def picture_sheet(
             "green: present and found   red: not present but predicted   "
             f"brown: present but missed   {legend}"
         )
-    figure.text(0.01, 0.012, legend, fontsize=7)
-    with atomic.replacing(path) as partial:
-        figure.savefig(partial, format="png")
+    figure.text(0.01, 0.008, legend, fontsize=7, va="bottom", wrap=True)
+    return figure
 
 
 def _shortened(name: str) -> str:
     return name if len(name) <= _NAME_LENGTH else f"…{name[1 - _NAME_LENGTH :]}"
+
+
+def _beginning(name: str, length: int) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _color(label: int, probability: float) -> str:
+    """Returns what the legend says of a class; black where nothing is to be said."""
+    found = probability >= THRESHOLD
+    if label == 1:
+        return RIGHT if found else MISSED
+    return WRONG if found and label == 0 else "black"
 
 
 def _caption(
@@ -108,7 +146,7 @@ def _caption(
     fits = sum(-(-len(classes) // 2) for _, classes in filled) <= CAPTION_LINES
     line = 0
     for color, classes in filled:
-        names = [class_names[c] for c in classes]
+        names = [_beginning(class_names[c], _CAPTION_LENGTH) for c in classes]
         if not fits:
             names = _cut(names, 2 * (CAPTION_LINES // len(filled)))
         for start in range(0, len(names), 2):

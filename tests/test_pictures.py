@@ -1,5 +1,7 @@
 """The picture sheet is a PNG of a sensible size that shows the images."""
 
+import warnings
+
 import cv2
 import numpy as np
 import pytest
@@ -77,3 +79,42 @@ def test_what_is_written_below_an_image_does_not_reach_the_next_one(tmp_path, mo
         (wrong, "5, 6"), (wrong, "7, 8"), (wrong, "9, 3 more"),
     ]  # fmt: skip
     assert captions([1] * 12, [0.9] * 12) == [(right, f"{c}, {c + 1}") for c in range(0, 12, 2)]
+
+
+def test_titles_have_the_colours_of_the_legend(tmp_path, monkeypatch):
+    said, set_title = [], Axes.set_title
+    monkeypatch.setattr(
+        Axes,
+        "set_title",
+        lambda self, text, **how: (
+            said.append((how.get("color"), text)) or set_title(self, text, **how)
+        ),
+    )
+
+    def titles(labels, probabilities, class_names):
+        said.clear()
+        pictures.picture_sheet(
+            str(tmp_path / "sheet.png"),
+            images=np.zeros((1, 8, 8, 3), np.uint8),
+            labels=np.array([labels], np.int8),
+            probabilities=np.array([probabilities]),
+            heat=np.full((1, 2, 2, len(labels)), 0.25),
+            class_names=class_names,
+            names=["a"],
+        )
+        return said[1:]
+
+    right, wrong, missed = pictures.RIGHT, pictures.WRONG, pictures.MISSED
+    assert titles([1, 0, -1], [0.9, 0.8, 0.7], "abc") == [
+        (right, "a 0.90"), (wrong, "b 0.80"), ("black", "c 0.70"),
+    ]  # fmt: skip
+    assert titles([1, 0, -1], [0.3, 0.2, 0.1], "abc") == [
+        (missed, "a 0.30"), ("black", "b 0.20"), ("black", "c 0.10"),
+    ]  # fmt: skip
+    # Long names leave room for those beside them; letters that no font has are no matter.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = ["Northern cardinal (Cardinalis)", "\u65e5\u672c", "c"]
+        said = list(titles([1, 0, -1], [0.9, 0.8, 0.7], names))
+    assert said[0] == (right, "Northern cardinal \N{HORIZONTAL ELLIPSIS} 0.90")
+    assert said[1] == (wrong, "\u65e5\u672c 0.80")
