@@ -73,12 +73,13 @@ def save_embeddings(
         npz.write(path, arrays)
 
 
-def load_embeddings(path: str, class_names: Sequence[str]) -> np.ndarray:
+def load_embeddings(path: str, class_names: Sequence[str], *, remedy: str = "") -> np.ndarray:
     """Returns the label embeddings of a file, float32 [C, E].
 
     Args:
       path: of an `.npz` of `save_embeddings`.
       class_names: the C classes that they must be for, in this order.
+      remedy: a sentence on what to do where they are for others; by default, to make it again.
 
     Raises:
       InputError: no such file, a damaged or foreign one, or a count or name that does not fit.
@@ -95,7 +96,8 @@ def load_embeddings(path: str, class_names: Sequence[str]) -> np.ndarray:
             f"{path}: {stored.size} class names for {len(embeddings)} embeddings, not one each."
         )
     given = stored.tolist()
-    _check_names(path, given, list(class_names))
+    remedy = remedy or f"Make it again with {_MADE_BY} from this data set's class names."
+    _check_names(path, given, list(class_names), remedy)
     with np.errstate(over="ignore"):  # what is too large is infinite, and named below
         embeddings = embeddings.astype(np.float32)
     rows = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
@@ -106,11 +108,10 @@ def load_embeddings(path: str, class_names: Sequence[str]) -> np.ndarray:
     return embeddings
 
 
-def _check_names(path: str, given: Sequence[str], wanted: Sequence[str]) -> None:
-    again = f"Make it again with {_MADE_BY} from this data set's class names"
+def _check_names(path: str, given: Sequence[str], wanted: Sequence[str], remedy: str) -> None:
     if len(given) != len(wanted):
         raise InputError(
-            f"{path} is for {len(given)} classes, the data set has {len(wanted)}. {again}."
+            f"{path} is for {len(given)} classes, the data set has {len(wanted)}. {remedy}"
         )
     wrong = [i for i, pair in enumerate(zip(given, wanted, strict=True)) if pair[0] != pair[1]]
     if wrong:
@@ -119,7 +120,7 @@ def _check_names(path: str, given: Sequence[str], wanted: Sequence[str]) -> None
         raise InputError(
             f"{path}: {len(wrong)} of {len(wanted)} class names differ from the data set's "
             f"({order}); the first is class {i}: {given[i]!r} there, {wanted[i]!r} here. "
-            f"{again}."
+            f"{remedy}"
         )
 
 

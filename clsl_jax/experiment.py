@@ -174,7 +174,7 @@ def build(
     if options.needs_statistics:
         _check_statistics(annotations, dataset.class_names)
     if training:
-        _check_negatives(options, annotations, dataset.class_names, report)
+        _check_known(config, options, annotations, dataset.class_names, report)
     _check_selection(config, dataset, annotations, report)
     network = build_network(
         config,
@@ -437,25 +437,36 @@ def _check_statistics(annotations: np.ndarray, class_names: Sequence[str]) -> No
         )
 
 
-def _check_negatives(
+def _check_known(
+    config: ml_collections.ConfigDict,
     options: StepOptions,
     annotations: np.ndarray,
     class_names: Sequence[str],
     report: Callable[[str], None],
 ) -> None:
-    """Refuses known positives alone, where nothing else says that labels may be absent."""
+    """Refuses no known label; or positives alone, if nothing else says that some may be absent."""
+    given = f" in {config.labels.file}" if config.labels.protocol == "file" else ""
+    if not (annotations >= 0).any():
+        raise InputError(
+            f"No training label is known{given}, so that nothing can be learned; expected 1 or 0 "
+            "in some cells of training images."
+        )
     assumed = options.recovery_mode == "assume" or (
         options.recovery_mode == "epoch" and options.open_weight > 0
     )
     if options.expected_positives or (assumed and options.recovery_weight > 0):
         return
     if not (annotations == 0).any():
+        absent = (
+            "write 0 there"
+            if given
+            else "prepare it with --empty=negative (what its lists leave out: --unlisted=negative)"
+        )
         raise InputError(
-            "No training label is known to be absent, and from known positives alone a network "
-            "learns that everything is in every image. If what a table leaves empty is not there, "
-            "prepare it with --empty=negative (what its lists leave out: --unlisted=negative); if "
-            "it may be there, train by configs/table.py:positives, or set as there recovery.mode="
-            "epoch, recovery.open_weight=1 and evaluation.unknown=negative."
+            f"No training label is known to be absent{given}, and from known positives alone a "
+            "network learns that everything is in every image. If what a table leaves empty is not "
+            f"there, {absent}; if it may be there, train by configs/table.py:positives, or set as "
+            "there recovery.mode=epoch, recovery.open_weight=1 and evaluation.unknown=negative."
         )
     if named := _always_there(annotations, class_names):
         report(
@@ -603,7 +614,11 @@ def label_embeddings(
       InputError: if the file cannot be read or is not for these classes.
     """
     if copy and os.path.exists(copy):
-        return embed.load_embeddings(copy, class_names)
+        remedy = (
+            "The run in this workdir was started with these classes: start anew in another "
+            "--workdir, or bring back the data set that it had."
+        )
+        return embed.load_embeddings(copy, class_names, remedy=remedy)
     named = config.model.embeddings
     if named != "random":
         path = os.fspath(scenes.LABEL_EMBEDDINGS) if named == "scenes" else named

@@ -362,9 +362,9 @@ def _print(
     found = result["recovery"]
     if found.get("recovery/positive_recall") is not None:
         recall, right = (found[f"recovery/positive_{k}"] for k in ("recall", "precision"))
+        rightly = "" if right is None else f", {100 * right:.1f} % of the recovered positives right"
         log.console.print(
-            f"Hidden training labels: {100 * recall:.1f} % of the positives recovered, "
-            f"{100 * (right or 0):.1f} % of the recovered positives right."
+            f"Hidden training labels: {100 * recall:.1f} % of the positives recovered{rightly}."
         )
     elif found:
         log.console.print(f"Unknown training labels: {recovery_line(found)}.")

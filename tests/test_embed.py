@@ -17,7 +17,7 @@ from commands import interrupts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsl_jax import embed
+from clsl_jax import embed, experiment
 from clsl_jax.data import scenes
 from clsl_jax.errors import InputError
 from clsl_jax.text import bert, glove, names, transformer
@@ -506,6 +506,13 @@ def test_load_gives_what_was_saved(saved: str) -> None:
 def test_load_refuses_what_does_not_fit(saved: str, class_names: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         embed.load_embeddings(saved, class_names)
+
+
+def test_a_run_with_other_classes_is_no_fault_of_its_copy(saved: str) -> None:
+    with pytest.raises(
+        InputError, match=r"has 3\. .*start anew in another --workdir"
+    ):
+        experiment.label_embeddings(None, CLASS_NAMES[:3], saved)
 
 
 class _Trap:

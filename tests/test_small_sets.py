@@ -83,6 +83,16 @@ def test_known_positives_alone_teach_nothing(tmp_path):
 
     with pytest.raises(InputError, match=r"No training label is known to be absent.*--empty=neg"):
         build(train=1)
+    # Labels of a file of one's own take the place of the set's.
+    labels = tmp_path / "labels.csv"
+    own = ("--config.labels.protocol=file", f"--config.labels.file={labels}")
+    for cell, message in (
+        ("1", rf"known to be absent in {labels}, .*is not there, write 0 there; if it may be"),
+        ("", rf"No training label is known in {labels}, so that nothing can be learned"),
+    ):
+        labels.write_text(f"image,a,b\ntrain-0,{cell},\n")
+        with pytest.raises(InputError, match=message):
+            build(*own, train=(1, 0))
     assume, hard = "--config.recovery.mode=assume", "--config.recovery.soft=False"
     opened, none = "--config.recovery.open_weight=1", "--config.recovery.mode=none"
     nothing = "--config.recovery.weight=0"
