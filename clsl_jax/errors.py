@@ -53,6 +53,11 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return str(error).strip().partition("\n")[0][:most] or type(error).__name__
 
 
+def printable(path: str) -> str:
+    """Returns a path as UTF-8 can hold it: a file's name may be any bytes."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def may_pass(error: BaseException) -> bool:
     """Returns whether the storage did not answer, so that the same may be tried again."""
     return isinstance(error, OSError) and error.errno in _PASSING

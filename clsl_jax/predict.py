@@ -36,7 +36,7 @@ from clsl_jax import (
 from clsl_jax.checkpoint import Checkpointer, CheckpointError
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import partial, pipeline, sources
-from clsl_jax.errors import InputError, listed, writing
+from clsl_jax.errors import InputError, listed, printable, writing
 from clsl_jax.models.clsl import CLSL
 from clsl_jax.step_options import StepOptions
 from clsl_jax.train_state import evaluation_weights, weights_alone
@@ -230,7 +230,7 @@ def find_images(
         if others or linked:
             report(_passed_over(place, others, linked))
         for error in closed:
-            report(_shown(f"Passed over: {error.filename} ({error.strerror})"))
+            report(printable(f"Passed over: {error.filename} ({error.strerror})"))
     if not found:
         raise InputError(
             f"There is no image in {', '.join(places)} (looked for names that end in "
@@ -244,7 +244,7 @@ def _passed_over(place: str, others: collections.Counter[str], linked: int) -> s
     kinds = [f"{count:,} {ending}" for ending, count in others.most_common()]
     if linked:
         kinds.append(f"{linked:,} linked folder{'s' * (linked > 1)}")
-    return _shown(
+    return printable(
         f"Passed over in {place}: {listed(kinds, _SHOWN)} (an image in a folder is known by its "
         "ending, such as .jpg or .png; convert others, or name them and linked folders themselves)"
     )
@@ -262,7 +262,7 @@ class FileImages:
     def __init__(self, paths: Sequence[str], image_size: int, *, upright: bool) -> None:
         """`image_size` in pixels; `upright` as in `images.decode_image`."""
         self.paths, self._image_size, self._upright = paths, image_size, upright
-        self.names = [_shown(path) for path in paths]
+        self.names = [printable(path) for path in paths]
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -281,11 +281,6 @@ class FileImages:
             self.unreadable[index] = f"{name}: {strerror}" if strerror else str(error)
             image = np.zeros((self._image_size, self._image_size, 3), np.uint8)
         return {"image": image, "row": np.int32(index)}
-
-
-def _shown(path: str) -> str:
-    """Returns a path as UTF-8 can hold it: a file's name may be any bytes."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def define_flags() -> None:
@@ -330,7 +325,7 @@ def _work(arguments: Sequence[str]) -> None:
     if values.pictures and readable:
         _draw(atomic.target(values.pictures), classifier, images, readable[: values.pictured])
         written.append(values.pictures)
-    console.print(f"Written: {', '.join(map(_shown, written))}")
+    console.print(f"Written: {', '.join(map(printable, written))}")
     if images.unreadable:
         reasons = [images.unreadable[index] for index in sorted(images.unreadable)]
         more = len(reasons) - _SHOWN

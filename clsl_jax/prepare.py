@@ -36,7 +36,7 @@ from clsl_jax.data.inspection import MISSING, UNREADABLE, Inspected
 from clsl_jax.data.sources import PREPARED_NAMES, load_prepared
 from clsl_jax.data.splits import stratified_split
 from clsl_jax.data.verification_text import report_text
-from clsl_jax.errors import InputError, listed, writing
+from clsl_jax.errors import InputError, listed, printable, writing
 
 LEAVE_OUT = (MISSING, UNREADABLE)
 _CONFIG, _VERSION = "prepared", "1.0.0"
@@ -454,6 +454,8 @@ def _work(arguments: Sequence[str]) -> None:
     command_line.require(values, "source", "PATH", "the folder that holds its files")
     if not check_only:
         command_line.require(values, "out", "DIR", "the directory to prepare it in")
+    if values.out and printable(values.out) != values.out:
+        raise InputError(f"--out={values.out!r} is not UTF-8: name another directory.")
     command_line.refuse_foreign(values, "dataset", _BELONGS_TO)
     if unknown := set(values.leave_out) - set(LEAVE_OUT):
         raise InputError(

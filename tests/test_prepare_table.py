@@ -1,5 +1,6 @@
 """A table of one's own: CSV, TSV, Parquet, lists; and all that can be wrong with one at once."""
 
+import os
 import re
 import shlex
 
@@ -595,6 +596,24 @@ def test_images_left_out_are_neither_held_out_nor_counted(tmp_path):
     status, _, errors = prepare(*flags, "--check-only", "--test_fraction=0.01")
     assert status == 2
     assert "20 images are too few to hold out 1% for testing" in errors
+
+
+def test_folders_whose_names_are_no_utf8(tmp_path):
+    """Read and reported on; not written to, and not in a command that nobody could paste."""
+    source = tmp_path / os.fsdecode(b"bilder\xe9")
+    _folder(source, _rows(20))
+    out = tmp_path / "out"
+    status, shown, errors = prepare("--dataset=table", f"--source={source}", f"--out={out}")
+    assert (status, errors) == (0, "")
+    assert f"table from {tmp_path}/bilder\N{REPLACEMENT CHARACTER}" in shown
+    assert (out / "table" / "report.txt").read_text(encoding="utf-8") in shown
+    status, _, errors = prepare("--dataset=table", f"--source={source}", f"--out={source}")
+    assert status == 2
+    assert "is not UTF-8: name another directory" in errors
+    path = write(tmp_path / "t.csv", "image,cat\nphotos/000.jpg,1\n")
+    with pytest.raises(InputError, match="is found as") as error:
+        table.read_own_table(path)
+    assert "--images" not in str(error.value)
 
 
 def test_commas_at_the_ends_of_lines_are_no_columns(tmp_path):

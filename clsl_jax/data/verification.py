@@ -11,6 +11,7 @@ import numpy as np
 from clsl_jax.data import stored
 from clsl_jax.data.formats.listing import ImageList, Listing, without_labels
 from clsl_jax.data.inspection import DAMAGED, MISSING, READABLE, UNREADABLE, Inspected
+from clsl_jax.errors import printable
 
 _USABLE = (READABLE, DAMAGED)
 
@@ -62,7 +63,7 @@ def build_report(
     published = listing.published
     return {
         "dataset": listing.name,
-        "source": source,
+        "source": printable(source),
         "classes": _held_against(len(listing.class_names), published.classes),
         "splits": {
             split: {
@@ -81,7 +82,7 @@ def build_report(
                 ),
                 **{
                     state: [
-                        {"id": name, "path": str(path), "reason": f.reason}
+                        {"id": name, "path": printable(str(path)), "reason": f.reason}
                         for name, path, f in zip(
                             images.ids, images.paths, inspected[split], strict=True
                         )

@@ -29,7 +29,7 @@ from clsl_jax.data.formats.table_file import (
     read_table,
 )
 from clsl_jax.data.splits import SPLITS
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, printable
 
 # What a cell may say, as `plain` has it; those of WORDS only if chosen.
 CELLS = {"1": 1, "0": 0, "": -1}
@@ -494,7 +494,9 @@ def _difference(name: str, found: str, folder: pathlib.Path, missing: Sequence[s
     """Returns what to do where an image `name` lies as `found` below a folder."""
     if found.endswith(f"/{name}"):
         inner = folder / found.removesuffix(f"/{name}")
-        if 2 * sum(os.path.isfile(inner / other) for other in missing) > len(missing):
+        can_be_written = printable(str(inner)) == str(inner)
+        there = sum(os.path.isfile(inner / other) for other in missing)
+        if can_be_written and 2 * there > len(missing):
             return f"--images={shlex.quote(str(inner))}"
     if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", found):
         return "letters such as é are put together otherwise there (Unicode NFC and NFD)"
@@ -502,7 +504,7 @@ def _difference(name: str, found: str, folder: pathlib.Path, missing: Sequence[s
         return "write capitals and small letters as the files have them"
     if _key(name) == _key(str(pathlib.PurePosixPath(found).with_suffix(""))):
         return "write the endings of the files, too"
-    return f"write paths below {folder}"
+    return f"write paths below {printable(str(folder))}"
 
 
 def _files(folder: pathlib.Path) -> Iterator[str]:
