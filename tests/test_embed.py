@@ -509,9 +509,7 @@ def test_load_refuses_what_does_not_fit(saved: str, class_names: list[str], mess
 
 
 def test_a_run_with_other_classes_is_no_fault_of_its_copy(saved: str) -> None:
-    with pytest.raises(
-        InputError, match=r"has 3\. .*start anew in another --workdir"
-    ):
+    with pytest.raises(InputError, match=r"has 3\. .*start anew in another --workdir"):
         experiment.label_embeddings(None, CLASS_NAMES[:3], saved)
 
 
