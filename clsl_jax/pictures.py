@@ -1,7 +1,8 @@
 """The picture sheet: test images with true and predicted labels and where each was seen."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib
 import numpy as np
@@ -27,6 +28,17 @@ THRESHOLD, SHOWN_CLASSES = 0.5, 3
 CAPTION_LINES = 6
 
 
+@contextlib.contextmanager
+def _every_letter() -> Iterator[None]:
+    """Draws with the fonts that are installed; a letter that none has is a box, without a word."""
+    installed = font_manager.get_font_names()
+    families = ["DejaVu Sans", *(name for name in _FONTS if name in installed)]
+    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
+@_every_letter()
 def picture_sheet(
     path: str,
     *,
@@ -54,24 +66,6 @@ def picture_sheet(
       names: n, of the images; the end of a long one is shown.
       title: of the sheet.
     """
-    installed = font_manager.get_font_names()
-    families = ["DejaVu Sans", *(name for name in _FONTS if name in installed)]
-    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands there
-        figure = _draw(images, labels, probabilities, heat, class_names, names, title)
-        with atomic.replacing(path) as partial:
-            figure.savefig(partial, format="png")
-
-
-def _draw(
-    images: np.ndarray,
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    heat: np.ndarray | None,
-    class_names: Sequence[str],
-    names: Sequence[str],
-    title: str,
-) -> Figure:
     shown_classes = min(SHOWN_CLASSES, len(class_names))
     blocks = 2 if len(images) > 1 else 1
     panels = 1 + (shown_classes if heat is not None else 0)
@@ -113,7 +107,8 @@ def _draw(
             f"brown: present but missed   {legend}"
         )
     figure.text(0.01, 0.008, legend, fontsize=7, va="bottom", wrap=True)
-    return figure
+    with atomic.replacing(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _shortened(name: str) -> str:

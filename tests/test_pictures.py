@@ -10,6 +10,19 @@ from matplotlib.axes import Axes
 from clsl_jax import pictures
 
 
+def _draw_one(folder, labels, probabilities, class_names, heat=None):
+    """The sheet of one black image."""
+    pictures.picture_sheet(
+        str(folder / "sheet.png"),
+        images=np.zeros((1, 8, 8, 3), np.uint8),
+        labels=np.array([labels], np.int8),
+        probabilities=np.array([probabilities]),
+        heat=heat,
+        class_names=class_names,
+        names=["a"],
+    )
+
+
 @pytest.mark.parametrize(
     ("count", "with_heat", "classes"), [(1, True, 6), (5, True, 6), (4, False, 6), (2, True, 1)]
 )
@@ -56,15 +69,7 @@ def test_what_is_written_below_an_image_does_not_reach_the_next_one(tmp_path, mo
 
     def captions(labels, probabilities):
         said.clear()
-        pictures.picture_sheet(
-            str(tmp_path / "sheet.png"),
-            images=np.zeros((1, 8, 8, 3), np.uint8),
-            labels=np.array([labels], np.int8),
-            probabilities=np.array([probabilities]),
-            heat=None,
-            class_names=[str(c) for c in range(len(labels))],
-            names=["a"],
-        )
+        _draw_one(tmp_path, labels, probabilities, [str(c) for c in range(len(labels))])
         return list(said)
 
     right, wrong, missed = pictures.RIGHT, pictures.WRONG, pictures.MISSED
@@ -93,15 +98,8 @@ def test_titles_have_the_colours_of_the_legend(tmp_path, monkeypatch):
 
     def titles(labels, probabilities, class_names):
         said.clear()
-        pictures.picture_sheet(
-            str(tmp_path / "sheet.png"),
-            images=np.zeros((1, 8, 8, 3), np.uint8),
-            labels=np.array([labels], np.int8),
-            probabilities=np.array([probabilities]),
-            heat=np.full((1, 2, 2, len(labels)), 0.25),
-            class_names=class_names,
-            names=["a"],
-        )
+        heat = np.full((1, 2, 2, len(labels)), 0.25)
+        _draw_one(tmp_path, labels, probabilities, class_names, heat)
         return said[1:]
 
     right, wrong, missed = pictures.RIGHT, pictures.WRONG, pictures.MISSED
