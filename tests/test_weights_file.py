@@ -278,12 +278,18 @@ def test_opcodes_and_names_outside_the_table_are_refused(tmp_path, program):
         b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.",
         b"}r\xff\xff\xff\xff.",  # a memo index that makes Python's unpickler take 64 GB
         b"X\x04\x00\x00\x00\xff\xff\xff\xff.",
-        b"}S'sizes'\n(" + b"ctorch\nSize\n(S'aaaa'\ntR" * 2 + b"ts.",  # a tuple of letters
     ],
 )
 def test_broken_pickles_are_errors(tmp_path, program):
     with pytest.raises(InputError, match="damaged"):
         read_weights(handmade(tmp_path / "a.pth", program))
+
+
+def test_a_size_is_no_text(tmp_path):
+    """Or a few bytes of a file would ask for a tuple of many letters, as often as it likes."""
+    path = handmade(tmp_path / "a.pth", b"}S'size'\nctorch\nSize\n(S'aaaa'\ntRs.")
+    with pytest.raises(InputError, match=r"damaged.*a size that is no list of numbers"):
+        read_weights(path)
 
 
 def tensor_program(offset, shape, strides, length=4):
