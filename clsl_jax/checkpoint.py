@@ -5,14 +5,14 @@ the seed and the step, so `state.step` is its state, on any number of processes.
 """
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
 import logging as stdlib_logging
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from clsl_jax import cluster, sharding
-from clsl_jax.errors import InputError, Unavailable, first_line, may_pass
+from clsl_jax.errors import PASSING, InputError, Unavailable, first_line, may_pass
 
 FORMAT_VERSION = 6
 # A checkpoint whose step is being saved again, until that is whole.
@@ -100,11 +100,15 @@ def _agreed(read: Callable[[], Any], unusable: str) -> Any:
         try:
             return read()
         except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
+            if _may_pass(error):
+                raise Unavailable(
+                    f"{unusable} now: {_reason(error)}. Run the same command again."
+                ) from error
             raise CheckpointError(f"{unusable}: {_reason(error)}") from error
 
     try:
         return cluster.agree(tried)
-    except CheckpointError:
+    except (CheckpointError, Unavailable):
         raise
     except InputError as error:  # of another process
         raise CheckpointError(f"{unusable}: {error}") from error
@@ -171,7 +175,7 @@ class Checkpointer:
             hint = "expected a directory that can be read and written"
             if bucket:
                 hint += "; a bucket (gs://...) needs `pip install gcsfs` and credentials"
-            raise (Unavailable if may_pass(error) else CheckpointError)(
+            raise (Unavailable if _may_pass(error) else CheckpointError)(
                 f"Checkpoints cannot be kept in {directory}: {_reason(error)} ({hint})."
             ) from error
 
@@ -249,6 +253,7 @@ class Checkpointer:
 
         Raises:
           CheckpointError: if it is damaged or of another model or format.
+          Unavailable: if the storage does not answer.
           InputError: of `accept`.
         """
         unusable = f"Checkpoint {self._directory / str(step)} cannot be used"
@@ -294,6 +299,7 @@ class Checkpointer:
 
         Raises:
           CheckpointError: if there are checkpoints and all are damaged.
+          Unavailable: if the storage does not answer; nothing is set aside then.
           InputError: of `accept`.
         """
         steps = self.steps()
@@ -455,27 +461,45 @@ class Checkpointer:
 
 
 def _has_sound_metrics(place: epath.Path) -> bool:
-    """Whether the metrics of a checkpoint can be read, or it has none."""
+    """Whether the metrics of a checkpoint are whole, or it has none.
+
+    Raises:
+      OSError: nobody can say, as they may not be read, or not now.
+    """
     if not place.exists():
         return True
     try:
         return math.isfinite(_selection(json.loads((place / "metrics").read_text())))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, KeyError):
         return False
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, the last first."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _said(error: BaseException, codes: Iterable[int]) -> str | None:
+    """Which of the system's words TensorStore quotes, if any of these codes'."""
+    return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), None)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the storage did not answer, in whatever kinds of errors that is wrapped."""
+    return any(may_pass(found) or _said(found, PASSING) for found in _chain(error))
 
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in a line: the system's own words where it said something."""
-    found: BaseException | None = error
-    while found is not None:
+    for found in _chain(error):
         if isinstance(found, OSError) and found.strerror:
             return found.strerror
-        said = re.search(
-            r"(No space left on device|Disk quota exceeded|File too large)", str(found)
-        )
+        said = _said(found, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, *PASSING))
         if said:
-            return said[1]
-        found = found.__cause__ or found.__context__
+            return said
     return first_line(error)
 
 

@@ -13,7 +13,7 @@ _REMEDIES = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable for you"),
 }
 # Storage that does not answer may do so soon; these are of a disk or of what it is mounted from.
-_PASSING = (
+PASSING = (
     *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN),
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
     *(errno.ENETDOWN, errno.ENETUNREACH),
@@ -60,7 +60,7 @@ def printable(path: str) -> str:
 
 def may_pass(error: BaseException) -> bool:
     """Returns whether the storage did not answer, so that the same may be tried again."""
-    return isinstance(error, OSError) and error.errno in _PASSING
+    return isinstance(error, OSError) and error.errno in PASSING
 
 
 @contextlib.contextmanager

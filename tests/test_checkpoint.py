@@ -13,7 +13,7 @@ import pytest
 
 from clsl_jax import checkpoint, sharding
 from clsl_jax.checkpoint import LEFT_OUT, Checkpointer, CheckpointError, checksums
-from clsl_jax.errors import InputError
+from clsl_jax.errors import InputError, Unavailable
 
 
 def make_state(seed=0, devices=8):
@@ -278,6 +278,37 @@ def test_whatever_file_is_damaged_no_other_arrays_are_restored(tmp_path, damage)
         assert_same(found, make_state(step))
         steps.append(step)
     assert set(steps) == {1, 2}
+
+
+@pytest.mark.parametrize("file", ["metrics/metrics", "meta/metadata", "state/_METADATA"])
+def test_storage_that_does_not_answer_is_no_damage(tmp_path, file):
+    """Else the checkpoint would be set aside, and with all of them the run begun anew."""
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    checkpointer.close()
+    sound = tmp_path / "2" / file
+    kept = sound.rename(tmp_path / "2" / "kept")
+    sound.symlink_to("/proc/self/mem")  # the page at 0 of any process is an input/output error
+    with pytest.raises(Unavailable, match="Input/output error") as raised:
+        Checkpointer(str(tmp_path)).restore_latest(abstract(make_state()))
+    assert raised.value.status == 1
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+    sound.unlink()
+    kept.rename(sound)
+    checkpointer = Checkpointer(str(tmp_path))
+    assert checkpointer.restore_latest(abstract(make_state()))[2] == 2
+    checkpointer.close()
+
+
+def test_what_tensorstore_says_of_storage_that_does_not_answer():
+    """It quotes the system, as of a file that is opened: seen with `ELOOP`."""
+    said = ValueError('UNKNOWN: Failed to open: "/mnt/d/f": Stale file handle [os_error_code=116]')
+    wrapped = RuntimeError("Encountered error while reading array index")
+    wrapped.__cause__ = said
+    assert checkpoint._may_pass(wrapped)
+    assert checkpoint._reason(wrapped) == "Stale file handle"
+    assert not checkpoint._may_pass(RuntimeError("DATA_LOSS: CRC-32C checksum verification failed"))
 
 
 def test_a_reader_moves_nothing(tmp_path):
