@@ -13,8 +13,9 @@
 #   JAX_COMPILATION_CACHE_DIR   compiled steps (default WORKDIR/../compiled), so that a restart takes
 #                               seconds; CLSL_CACHE_DIR: decoded images and features of frozen backbones
 # Checkpoints lie in the workdir; --config.checkpoint.dir=gs://BUCKET/RUN keeps them in a bucket.
-# Queued again: tasks that a signal stopped with work left, always; tasks that broke, CLSL_MOST_RESTARTS times
-# (default 20). Not: a job that is done, refused (status 2), or ended by scancel.
+# Queued again: tasks that a signal stopped with work left, always; tasks that broke, unless the job was queued
+# again CLSL_MOST_RESTARTS times already (default 20), for whatever reason. Not: a job that is done, refused
+# (status 2), or ended by scancel.
 # Tried with Slurm 22.05 on one node without GPUs, two tasks: a run that was stopped, queued again and went on to
 # its end; with a stand-in for the program, all that is said here, a time limit and preemption of three kinds
 # (REQUEUE, with and without GraceTime, and CANCEL).
@@ -85,5 +86,8 @@ elif ((${SLURM_RESTART_COUNT:-0} < ${CLSL_MOST_RESTARTS:-20})); then
   # Broken: a node or a process was lost. The last checkpoint is still there.
   echo "The tasks ended with status $code: queueing the job again."
   scontrol requeue "$SLURM_JOB_ID"
+else
+  echo "The tasks ended with status $code in a job that was queued again ${SLURM_RESTART_COUNT:-0} times: no more." \
+    "The same command goes on from the last checkpoint."
 fi
 exit "$code"

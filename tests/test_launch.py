@@ -208,8 +208,8 @@ CANCELLED = "JobState=COMPLETING Reason=None PreemptTime=None"
 REQUEUE = ["requeue 7"]
 
 
-def _slurm(place, status, job=RUNNING, signum=None, **settings):
-    """Runs slurm.sh as job 7; returns (exit status, calls of scancel and `scontrol requeue`)."""
+def _start_slurm(place, status, job=RUNNING, signum=None, **settings):
+    """Starts slurm.sh as job 7, whose tasks end with this status, after a signal if one is named."""
     settings = {
         "SLURM_JOB_ID": "7",
         "SLURM_SUBMIT_DIR": str(place.repository),
@@ -218,7 +218,12 @@ def _slurm(place, status, job=RUNNING, signum=None, **settings):
         "WAITS": "yes" if signum else "",
         **settings,
     }
-    process = place.start("slurm.sh", "--workdir=/shared/my run", **settings)
+    return place.start("slurm.sh", "--workdir=/shared/my run", **settings)
+
+
+def _slurm(place, status, job=RUNNING, signum=None, **settings):
+    """Runs slurm.sh; returns (exit status, calls of scancel and `scontrol requeue`)."""
+    process = _start_slurm(place, status, job, signum, **settings)
     if signum:
         commands.wait_for(lambda: place.calls(".pid"), process, seconds=60)
         process.send_signal(signum)
@@ -256,6 +261,11 @@ def test_slurm_queues_again_what_broke_only_so_often(place):
     assert queued == [1, 2, 2, 2]
     assert _slurm(place, 9, SLURM_RESTART_COUNT="19")[1] == REQUEUE * 3
     assert _slurm(place, 9, SLURM_RESTART_COUNT="20")[1] == REQUEUE * 3
+
+
+def test_slurm_says_that_it_queues_no_more(place):
+    said, _ = _start_slurm(place, 9, CLSL_MOST_RESTARTS="0").communicate(timeout=120)
+    assert "ended with status 9 in a job that was queued again 0 times: no more." in said
 
 
 @pytest.mark.parametrize(
