@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from rich import box
 from rich.table import Table
 
 from clsl_jax import atomic, command_line, metrics, npz
@@ -202,7 +203,8 @@ def tables(scored: Mapping[str, Any]) -> list[Table]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    # So that 80 columns, the width of a pipe, hold all of it.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("difficult")
     table.add_column("no label")
     for name in columns:
@@ -241,10 +243,7 @@ def _work(arguments: Sequence[str]) -> None:
         path = os.path.join(path, "predictions.npz")
     command_line.check_outputs(flags.FLAGS, {"json": ".json"}, inputs=[path])
     scored = score_file(path)
-    # A pipe has no width of its own, and at 80 columns rich would cut the numbers.
     console = command_line.console()
-    if not console.is_terminal:
-        console.width = 110
     console.print(f"{path}: {_summary(scored)}", soft_wrap=True)
     for table in tables(scored):
         console.print(table)
