@@ -3,7 +3,7 @@
 import contextlib
 
 from clsl_jax import experiment
-from clsl_jax.checkpoint import Checkpointer, CheckpointError
+from clsl_jax.checkpoint import Checkpointer
 from clsl_jax.train_state import TrainState
 from clsl_jax.workdir import Workdir
 
@@ -19,7 +19,4 @@ def last_state(workdir: str) -> tuple[experiment.Experiment, TrainState]:
     checkpoints = Workdir(workdir).checkpoints(config)
     checkpointer = Checkpointer(checkpoints, keep=config.checkpoint.keep, read_only=True)
     with contextlib.closing(checkpointer):
-        restored = checkpointer.restore_latest(built.abstract_state)
-    if restored is None:
-        raise CheckpointError(f"{checkpoints} holds no checkpoint: train first.")
-    return built, restored[0]
+        return built, checkpointer.restore_last(built.abstract_state)[0]

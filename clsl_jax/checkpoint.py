@@ -183,18 +183,21 @@ class Checkpointer:
         """Sets checkpoints aside whose metric is damaged: Orbax would not open the others either.
 
         Raises:
-          CheckpointError: there is one, and nothing may be written.
+          CheckpointError: there is one, and nothing may be written or no other is left.
         """
         if jax.process_index() != 0 or not self._directory.exists():
             return
-        for place in list(self._directory.iterdir()):
-            if not place.name.isdigit() or _has_sound_metrics(place / "metrics"):
-                continue
-            if self._read_only:
-                raise CheckpointError(
-                    f"The file {place / 'metrics' / 'metrics'} is damaged. Move {place} "
-                    "elsewhere, or go on with training, which sets it aside."
-                )
+        saved = [place for place in self._directory.iterdir() if place.name.isdigit()]
+        damaged = [place for place in saved if not _has_sound_metrics(place / "metrics")]
+        if damaged and (self._read_only or damaged == saved):
+            way = "or go on with training, which sets it aside"
+            if damaged == saved:
+                way = "all of them to start anew, as no sound checkpoint is left"
+            raise CheckpointError(
+                f"The file {damaged[0] / 'metrics' / 'metrics'} is damaged. Move {damaged[0]} "
+                f"elsewhere, {way}."
+            )
+        for place in damaged:
             self._rename_damaged(int(place.name))
 
     def steps(self) -> list[int]:
@@ -322,6 +325,22 @@ class Checkpointer:
                 "change it back; else use another --workdir to start anew."
             )
         return None
+
+    def restore_last(
+        self,
+        abstract_state: Any,
+        *,
+        accept: Callable[[Mapping[str, Any]], None] = lambda meta: None,
+    ) -> tuple[Any, dict[str, Any], int]:
+        """As `restore_latest`, of a run that is over.
+
+        Raises:
+          CheckpointError: if there are no checkpoints, too.
+        """
+        restored = self.restore_latest(abstract_state, accept=accept)
+        if restored is None:
+            raise CheckpointError(f"{self._directory} holds no checkpoint: train first.")
+        return restored
 
     def restore_best(
         self,

@@ -109,6 +109,7 @@ def compile_steps(
     # A run holds all of its state as it is evaluated; at its end the best weights are others.
     beside = 0 if weights_alone else _held(state) + diagnosed
     predict_step = steps.make_predict_step(built.step_model, built.options, mesh=built.mesh)
+    remedy = "choose model.dtype=bfloat16, or " if training else ""  # a trained run keeps its own
     predict = _compile_for_batch(
         jax.jit(predict_step, out_shardings=examples),
         lambda batch_size: (weights, images(batch_size)),
@@ -118,7 +119,7 @@ def compile_steps(
         ahead=sharding.EVALUATION_AHEAD,
         key="evaluation.batch_size",
         multiple=built.mesh.size,
-        remedy="choose model.dtype=bfloat16, or ",
+        remedy=remedy,
         report=report,
     )
     count = None

@@ -322,17 +322,20 @@ _RANGES: Sequence[tuple[str, float | None, float | None]] = (
 # Keys that change neither what a checkpoint holds nor, beyond the compute type's precision, the
 # weights. Of the saved epochs the best is chosen: checkpoint.every_epochs says which these are.
 SAFE_TO_CHANGE = (
+    "cpu_devices",
     "data.dir",
     "data.workers",
     "data.max_unreadable",
     "data.cache",
     "data.cache_gb",
     "data.timeout",
+    "labels.file",
     "memory_gb",
     "mesh.model",
     "model.remat",
     "model.attention_kernel",
     "optim.skip_nonfinite",
+    "evaluation.batch_size",
     "evaluation.pictures",
     "checkpoint.every_epochs",
     "checkpoint.every_steps",

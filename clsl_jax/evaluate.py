@@ -72,6 +72,7 @@ def explain(
     options: StepOptions,
     *,
     mesh: Mesh,
+    at_once: int,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns probabilities [n, C] of images and where each class was seen, on every process.
 
@@ -80,16 +81,24 @@ def explain(
       explain_step: `images -> (predictions, position weights)`.
       options: of the run: the probabilities are those that its predictions stand for.
       mesh: of devices.
+      at_once: images that each device is given at a time, all of them the same ones.
 
     Returns:
       (probabilities, heat [n, h, w, C], summing to 1 over positions; None if the model has none).
     """
-    predictions, weights = gather(explain_step(sharding.put_replicated(mesh, images)))
+    count, size = len(images), min(at_once, len(images))
+    padded = np.concatenate([images, np.repeat(images[-1:], -count % size, axis=0)])
+    found = [
+        gather(explain_step(sharding.put_replicated(mesh, padded[start : start + size])))
+        for start in range(0, count, size)
+    ]
+    predictions = np.concatenate([part for part, _ in found])[:count]
     probabilities = np.array(outputs.stated_probabilities(predictions, options))
-    if weights is None:
+    if found[0][1] is None:
         return probabilities, None
+    weights = np.concatenate([part for _, part in found])[:count]
     side = round(weights.shape[1] ** 0.5)
-    return probabilities, weights.reshape(len(images), side, side, -1)
+    return probabilities, weights.reshape(count, side, side, -1)
 
 
 def gather(tree: Any) -> Any:

@@ -33,7 +33,7 @@ from clsl_jax import (
     sharding,
     steps,
 )
-from clsl_jax.checkpoint import Checkpointer, CheckpointError
+from clsl_jax.checkpoint import Checkpointer
 from clsl_jax.data import images as images_lib
 from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.errors import InputError, listed, printable, writing
@@ -102,6 +102,7 @@ class Classifier:
             lambda given: self._explain_step(self.weights, given),
             self.options,
             mesh=self.mesh,
+            at_once=max(self.batch_size // self.mesh.size, 1),
         )
 
     # Compiled once for each number of images, however often they are called.
@@ -149,14 +150,11 @@ def load_classifier(
         images=count,
         embeddings_file=where.path(EMBEDDINGS_NAME),
     )
-    checkpoints = where.checkpoints(config)
-    checkpointer = Checkpointer(checkpoints, keep=config.checkpoint.keep, read_only=True)
+    keep = config.checkpoint.keep
+    checkpointer = Checkpointer(where.checkpoints(config), keep=keep, read_only=True)
     try:
         wanted = weights_alone(network.abstract_state, ema=options.evaluate_ema)
-        restored = checkpointer.restore_latest(wanted)
-        if restored is None:
-            raise CheckpointError(f"{checkpoints} holds no checkpoint: train first.")
-        state, _, step = restored
+        state, _, step = checkpointer.restore_last(wanted)
         if weights == "best":
             state, step = checkpointer.restore_best(wanted, at_hand={step: state}, report=report)
     finally:

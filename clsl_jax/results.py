@@ -98,14 +98,16 @@ def write(
         "unreadable_training_images": list(unreadable),
         "results": _scored(scores, epochs, built),
     }
+    if jax.process_index() == 0:
+        _write_predictions(workdir.path(PREDICTIONS_NAME), built, scores["best", "test"])
     tables = _label_tables(built, state, scores, log)
     if tables is not None:
         result["recovery"].update(tables.held_out)
+    if jax.process_index() == 0:
+        _write_label_tables(workdir, built, tables)
     pictured = min(config.evaluation.pictures, len(built.dataset.test.labels))
     explained = _explain(built, explain, pictured) if pictured else None
     if jax.process_index() == 0:
-        _write_predictions(workdir.path(PREDICTIONS_NAME), built, scores["best", "test"])
-        _write_label_tables(workdir, built, tables)
         if explained is not None:
             note = f"weights of epoch {epochs['best']}"
             _write_pictures(workdir.path(PICTURES_NAME), built, explained, note)
@@ -293,7 +295,9 @@ def _explain(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns images [n, H, W, 3], probabilities [n, C] and heat [n, h, w, C] of test images."""
     images = np.stack([built.dataset.test.images[i]["image"] for i in range(count)])
-    return images, *evaluate.explain(images, explain, built.options, mesh=built.mesh)
+    at_once = built.eval_batch_size // built.mesh.size
+    found = evaluate.explain(images, explain, built.options, mesh=built.mesh, at_once=at_once)
+    return images, *found
 
 
 def _write_predictions(path: str, built: Experiment, scores: np.ndarray) -> None:

@@ -134,15 +134,16 @@ def score_convention(
             **{name: dict(nothing) for name in groups},
         }
     ap = metrics.average_precision(scores, labels, skipped, convention=convention)
-    result["mAP"] = _number(metrics.mean_of_defined(ap))
-    result["AP"] = {name: _number(v) for name, v in zip(class_names, ap, strict=True)}
+    result["mAP"] = finite(metrics.mean_of_defined(ap))
+    result["AP"] = {name: finite(v) for name, v in zip(class_names, ap, strict=True)}
     for name, how in groups.items():
         found = metrics.classification_metrics(scores, labels, skipped, **how)
-        result[name] = {key: _number(found[key]) for key in _NAMES}
+        result[name] = {key: finite(found[key]) for key in _NAMES}
     return result
 
 
-def _number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """A number as JSON can hold it: None of NaN and of what has no end."""
     return float(value) if np.isfinite(value) else None
 
 

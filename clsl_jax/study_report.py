@@ -433,7 +433,9 @@ def _failures(grid: Sequence[Cell], workdir: str) -> list[str]:
     rows = []
     for cell in grid:
         path = os.path.join(workdir, cell.directory, FAILURE_NAME)
-        if os.path.exists(path):
+        # Another job may have finished what this one failed at.
+        done = os.path.exists(os.path.join(workdir, cell.directory, RESULTS_NAME))
+        if os.path.exists(path) and not done:
             with open(path, encoding="utf-8") as file:
                 rows.append(f"- {cell.directory}: {file.read().strip()}")
     return ["## Failed cells", "\n".join(rows)] if rows else []

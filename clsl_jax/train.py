@@ -24,7 +24,7 @@ from clsl_jax import (
     sharding,
 )
 from clsl_jax import config as config_lib
-from clsl_jax.checkpoint import Checkpointer, CheckpointError, SaveError
+from clsl_jax.checkpoint import Checkpointer, SaveError
 from clsl_jax.compiled import CompiledSteps, compile_steps
 from clsl_jax.data import partial, pipeline, sources
 from clsl_jax.data.watched import Watched
@@ -32,7 +32,7 @@ from clsl_jax.errors import InputError, listed, unwritable
 from clsl_jax.experiment import Experiment
 from clsl_jax.preemption import Preempted, PreemptionGuard
 from clsl_jax.recovery import recovery_summary
-from clsl_jax.score import percent, score_convention
+from clsl_jax.score import finite, percent, score_convention
 from clsl_jax.train_state import TrainState, evaluation_weights, weights_alone
 from clsl_jax.workdir import EMBEDDINGS_NAME, Workdir
 from clsl_jax.writer import RunLog
@@ -86,6 +86,8 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
     """
     # Before anything asks JAX for its processes, which starts it; what is wrong is told below. A
     # process with a workdir of its own knows of no run, if it is not given the configuration.
+    if config is not None:
+        config_lib.validate(config)
     with contextlib.suppress(InputError):
         known = Workdir.stored_config(workdir) if config is None else config
         sharding.divide_cpu(known.cpu_devices)
@@ -94,7 +96,6 @@ def evaluate_only(config: ml_collections.ConfigDict | None, workdir: str) -> dic
         cluster.from_first(lambda: config_lib.to_json(Workdir.stored_config(workdir))), workdir
     )
     if config is not None:
-        config_lib.validate(config)
         config_lib.check_resume(stored, config, workdir)
     config = stored if config is None else config
     with Workdir(workdir) as where, PreemptionGuard() as guard:
@@ -326,8 +327,13 @@ class _Run:
         return batch
 
     def _check_unreadable(self) -> None:
-        train = self.experiment.dataset.train
-        self.unreadable = cluster.union(self.unreadable, len(train.ids))
+        train, here = self.experiment.dataset.train, self.unreadable
+        self.unreadable = cluster.union(here, len(train.ids))
+        for row in sorted(self.unreadable - here):  # on the console, which the first process has
+            self.log.console.print(
+                f"Training image {train.ids[row]} cannot be read by another process; the next one "
+                "stands in."
+            )
         share, most = len(self.unreadable) / len(train.ids), self.config.data.max_unreadable
         if share > most:
             names = ", ".join(train.ids[row] for row in sorted(self.unreadable)[:5])
@@ -349,7 +355,7 @@ class _Run:
         state = self.steps.recover(state)
         values: dict[str, Any] = {"epoch": epoch}
         for name in ("loss", "loss_known", "loss_recovered", "gradient_norm"):
-            values[f"train/{name}"] = _finite(sums[name] / max(sums["steps"], 1.0))
+            values[f"train/{name}"] = finite(sums[name] / max(sums["steps"], 1.0))
         found = self._recovery_values(state)
         values.update(found)
 
@@ -399,10 +405,10 @@ class _Run:
             "recovery/recovered_negatives": int(negatives.sum(dtype=np.int64)),
         }
         for key, number in summary["overall"].items():
-            values[f"recovery/{key}"] = _finite(number)
+            values[f"recovery/{key}"] = finite(number)
         for key, numbers in summary["per_class"].items():
             values[f"recovery_per_class/{key}"] = {
-                name: _finite(number) for name, number in zip(names, numbers, strict=True)
+                name: finite(number) for name, number in zip(names, numbers, strict=True)
             }
         return values
 
@@ -567,12 +573,9 @@ class _Run:
     # Results ----------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        restored = self.checkpointer.restore_latest(
+        state, meta, step = self.checkpointer.restore_last(
             self.experiment.abstract_state, accept=self._check_origin
         )
-        if restored is None:
-            raise CheckpointError(f"{self.checkpoints} holds no checkpoint: train first.")
-        state, meta, step = restored
         self.inputs = self._inputs(state, *self.scored_splits)
         self.meta = meta
         self.unreadable = set(meta["unreadable"])
@@ -648,8 +651,3 @@ class StepQueue:
         self.begun.append(jnp.copy(result.addressable_data(0)))
         while len(self.begun) > self.most:
             self.begun.popleft().block_until_ready()
-
-
-def _finite(number: Any) -> float | None:
-    number = float(number)
-    return number if np.isfinite(number) else None

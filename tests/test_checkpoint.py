@@ -325,6 +325,19 @@ def test_a_reader_moves_nothing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_where_the_metric_of_all_is_damaged_none_is_moved(tmp_path):
+    """Training would begin anew, though the states are whole."""
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    checkpointer.close()
+    for step in ("1", "2"):
+        truncate(tmp_path / step / "metrics" / "metrics")
+    with pytest.raises(CheckpointError, match=r"is damaged\. Move .* all of them to start anew"):
+        Checkpointer(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
 def test_all_damaged_is_an_error_and_nothing_is_moved(tmp_path):
     checkpointer = Checkpointer(str(tmp_path))
     save(checkpointer, 1)

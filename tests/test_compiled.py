@@ -103,6 +103,8 @@ def test_an_evaluation_that_does_not_fit_beside_the_run_is_refused_likewise(tmp_
     assert "Or choose model.dtype=bfloat16, or use fewer cpu_devices, or" in str(refused.value)
     fits = int(str(refused.value).partition("that fits is ")[2].partition(".")[0])
     assert 1024 < fits < 2048
+    with pytest.raises(InputError, match=rf"that fits is {fits}\. Or use fewer cpu_devices"):
+        compile_steps(built, config, training=False)
     config.evaluation.batch_size = fits
     compile_steps(experiment.build(config), config)
 

@@ -183,6 +183,10 @@ def test_resume_refuses_what_changes_numbers_and_allows_the_rest():
     new = load("scenes")
     new.data.workers = 3
     new.checkpoint.keep = 5
+    # What a refusal for want of memory advises, and a file that was moved.
+    new.evaluation.batch_size = 16
+    new.cpu_devices = 2
+    new.labels.file = "elsewhere/labels.csv"
     config_lib.check_resume(old, new.to_dict(), "there")
     new.seed = 7
     with pytest.raises(config_lib.ConfigError, match="seed: 0 -> 7"):

@@ -209,7 +209,7 @@ REQUEUE = ["requeue 7"]
 
 
 def _start_slurm(place, status, job=RUNNING, signum=None, **settings):
-    """Starts slurm.sh as job 7, whose tasks end with this status, after a signal if one is named."""
+    """Starts slurm.sh as job 7, whose tasks end with this status; if need be after a signal."""
     settings = {
         "SLURM_JOB_ID": "7",
         "SLURM_SUBMIT_DIR": str(place.repository),

@@ -1,6 +1,7 @@
 """A trained run applied to image files, in processes of its own and as a function."""
 
 import csv
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -110,6 +111,10 @@ def test_the_best_weights_of_another_place_without_the_data(finished, tmp_path, 
     np.testing.assert_allclose(probabilities, found[:2], atol=1e-5)
     assert (len(heat), heat.shape[-1]) == (2, 20)
     np.testing.assert_allclose(heat.sum(axis=(1, 2)), 1.0, atol=1e-4)
+    in_parts = dataclasses.replace(classifier, batch_size=classifier.mesh.size)
+    for one_by_one, both in zip(in_parts.explain(two), (probabilities, heat), strict=True):
+        np.testing.assert_allclose(one_by_one, both, atol=1e-5)
+    assert in_parts._explain_step._cache_size() == 1
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ def test_pictures_show_probabilities_as_the_tables_do(options, expected):
     built = types.SimpleNamespace(
         dataset=types.SimpleNamespace(test=test),
         mesh=sharding.make_mesh(model=1),
+        eval_batch_size=16,
         options=StepOptions(steps_per_epoch=1, **options),
     )
     heat = np.ones((2, 1, 1, 5), np.float32)

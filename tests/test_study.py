@@ -250,9 +250,12 @@ def test_a_cell_that_wrote_its_results_has_not_failed(tmp_path, monkeypatch):
         assert runner.run(cell).startswith("exit status 2: error: ")
         failure = tmp_path / cell.directory / "failure.txt"
         assert failure.exists()
+        assert "exit status 2" in "".join(study_report._failures([cell], str(tmp_path)))
         monkeypatch.setattr(os, "wait4", written_before)
         assert runner.run(cell) == ""
         assert not failure.exists()
+    failure.write_text("Another process is running.")  # of a second job, which the first refused
+    assert not study_report._failures([cell], str(tmp_path))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
