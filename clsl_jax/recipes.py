@@ -12,8 +12,9 @@ def paper_recipe(arg: str | None, *, file: str) -> ml_collections.ConfigDict:
     60 epochs, flip, RandAugment and Cutout.
 
     Args:
-      arg: `released` for the authors' loss scale, online recovery, mask and selection on the test
-        split; None for this project's, with `adaptive_recovery` from the middle of training on.
+      arg: `released` for the authors' loss scale, online recovery and selection on the test split;
+        None for this project's, with `adaptive_recovery` from the middle of training on. Known
+        labels are drawn as the authors' program does with either.
       file: named in the error.
 
     Raises:

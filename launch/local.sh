@@ -3,9 +3,10 @@
 #
 #   bash launch/local.sh                                   the embedded default, into runs/scenes
 #   bash launch/local.sh --workdir=DIR --config=configs/voc.py --config.data.dir=PREPARED
-#   bash launch/local.sh --processes 2 [...]               (first) as two processes, as on two hosts
-#   bash launch/local.sh --restarts 20 [...]               (first) started again where it broke
+#   bash launch/local.sh --processes 2 [...]               as two processes, as on two hosts
+#   bash launch/local.sh --restarts 20 [...]               started again where it broke
 #
+# --processes and --restarts stand before all other arguments.
 # CLSL_EXTRA names the accelerator: cuda12, cuda13 or tpu (default: the CPU). Several processes share the
 # GPUs evenly, those of CUDA_VISIBLE_DEVICES or all; a TPU host is for one process.
 # If one of several processes ends with an error, the others are stopped ten seconds later; what process K
