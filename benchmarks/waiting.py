@@ -69,12 +69,11 @@ def measure(
     built = experiment.build(config)
     compiled = compile_steps(built, config, report=lambda _: None)
     state = built.new_state()
-    augment = experiment.augmentation(config)
     batches = pipeline.train_iterator(
         files or built.dataset.train.images,
         batch_size=built.batch_size,
         seed=0,
-        augment=None if experiment.augments_on_device(config) else augment,
+        augment=experiment.augmentation_on("host", config),
         clean_view=experiment.needs_clean_view(built.options, config),
         workers=config.data.workers,
     )

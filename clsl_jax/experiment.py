@@ -560,9 +560,10 @@ def augmentation(config: ml_collections.ConfigDict) -> transforms.Augment:
     )
 
 
-def augments_on_device(config: ml_collections.ConfigDict) -> bool:
-    """Returns whether the train step augments, and not the host."""
-    return config.data.augment_on == "device" and not augmentation(config).is_identity
+def augmentation_on(place: str, config: ml_collections.ConfigDict) -> transforms.Augment | None:
+    """Returns the augmentation that the `host` or the `device` does, None if it does none."""
+    augment = augmentation(config)
+    return None if augment.is_identity or config.data.augment_on != place else augment
 
 
 def build_model(config: ml_collections.ConfigDict, num_classes: int) -> CLSL:
@@ -681,7 +682,7 @@ def step_options(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Ste
         graph_refresh=g.refresh,
         ema_decay=config.optim.ema_decay,
         accumulate=config.optim.accumulate,
-        augment=augmentation(config) if augments_on_device(config) else None,
+        augment=augmentation_on("device", config),
         clean_view=r.view == "clean",
         skip_nonfinite=config.optim.skip_nonfinite,
         evaluate_statistics=config.evaluation.statistics,
@@ -696,9 +697,8 @@ def needs_clean_view(options: StepOptions, config: ml_collections.ConfigDict) ->
         options.recovery_mode == "epoch"
         and options.keeps_scores
         and options.teacher == "ema"
-        and config.recovery.view == "clean"
-        and not augmentation(config).is_identity
-        and not augments_on_device(config)
+        and options.clean_view
+        and augmentation_on("host", config) is not None
     )
 
 

@@ -33,8 +33,8 @@ w where it is unknown, BCE(p, t) = -t log p - (1 - t) log(1 - p)::
     blending         f' = b f + (1 - b) f2 and q = 1 - b with b = 1/2, f2 of a known positive in the
                      image before or, at one c, the prototype; mean BCE over known and blended cells
                      paper: b is learned
-    statistics       q = P(c | the image's known labels) = sum_k P(k | these) P(c | k), w = 1; unknown
-                     cells count half (`recovery.weight`)
+    statistics       q = P(c | the image's known labels) = sum_k P(k | these) P(c | k), w = 1;
+                     unknown cells count half (`recovery.weight`)
 
 P(c | j) at a known cell, on which thresholds are calibrated, leaves that cell itself out. How the
 losses of known and unknown cells add up is the scale's (`losses.py`).

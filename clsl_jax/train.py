@@ -267,15 +267,13 @@ class _Run:
 
     def _train_batches(self, start: int) -> Watched:
         config, built = self.config, self.experiment
-        augment = experiment.augmentation(config)
-        on_host = not (augment.is_identity or experiment.augments_on_device(config))
 
         def batches_from(position: int) -> Iterator[Mapping[str, np.ndarray]]:
             return pipeline.train_iterator(
                 self.inputs.train.images,
                 batch_size=built.batch_size // jax.process_count(),
                 seed=config.seed,
-                augment=augment if on_host else None,
+                augment=experiment.augmentation_on("host", config),
                 clean_view=experiment.needs_clean_view(built.options, config),
                 workers=config.data.workers,
                 process_index=jax.process_index(),
