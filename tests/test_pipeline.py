@@ -3,6 +3,8 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -237,6 +239,50 @@ def test_evaluation_sees_every_image_once_on_any_number_of_processes(count, per_
             assert not batch["row"][~batch["valid"]].any()
             seen += rows.tolist()
     assert seen == list(range(count))
+
+
+class _Read:
+    """Images that say which were read; `wait` is called for each but the first."""
+
+    def __init__(self, count, wait=lambda: None):
+        self._count, self._wait, self.rows = count, wait, []
+
+    def __len__(self):
+        return self._count
+
+    def __getitem__(self, index):
+        self.rows.append(index)
+        if len(self.rows) > 1:
+            self._wait()
+        return {"image": np.zeros((2, 2, 3), np.uint8), "row": np.int32(index)}
+
+
+def test_evaluation_reads_the_images_of_one_batch_at_the_same_time():
+    together = threading.Barrier(2, timeout=30)
+    source = _Read(8, together.wait)
+    (batch,) = pipeline.eval_batches(source, batch_size=8)
+    assert batch["row"].tolist() == list(range(8))
+
+
+def test_evaluation_reads_about_one_batch_ahead():
+    source = _Read(3000)
+    batches = pipeline.eval_batches(source, batch_size=100)
+    for number in (1, 2, 3):
+        next(batches)
+        # This one and the next are read, the rest is not; the first image twice, for its shape.
+        end = time.monotonic() + 30
+        while len(source.rows) < 100 * (number + 1) + 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(source.rows) == 100 * (number + 1) + 1
+    batches.close()
+
+
+def test_evaluation_yields_what_is_before_an_image_that_cannot_be_read():
+    batches = pipeline.eval_batches(_Holes(_source(12)), batch_size=1)
+    assert next(batches)["row"].tolist() == [0]
+    with pytest.raises(images.CorruptImage, match="row 1 is broken"):
+        next(batches)
 
 
 def test_steps_per_epoch_by_hand():

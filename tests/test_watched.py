@@ -1,13 +1,17 @@
 """Data workers that die or hang: real processes, and batches that do not differ for it."""
 
+import gc
+import multiprocessing
 import os
 import signal
 import time
+from multiprocessing import shared_memory
 
 import numpy as np
 import pytest
 
 from clsl_jax.data import pipeline
+from clsl_jax.data import watched as watched_lib
 from clsl_jax.data.watched import MOST_TRIES, Watched
 from clsl_jax.errors import InputError, Unavailable
 
@@ -41,6 +45,31 @@ def watched(images, *, start=0, workers=0, timeout=60.0, report=lambda line: Non
         )
 
     return Watched(make, start=start, timeout=timeout, report=report)
+
+
+class Named(Images):
+    """Images whose readers name their shared memory as no other process does."""
+
+    prefix = f"/{os.getpid():x}_"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.prefix = Named.prefix
+
+    def __getitem__(self, index):
+        shared_memory._SHM_NAME_PREFIX = self.prefix
+        return super().__getitem__(index)
+
+    def held(self):
+        """Returns what lies in shared memory."""
+        return [name for name in os.listdir("/dev/shm") if f"/{name}".startswith(self.prefix)]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
 
 
 def rows(data, count):
@@ -114,3 +143,61 @@ def test_an_error_in_reading_reaches_the_loop():
     data = watched(Images("raise"))
     with pytest.raises(InputError, match="image 17 is no image"):
         rows(data, 10)
+
+
+needs_dev_shm = pytest.mark.skipif(
+    not os.path.isdir("/dev/shm"), reason="this system does not show its shared memory"
+)
+
+
+@needs_dev_shm
+@pytest.mark.parametrize(("workers", "taken"), [(1, 1), (2, 1), (2, 3)])
+def test_workers_that_are_closed_end_by_themselves_and_leave_no_shared_memory(
+    workers, taken, monkeypatch
+):
+    monkeypatch.setattr(watched_lib, "_PATIENCE", 60.0)  # this machine may be busy
+    images = Named()
+    before = multiprocessing.active_children()
+    data = watched(images, workers=workers)
+    for _ in range(taken):
+        next(data)
+    started = [child for child in multiprocessing.active_children() if child not in before]
+    assert len(started) == workers
+    assert wait_for(lambda: len(images.held()) >= 4)  # batches of two arrays wait
+    data.close()
+    assert wait_for(lambda: not images.held(), seconds=5)  # Grain frees the last in a thread
+    assert [worker.exitcode for worker in started] == [0] * workers
+
+
+@needs_dev_shm
+def test_a_worker_that_hangs_when_it_is_closed_is_killed_and_leaves_no_shared_memory(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(watched_lib, "_PATIENCE", 1.0)
+    images = Named("hang", str(tmp_path / "happened"))
+    before = multiprocessing.active_children()
+    data = watched(images, workers=1, start=40)
+    next(data)
+    (worker,) = set(multiprocessing.active_children()) - set(before)
+    assert wait_for((tmp_path / "happened").exists)
+    assert wait_for(images.held)
+    start = time.monotonic()
+    data.close()
+    assert time.monotonic() - start < 4
+    assert wait_for(lambda: worker.exitcode == -signal.SIGKILL, seconds=5)
+    gc.collect()  # what Grain raises holds the batch before
+    assert wait_for(lambda: not images.held(), seconds=5)
+
+
+def test_closing_waits_neither_for_workers_that_start_nor_for_a_thread_that_hangs():
+    before = set(multiprocessing.active_children())
+    data = watched(Images(), workers=1)
+    start = time.monotonic()
+    data.close()
+    assert time.monotonic() - start < 2
+    assert wait_for(lambda: not set(multiprocessing.active_children()) - before)
+    data = watched(Images("hang", seconds=5))
+    time.sleep(0.5)
+    start = time.monotonic()
+    data.close()
+    assert time.monotonic() - start < 2

@@ -3,12 +3,14 @@
 The one module that imports Grain.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import util
 
 import grain
 import numpy as np
@@ -131,13 +133,18 @@ def train_iterator(
             flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-            worker_init_fn=_follow_parent,
+            worker_init_fn=_prepare_worker,
         )
     return iter(iterable)
 
 
-def _follow_parent(*unused: int) -> None:
-    """For a worker: leaves Ctrl-C to its parent, and ends when that has ended, however it did."""
+def _prepare_worker(*unused: int) -> None:
+    """Leaves Ctrl-C to the parent, and has the worker end when that has ended, however it did.
+
+    A worker that its parent closes ends once its queues are written, the last of what
+    `multiprocessing` does there: it does not wait for images that its threads still read.
+    """
+    util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -152,6 +159,8 @@ def eval_batches(
     source: Images, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """Yields every image once, in order, in batches padded to full size.
+
+    Up to one batch is read ahead of the one that is asked for.
 
     Args:
       source: random access to {"image": uint8 [S, S, 3], "row": int32}.
@@ -182,21 +191,36 @@ def _eval_batches(
     ]
     first_image = source[0]["image"]
 
-    def load(first: int) -> Batch:
-        batch = {
+    def blank() -> Batch:
+        return {
             "image": np.zeros((batch_size, *first_image.shape), first_image.dtype),
             "row": np.zeros(batch_size, np.int32),
             "valid": np.zeros(batch_size, bool),
         }
-        for place, index in enumerate(range(first, min(first + batch_size, length))):
-            record = source[index]
-            batch["image"][place] = record["image"]
-            batch["row"][place] = record["row"]
-            batch["valid"][place] = True
+
+    def places() -> Iterator[tuple[Batch, int, int]]:
+        for first in starts:
+            batch = blank()
+            for place in range(min(batch_size, length - first)):
+                yield batch, place, first + place
+
+    def fill(where: tuple[Batch, int, int]) -> Batch:
+        batch, place, index = where
+        record = source[index]
+        batch["image"][place] = record["image"]
+        batch["row"][place] = record["row"]
+        batch["valid"][place] = True
         return batch
 
     number = threads.usual_number()
-    yield from threads.in_order(load, starts, threads=number, ahead=2 * number - 1)
+    # By image, so that all threads read one batch; ahead, so that they do while one is computed.
+    filled = threads.in_order(fill, places(), threads=number, ahead=max(batch_size, 2 * number))
+    with contextlib.closing(filled):
+        for first in starts:
+            batch = None
+            for _ in range(min(batch_size, length - first)):
+                batch = next(filled)
+            yield batch or blank()
 
 
 def _check_slice(batch_size: int, process_index: int, process_count: int) -> None:

@@ -45,38 +45,51 @@ def stratified_split(
         if np.shape(groups) != (n,):
             raise ValueError(f"groups: expected shape [{n}], found {list(np.shape(groups))}")
         members = np.unique(groups, return_inverse=True)[1].reshape(n)
-    marks = (labels == 1).astype(np.int64)
-    if (labels == -1).any():
-        marks = np.concatenate([marks, (labels == 0).astype(np.int64)], axis=1)
-    counts = np.zeros((int(members.max()) + 1 if n else 0, marks.shape[1]), np.int64)
-    np.add.at(counts, members, marks)
-    held = _deal(counts, np.bincount(members), round(fraction * n), seed)
-    is_held = held[members] if n else np.zeros(0, bool)
+    values = (1, 0) if (labels == -1).any() else (1,)
+    is_held = _deal(labels, values, members, round(fraction * n), seed)[members]
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
-def _deal(counts: np.ndarray, sizes: np.ndarray, target: int, seed: int) -> np.ndarray:
+def _deal(
+    labels: np.ndarray, values: tuple[int, ...], members: np.ndarray, target: int, seed: int
+) -> np.ndarray:
     """Returns bool [G], True for the groups that are held out.
 
+    Counts are made for one group or one label at a time: a table of them would be many times as
+    large as `labels`.
+
     Args:
-      counts: int [G, L]: how often each group has each label.
-      sizes: int [G]: rows of each group.
+      labels: int [N, C].
+      values: of the labels that are dealt out; class c with values[k] is label k * C + c.
+      members: int [N]: group of each row, 0 to G - 1, none of them empty.
       target: rows to hold out.
       seed: of the order in which groups are dealt.
     """
+    n, classes = labels.shape
+    sizes = np.bincount(members)
+    rows = np.argsort(members, kind="stable")  # those of a group follow one another
+    ends = np.cumsum(sizes)
     # The number of rows is one more label, which every row has.
-    counts = np.concatenate([counts, sizes[:, None]], axis=1).astype(np.float64)
-    share = target / max(int(sizes.sum()), 1)
-    left = counts.sum(axis=0)
-    lack = np.zeros(counts.shape[1])  # what is held so far lacks of its share of what was dealt
-    room = np.array([int(sizes.sum()) - target, target])
-    held = np.zeros(len(counts), bool)
-    waiting = np.ones(len(counts), bool)
-    order = np.random.RandomState(seed).permutation(len(counts))
-    while waiting.any():
+    left = np.concatenate([*((labels == value).sum(axis=0) for value in values), [n]]).astype(float)
+    share = target / max(n, 1)
+    lack = np.zeros(len(left))  # what is held so far lacks of its share of what was dealt
+    room = np.array([n - target, target])
+    count = np.zeros(len(left))
+    by_value, kinds = count[:-1].reshape(len(values), classes), np.array(values)[:, None]
+    held = np.zeros(len(sizes), bool)
+    waiting = np.ones(len(sizes), bool)
+    order = np.random.RandomState(seed).permutation(len(sizes))
+    while len(order):
         rarest = int(np.where(left > 0, left, np.inf).argmin())
-        for group in order[waiting[order] & (counts[order, rarest] > 0)]:
-            count, size = counts[group], int(sizes[group])
+        has = np.ones(len(sizes), bool)
+        if rarest < len(left) - 1:
+            has[:] = False
+            has[members[labels[:, rarest % classes] == values[rarest // classes]]] = True
+        for group in order[has[order]]:
+            size = int(sizes[group])
+            count[:-1], count[-1] = 0, size
+            for row in rows[ends[group] - size : ends[group]]:
+                by_value += labels[row] == kinds
             # Of holding and keeping, what makes the squared lacks smaller; rare labels weigh more.
             gain = count * (2 * lack - (1 - 2 * share) * count) / np.maximum(left, 1)
             hold = size <= room[1] and (size > room[0] or gain.sum() > 0)
@@ -84,4 +97,5 @@ def _deal(counts: np.ndarray, sizes: np.ndarray, target: int, seed: int) -> np.n
             room[int(hold)] -= size
             lack += count * (share - 1 if hold else share)
             left -= count
+        order = order[waiting[order]]
     return held

@@ -1,5 +1,6 @@
 """Batches that keep coming: workers that die or hang are replaced, at the same position."""
 
+import contextlib
 import multiprocessing
 import queue
 import threading
@@ -15,6 +16,8 @@ Batch = Mapping[str, np.ndarray]
 # Tries to get one batch; a worker that dies of its image, not by chance, dies again.
 MOST_TRIES = 3
 _GLANCE = 0.5  # seconds between two looks at the workers
+_PATIENCE = 3.0  # seconds that workers have to end by themselves
+_GRACE = 2.0  # seconds in which Grain, which looks once a second, sees that they were killed
 
 
 class Watched:
@@ -35,7 +38,8 @@ class Watched:
         """Starts reading.
 
         Args:
-          make: `make(position)` returns the iterator from a batch on, as `train_iterator` does.
+          make: `make(position)` returns the iterator from a batch on, as `train_iterator` does; its
+            `close()` is called in the thread that reads, and may hang.
           start: position of the first batch.
           timeout: seconds without a batch after which its workers are given up.
           report: takes a line where workers are replaced.
@@ -58,7 +62,7 @@ class Watched:
             try:
                 batch = self._reader.get(self._timeout)
             except _Lost as lost:
-                self._reader.close()
+                self._reader.close(patience=0)
                 message = f"The images of step {self._position + 1} do not come: {lost}"
                 if attempt == MOST_TRIES or not lost.replaceable:
                     instead = "set data.workers=0, " if lost.replaceable else ""
@@ -74,8 +78,12 @@ class Watched:
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._reader.close()
+        """Ends the workers, within seconds, and frees the shared memory of batches not asked for.
+
+        Workers that do not end by themselves are killed; a batch of theirs may then stay in shared
+        memory until this process ends.
+        """
+        self._reader.close(patience=_PATIENCE)
 
 
 class _Lost(Exception):
@@ -104,10 +112,13 @@ class _Reader:
                 if not self._workers:  # all of them are there when the first batch is
                     self._remember_workers()
                 self._put(batch)
+                del batch  # its memory would stay taken while the next one is read
                 if self._closed.is_set():
                     return
         except Exception as error:  # it belongs to the one who waits
             self._put(error)
+        finally:
+            self._iterator.close()
 
     def _put(self, found: Any) -> None:
         while not self._closed.is_set():
@@ -146,10 +157,26 @@ class _Reader:
             who = "the data workers hang" if self._workers else "reading hangs"
             raise _Lost(f"{who}, nothing for {timeout:g} s.", bool(self._workers))
 
-    def close(self) -> None:
+    def close(self, patience: float) -> None:
+        """Has the thread close the iterator, as no other may while it reads, and kills the rest.
+
+        Args:
+          patience: seconds to wait for it; 0 kills at once, and leaves the thread to itself.
+        """
+        if self._closed.is_set():
+            return
         self._closed.set()
+        # Workers that have yet to start would take too long to end.
+        patience = patience if self._workers else min(patience, _GLANCE)
         self._remember_workers()
+        self._drop()  # it may wait for room
+        self._thread.join(timeout=patience)
         for worker in tuple(self._workers):
             worker.kill()
-        if not self._workers:
-            self._thread.join(timeout=_GLANCE)
+        if patience and self._workers:
+            self._thread.join(timeout=_GRACE)
+        self._drop()
+
+    def _drop(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._batches.get_nowait()
