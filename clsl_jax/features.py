@@ -4,14 +4,17 @@ A file holds one split: float16 [N, h, w, D]. Its name is a digest of all that t
 on (the images, their size, the weights, the compute type), so that a file is never out of date.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +22,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clsl_jax import atomic, evaluate
+from clsl_jax import atomic, cluster, evaluate
 from clsl_jax.data import cache, images, sources
 from clsl_jax.errors import InputError
 from clsl_jax.models.clsl import CLSL, backbone_of
 from clsl_jax.steps import normalize
 
+Result = TypeVar("Result")
 DTYPE = np.float16
 # To be raised whenever the same image comes out as other features.
 _VERSION = 1
@@ -60,15 +64,16 @@ def cached_features(
       batch_size: over all devices.
       directory: of the files; made if it does not exist.
       splits: that are read; the others keep their images.
-      report: takes a line where something is computed.
-      poll: called before each batch; may raise to stop, and the split is computed again next time.
+      report: takes a line where something is computed, or waited for.
+      poll: called before each batch, and while another run is waited for; may raise to stop, and
+        the split is computed again next time.
 
     Returns:
       The same splits; `images[i]` is {"image": float16 [h, w, D], "row": i}. A training image that
       cannot be read is replaced as it would be without this.
 
     Raises:
-      InputError: an image of another split cannot be read, or the directory not be written.
+      InputError: an image of another split cannot be read, or a process cannot write the directory.
     """
     weights = _digest(jax.device_get(frozen))
     network = backbone_of(model)
@@ -96,7 +101,10 @@ def cached_features(
         path = pathlib.Path(directory) / f"{dataset.name}-{split.name}-{name}.npy"
         if not _everywhere(path.is_file()):
             report(f"{split.name}: computing the features of {len(split.labels):,} images once")
-            _write(path, split, lambda batch: compute(frozen, batch), mesh, batch_size, poll)
+            write = functools.partial(
+                _write, path, split, lambda batch: compute(frozen, batch), mesh, batch_size, poll
+            )
+            _provide(path, write, poll, lambda line: report(f"{split.name}: {line}"))
         source = split.images.images if split.name == "train" else split.images
         found: images.Images = FeatureFile(path, source)
         if split.name == "train":
@@ -150,6 +158,37 @@ def _open(path: str, count: int) -> np.ndarray:
     return rows
 
 
+def _provide(
+    path: pathlib.Path,
+    write: Callable[[bool], None],
+    poll: Callable[[], None],
+    report: Callable[[str], None],
+) -> None:
+    """Has the file written where a process lacks it, by one of those that share its directory.
+
+    Another run may be the writer of some or all of them. It is waited for while this run holds no
+    lock, or two runs could wait for each other.
+    """
+
+    def begin() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.sweep(atomic.leftovers(path.parent))
+
+    _agreed(path, begin)
+    waited = False
+    while not _everywhere(path.is_file()):
+        with cache.writer(path, wait=False) as mine:
+            writes = mine and not path.is_file()
+            if not _everywhere(not writes):  # one writes, and all compute
+                write(writes)
+                continue
+        if not waited:
+            report("another run is computing them; waiting for it")
+        waited = True
+        poll()
+        time.sleep(1)
+
+
 def _write(
     path: pathlib.Path,
     split: sources.Split,
@@ -157,41 +196,65 @@ def _write(
     mesh: Mesh,
     batch_size: int,
     poll: Callable[[], None],
+    writes: bool,
 ) -> None:
-    """Computes a split's features; the file appears in one step, when it is whole."""
+    """Computes a split's features, and `writes` them or not; all processes take part.
+
+    The file appears in one step, when it is whole.
+    """
     rows: np.ndarray | None = None
     written = np.zeros(len(split.labels), bool)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.sweep(atomic.leftovers(path.parent))
-        with atomic.replacing(path) as partial:
-            for batch in evaluate.batches(split.images, mesh=mesh, batch_size=batch_size):
-                poll()
-                found, place, valid = evaluate.gather(
-                    (compute(batch["image"]), batch["row"], batch["valid"])
-                )
-                if rows is None:
-                    shape = (len(split.labels), *found.shape[1:])
-                    rows = _new_file(partial, shape)
+    with contextlib.ExitStack() as stack:
+        partial = stack.enter_context(atomic.replacing(path)) if writes else None
+        for number, batch in enumerate(
+            evaluate.batches(split.images, mesh=mesh, batch_size=batch_size)
+        ):
+            poll()
+            found, place, valid = evaluate.gather(
+                (compute(batch["image"]), batch["row"], batch["valid"])
+            )
+            if number == 0:
+                shape = (len(split.labels), *found.shape[1:])
+                rows = _agreed(path, functools.partial(_new_file, partial, shape))
+            if rows is not None:
                 rows[place[valid]] = found[valid]
                 written[place[valid]] = True
-            # A training image that cannot be read was replaced by another, whose row it has.
-            rows[~written] = np.nan
-            rows.flush()
-    except OSError as error:
-        raise InputError(
-            f"{path}: features cannot be written here ({error.strerror}); make room, name another "
-            "place by the environment variable CLSL_CACHE_DIR, or set model.feature_cache_gb=0 in "
-            "a new --workdir."
-        ) from None
+
+        def finish() -> None:
+            if rows is not None:
+                # A training image that cannot be read was replaced by another, whose row it has.
+                rows[~written] = np.nan
+                rows.flush()
+            stack.close()
+
+        _agreed(path, finish)
 
 
-def _new_file(path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _new_file(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Returns the rows of a new file, mapped into memory; None without a path."""
+    if path is None:
+        return None
     rows = np.lib.format.open_memmap(path, "w+", DTYPE, shape)
     # On a full disk a store through the map would kill the process: take the room now.
     with open(path, "r+b") as file:
         cache.reserve(file.fileno(), os.fstat(file.fileno()).st_size)
     return rows
+
+
+def _agreed(path: pathlib.Path, work: Callable[[], Result]) -> Result:
+    """Returns `work()`, which writes; if one process cannot, it fails on all of them."""
+
+    def told() -> Result:
+        try:
+            return work()
+        except OSError as error:
+            raise InputError(
+                f"{path}: features cannot be written here ({error.strerror}); make room, name "
+                "another place by the environment variable CLSL_CACHE_DIR, or set "
+                "model.feature_cache_gb=0 in a new --workdir."
+            ) from None
+
+    return cluster.agree(told)
 
 
 def _everywhere(condition: bool) -> bool:

@@ -1,4 +1,5 @@
 import os
+import pathlib
 import pickle
 import re
 import signal
@@ -8,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import wait_for
 
 from clsl_jax.data import cache, images
 from clsl_jax.errors import InputError
@@ -219,16 +221,13 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
 def test_a_killed_process_leaves_no_file_that_looks_whole(tmp_path):
     process = _start(tmp_path / "set", count=5000, wait=0.01)
     try:
-        deadline = time.monotonic() + 60
-        while not _files(tmp_path):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_for(lambda: len(_files(tmp_path)) == 2, process, seconds=60)
         time.sleep(0.2)
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    (left,) = _files(tmp_path)
+    lock, left = _files(tmp_path)
+    assert re.fullmatch(r"\.set-6px-5000-[0-9a-f]{8}\.npy\.lock", lock)
     assert re.fullmatch(r"set-6px-5000-[0-9a-f]{8}\.npy\.partial-\d+-[0-9a-f]{8}", left)
     held = _cached(Numbered(5000), "disk", tmp_path / "set", 5000)
     assert np.array_equal(held[4999]["image"], Numbered(5000)[4999]["image"])
@@ -241,11 +240,113 @@ def test_a_killed_process_leaves_no_file_that_looks_whole(tmp_path):
     assert len(_files(tmp_path)) == 2
 
 
-def test_two_processes_fill_at_once(tmp_path):
-    processes = [_start(tmp_path / "set", count=60, wait=0.02) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert outputs == ["60\n", "60\n"]
-    assert len(_files(tmp_path)) == 1
-    source = Numbered(60)
-    assert _records(_cached(source, "disk", tmp_path / "set", 60)) == _records(Numbered(60))
-    assert source.reads == []
+class Watching(Numbered):
+    """Reads once `ready()`; notes how many files are being written then."""
+
+    def __init__(self, count, ready, directory):
+        super().__init__(count)
+        self.ready, self.directory, self.seen = ready, directory, []
+
+    def __getitem__(self, index):
+        deadline = time.monotonic() + 60
+        while not self.ready():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        self.seen.append(len(list(self.directory.glob("*.partial-*"))))
+        return super().__getitem__(index)
+
+
+def fill(place, me, ready):
+    """Fills a cache of 60 images in a process of its own; prints what it did for that."""
+    source = Watching(60, ready, place.parent)
+    try:
+        held = _cached(source, "disk", place, 60, report=lambda line: _came(place, me).touch())
+    except InputError as error:
+        print(error)
+        return
+    print(len(source.reads), max(source.seen, default=0), _records(held) == _records(Numbered(60)))
+
+
+def _came(place, name):
+    """The file that says that process `name` found no cache, or that something has happened."""
+    return place.parents[1] / f"{name} came"
+
+
+def _start_filling(place, me, *awaited, before=""):
+    """Starts a process that reads no image before the `awaited` have come."""
+    program = (
+        f"import os, pathlib, sys\nsys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        f"import test_cache\n{before}\nplace = pathlib.Path({os.fspath(place)!r})\n"
+        f"def ready(): return all(test_cache._came(place, k).exists() for k in {awaited!r})\n"
+        f"test_cache.fill(place, {me!r}, ready)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _outputs(processes):
+    """What they print, each to its end."""
+    try:
+        found = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), found
+    return [output for output, _ in found]
+
+
+NO_LOCKS = """
+import errno, fcntl
+def unsupported(*_):
+    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+fcntl.flock = unsupported
+"""
+
+
+def test_of_several_processes_one_fills(tmp_path):
+    """All four have found no file before one of them decodes its first image."""
+    place = tmp_path / "decoded" / "set"
+    outputs = _outputs([_start_filling(place, k, *"abcd") for k in "abcd"])
+    assert sorted(outputs) == ["0 0 True\n"] * 3 + ["60 1 True\n"]
+    (name,) = _files(place.parent)
+    assert name.startswith("set-6px-60-")
+
+
+def test_without_locks_each_fills_and_the_first_file_stays(tmp_path):
+    place = tmp_path / "decoded" / "set"
+    outputs = _outputs([_start_filling(place, k, *"ab", before=NO_LOCKS) for k in "ab"])
+    assert [output.split()[0::2] for output in outputs] == [["60", "True"]] * 2
+    assert len(_files(place.parent)) == 1
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="shows who waits for the lock")
+@pytest.mark.parametrize("end", ["killed", "failed"])
+def test_who_waits_for_a_writer_that_ends_fills_in_its_place(tmp_path, end):
+    place = tmp_path / "decoded" / "set"
+    fails = "def broken(*_): raise test_cache.InputError('the directory is gone')\n"
+    before = f"{fails}test_cache.Numbered.__getitem__ = broken" if end == "failed" else ""
+    first = _start_filling(place, "first", "end", before=before)
+    second = None
+
+    def waits():
+        links = pathlib.Path(f"/proc/{second.pid}/fd").iterdir()
+        return any(os.path.realpath(link).endswith(".npy.lock") for link in links)
+
+    try:
+        wait_for(lambda: list(place.parent.glob("set-*.partial-*")), first, seconds=60)
+        second = _start_filling(place, "second", "end")
+        wait_for(waits, first, second, seconds=60)
+        assert len(list(place.parent.glob("set-*"))) == 1
+        if end == "killed":
+            first.kill()
+            first.communicate()
+        _came(place, "end").touch()
+        if end == "failed":
+            assert _outputs([first]) == ["the directory is gone\n"]
+        partials = {"killed": 2, "failed": 1}[end]  # that of the dead, which is swept a day later
+        assert _outputs([second]) == [f"60 {partials} True\n"]
+    finally:
+        for process in filter(None, (first, second)):
+            process.kill()
+    assert len(_files(place.parent)) == partials

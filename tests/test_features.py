@@ -1,7 +1,11 @@
 """A frozen backbone: it stays as it is, and its features are computed once."""
 
+import contextlib
 import dataclasses
 import os
+import pathlib
+import re
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +13,13 @@ import numpy as np
 import optax
 import pytest
 import test_steps
-from commands import run
+from commands import run, run_several
+from exporting import export_torch
 from memory_images import MemoryImages
 
 from clsl_jax import features, sharding, steps, train_state
-from clsl_jax.data import images, sources
+from clsl_jax.data import cache, images, sources
 from clsl_jax.errors import InputError
-from clsl_jax.models import pretrained
 from clsl_jax.models.clsl import backbone_of, head_of
 from clsl_jax.step_options import StepOptions
 
@@ -224,6 +228,143 @@ def test_a_damaged_file_is_named(compute, tmp_path):
         made.test.images[0]
 
 
+@pytest.mark.parametrize("finishes", [True, False])
+def test_another_run_that_computes_them_is_waited_for(compute, tmp_path, finishes):
+    compute(make_dataset(), splits=("test",))
+    (path,) = (tmp_path / "features").iterdir()
+    whole = path.read_bytes()
+    path.unlink()
+    other = contextlib.ExitStack()
+    assert other.enter_context(cache.writer(path, wait=True))
+    with pytest.raises(KeyboardInterrupt):
+        compute(make_dataset(), splits=("test",), poll=_raise_interrupt)
+    calls = []
+
+    def poll():
+        calls.append(1)
+        if len(calls) == 2:
+            if finishes:
+                path.write_bytes(whole)
+            other.close()
+
+    _, lines = compute(make_dataset(), splits=("test",), poll=poll)
+    assert [line.partition(":")[2].split()[0] for line in lines] == ["computing", "another"]
+    batches = 3  # of four images
+    assert len(calls) == (2 if finishes else 2 + batches)
+    assert path.read_bytes() == whole
+    assert list(path.parent.iterdir()) == [path]
+
+
+def _raise_interrupt():
+    raise KeyboardInterrupt
+
+
+SEVERAL = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from clsl_jax import cluster
+cluster.join()
+import test_features
+test_features.together(sys.argv[1].removeprefix("--workdir="), sys.argv[2])
+cluster.leave(0)
+"""
+
+
+def together(workdir, what):
+    """Does what one of several processes does in the tests below."""
+    place, partials = pathlib.Path(workdir) / "features", []
+    model, mesh = make_model(backbone_widths=(4, 32)), sharding.make_mesh()
+
+    def compute():
+        partials.clear()
+        return features.cached_features(
+            make_dataset(),
+            model,
+            sharding.put_replicated(mesh, backbone_variables(model)),
+            mesh=mesh,
+            image_size=SIZE,
+            batch_size=2 * jax.process_count(),
+            directory=place,
+            splits=("train",),
+            poll=lambda: partials.append(len(list(place.glob("*.partial-*")))),
+        )
+
+    def tried():
+        try:
+            compute()
+        except InputError as error:
+            return str(error)
+
+    if what == "compute":
+        made, most = compute(), max(partials)
+        expected = backbone_of(model).apply(
+            backbone_variables(model), steps.normalize(jnp.asarray(make_images())), train=False
+        )
+        for row in range(N):
+            found = made.train.images[row]["image"]
+            np.testing.assert_allclose(found, expected[row], rtol=1e-3, atol=1e-3)
+        compute()
+        print(f"files at once: {most}, batches of the second time: {len(partials)}", flush=True)
+        return
+    # Of two processes with a directory each the second cannot write, at one moment after another.
+    second = jax.process_index() == 1
+    if second:
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("")
+    print("begin:", tried(), flush=True)
+    if second:
+        place.unlink()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    error = tried()
+    if second:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    print("first batch:", error, len(partials), flush=True)
+    compute()
+    (path,) = place.iterdir()
+    if second:
+        path.unlink()
+        path.mkdir()
+    print("end:", tried(), flush=True)
+    print("left:", [x.name for x in place.iterdir()] == [path.name], flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True])
+def test_of_several_processes_one_writes_to_a_directory(shared, tmp_path, apart):
+    statuses, said = run_several(
+        shared, tmp_path / "run", "compute", processes=2, devices=1, program=SEVERAL, apart=apart
+    )
+    assert statuses == [0, 0], said
+    most = [re.findall(r"at once: (\d), batches of the second time: 0", text) for text in said]
+    assert most == [["1"]] * 2
+    files = [path for path in tmp_path.rglob("features/*") if path.is_file()]
+    assert [path.parent.parent.name for path in sorted(files)] == (
+        ["run-0", "run-1"] if apart else ["run"]
+    )
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_cannot_write_both_fail(shared, tmp_path):
+    statuses, said = run_several(
+        shared, tmp_path / "run", "fail", processes=2, devices=1, program=SEVERAL, apart=True
+    )
+    assert statuses == [0, 0], said
+    other, own = "Process 1 cannot go on", r".*\.npy: features cannot be written here \({}\); make"
+    for moment, reason in (
+        ("begin", "File exists"),
+        ("first batch", "File too large"),
+        ("end", "Is a directory"),
+    ):
+        assert re.search(f"^{moment}: {other}", said[0], re.MULTILINE), said
+        assert re.search(f"^{moment}: {own.format(reason)}", said[1], re.MULTILINE), said
+    assert [text.count("left: True") for text in said] == [1, 1]
+    assert [re.findall(r"^first batch: .* (\d+)$", text, re.MULTILINE) for text in said] == [
+        ["1"],
+        ["1"],
+    ]
+
+
 FROZEN = (
     "--config.model.freeze=backbone",
     "--config.data.translate=0.0",
@@ -238,7 +379,7 @@ def test_a_run_on_cached_features_resumes_and_evaluates_to_the_same_numbers(tmp_
     shared = str(tmp_path)
     model = make_model(backbone_widths=(8, 16))
     weights = str(tmp_path / "backbone.npz")
-    np.savez(weights, **pretrained.export_torch(backbone_variables(model)))
+    np.savez(weights, **export_torch(backbone_variables(model)))
     arguments = (*FROZEN, f"--config.model.pretrained={weights}")
     status, out, err = run(shared, tmp_path / "run", *arguments)
     assert status == 0, err

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from exporting import export_torch
 from torch_clsl import TorchCLSL, resnet
 
 from clsl_jax.models import pretrained
@@ -89,7 +90,7 @@ def compare(module, model, torch_inputs, inputs, embeddings):
     gradients, (logits0, updated) = jax.jit(jax.grad(objective, has_aux=True))(variables["params"])
     if z0 is not None:
         np.testing.assert_allclose(logits0, z0.detach(), rtol=2e-4, atol=2e-5)
-    gradients = pretrained.export_torch({"params": gradients}, layout=layout)
+    gradients = export_torch({"params": gradients}, layout=layout)
     expected = {name: weight.grad.numpy() for name, weight in module.named_parameters()}
     assert sorted(gradients) == sorted(expected)
     # Two biases of the attention shift all classes alike and have gradients that are rounding.
@@ -99,7 +100,7 @@ def compare(module, model, torch_inputs, inputs, embeddings):
         np.testing.assert_allclose(
             gradients[name], gradient, rtol=0, atol=2e-3 * scale + floor, err_msg=name
         )
-    after = pretrained.export_torch(dict(updated), layout=layout) if updated else {}
+    after = export_torch(dict(updated), layout=layout) if updated else {}
     for name, tensor in module.state_dict().items():
         if name.endswith(("running_mean", "running_var")):
             np.testing.assert_allclose(after[name], tensor, rtol=1e-4, atol=1e-5, err_msg=name)

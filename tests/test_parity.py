@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exporting import backbone_name, export_torch
 
 from clsl_jax import losses, metrics, optim, recovery
 from clsl_jax.data import partial as partial_labels
 from clsl_jax.models import encoder, graph, pretrained
 from clsl_jax.models.clsl import CLSL, CLSLHead
-from clsl_jax.models.resnet import ResNet
+from clsl_jax.models.resnet import STAGE_SIZES, ResNet
 
 FOLDER = Path(os.environ.get("CLSL_PARITY_DIR") or Path(__file__).parent / "parity")
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -181,7 +182,7 @@ def check_network(data, config):
     if layout.backbone is None:
         model, inputs = build(config, state), make_features(config, config["seed"])
     else:
-        model = build(config, state, pretrained.backbone_name(state))
+        model = build(config, state, backbone_name(state))
         inputs = make_images(config)
     embeddings = make_embeddings(config)
     shapes = template(model, inputs, embeddings)
@@ -207,7 +208,7 @@ def check_network(data, config):
         variables["params"], variables.get("batch_stats", {}), inputs, embeddings, annotations
     )
     computed = infer(variables, inputs, embeddings) | left
-    after = pretrained.export_torch({"batch_stats": left["batch_stats"]}, layout=layout)
+    after = export_torch({"batch_stats": left["batch_stats"]}, layout=layout)
     computed |= {f"after_{name}": value for name, value in after.items()}
     compared = [n for n in data.files if n.startswith(("eval_", "train_", "after_"))]
     assert compared
@@ -215,7 +216,7 @@ def check_network(data, config):
         if not name.endswith("num_batches_tracked"):
             close(computed[name], data[name], TOLERANCE, name)
 
-    gradients = pretrained.export_torch({"params": gradients}, layout=layout)
+    gradients = export_torch({"params": gradients}, layout=layout)
     assert set(map(str, data["grad_names"])) <= set(gradients)
     norms = [np.linalg.norm(gradients[str(n)].astype(np.float64)) for n in data["grad_names"]]
     floor = 1e-3 * np.nanmax(data["grad_norms"])
@@ -228,9 +229,8 @@ def check_network(data, config):
 def check_backbone(data, config):
     """Kind `backbone`: features in inference mode."""
     state = stored_state(data, config["seed"])
-    name = pretrained.backbone_name(state)
     model = ResNet(config["stage_sizes"], bottleneck=config["block"] == "bottleneck")
-    assert model.stage_sizes == list(pretrained.STAGE_SIZES[name])
+    assert model.stage_sizes == list(STAGE_SIZES[backbone_name(state)])
     images = make_images(config)
     shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     variables = pretrained.import_torch(state, shapes)
@@ -247,7 +247,7 @@ def check_trajectory(data, config):
     model, embeddings = build(config, list(names)), make_embeddings(config)
     shapes = template(model, make_features(config, seed, 0), embeddings)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    made = pretrained.export_torch(zeros)
+    made = export_torch(zeros)
     made = make_state(seed, made, [array.shape for array in made.values()])
     variables = jax.tree.map(jnp.asarray, pretrained.import_torch(made, shapes))
     cycle = optim.one_cycle(

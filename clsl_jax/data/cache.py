@@ -8,6 +8,7 @@ array, bool [K]: which of them could be read.
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -47,12 +48,12 @@ def cached(
     Args:
       images: what to hold, uint8 [S, S, 3] each.
       kind: 'memory': an array of this process (and one of each worker process); 'disk': a file that
-        all processes share and that later runs find again.
+        all processes share and that later runs find again; one writes it, and the others wait.
       limit_bytes: K is what fits, at 3 S^2 bytes an image.
       image_size: side S in pixels.
       path: of kind 'disk': directory and beginning of the file's name; to name all that decides on
         the images other than size, number and decoding.
-      report: takes a line when a file is about to be written, which may take long.
+      report: takes a line when a file is about to be written, which may take long, or waited for.
 
     Returns:
       Images with the same records; picklable if `images` is.
@@ -192,21 +193,69 @@ def _open(path: pathlib.Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.nd
     return (pixels, readable) if whole else None
 
 
+@contextlib.contextmanager
+def writer(path: pathlib.Path, *, wait: bool) -> Iterator[bool]:
+    """Makes one of the processes that want to write a file its writer, as long as the block lasts.
+
+    Whoever has become the writer looks again whether the file is there. The lock is on an empty
+    file beside it, `.NAME.lock`, which is removed at the end; the system lets go when the process
+    ends, however it ends. On a file system without locks every process is a writer.
+
+    Args:
+      path: of the file, in a directory that exists.
+      wait: until no other process is the writer.
+
+    Yields:
+      Whether this process is the writer; always True with `wait`.
+    """
+    name = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as held:
+        mine = True
+        try:
+            while not _locked(held.enter_context(open(name, "ab")), name, wait):
+                held.close()
+        except BlockingIOError:
+            mine = False
+        except OSError:
+            pass  # no locks here, or nothing can be written, which writing the file will tell
+        try:
+            yield mine
+        finally:
+            if mine:
+                with contextlib.suppress(OSError):
+                    name.unlink()
+
+
+def _locked(lock: BinaryIO, name: pathlib.Path, wait: bool) -> bool:
+    """Locks an open file; False if whoever held it has removed it, so that the lock is void."""
+    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(name))
+    except FileNotFoundError:
+        return False
+
+
 class _Outrun(Exception):
     """Another process has put the file there, which others may have opened: it stays."""
 
 
 def _write(images: Images, path: pathlib.Path, shape: tuple[int, ...]) -> None:
-    """Writes the file beside its place and moves it there; the first to finish wins."""
+    """Writes the file beside its place and moves it there, or waits for the process that does.
+
+    Without locks every process writes one; the first to finish wins.
+    """
     with _unwritable(path, shape):
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.sweep(atomic.leftovers(path.parent))
-        atomic.sweep(path.parent.glob(".incomplete-*"))  # of earlier versions
-        with contextlib.suppress(_Outrun), atomic.replacing(path) as partial:
-            with open(partial, "wb") as file:
-                _write_arrays(images, file, shape)
+        with writer(path, wait=True):
             if _open(path, shape) is not None:
-                raise _Outrun
+                return
+            atomic.sweep(atomic.leftovers(path.parent))
+            atomic.sweep(path.parent.glob(".incomplete-*"))  # of earlier versions
+            with contextlib.suppress(_Outrun), atomic.replacing(path) as partial:
+                with open(partial, "wb") as file:
+                    _write_arrays(images, file, shape)
+                if _open(path, shape) is not None:
+                    raise _Outrun
         _sync_directory(path.parent)
 
 

@@ -87,22 +87,17 @@ def _efficientnet_name(path: tuple[str, ...]) -> str:
 
 
 def _efficientnet_shapes(target: Variables) -> dict[str, tuple]:
-    shapes = {}
-    for path, leaf in traverse_util.flatten_dict(dict(target)).items():
-        shape = tuple(leaf.shape)
-        if path[-1] == "kernel":
-            shape = (*shape[:1:-1], *shape[:2])
-        shapes[_efficientnet_name(path)] = shape
-    return shapes
+    return {
+        _efficientnet_name(path): pretrained.torch_shape(path, leaf.shape)
+        for path, leaf in traverse_util.flatten_dict(dict(target)).items()
+    }
 
 
 def _import_efficientnet(state: State, target: Variables) -> dict[str, Any]:
-    filled = {}
-    for path, leaf in traverse_util.flatten_dict(dict(target)).items():
-        array = state[_efficientnet_name(path)].astype(leaf.dtype)
-        if path[-1] == "kernel":
-            array = np.ascontiguousarray(array.transpose(2, 3, 1, 0))
-        filled[path] = array
+    filled = {
+        path: pretrained.from_torch(path, state[_efficientnet_name(path)].astype(leaf.dtype))
+        for path, leaf in traverse_util.flatten_dict(dict(target)).items()
+    }
     return traverse_util.unflatten_dict(filled)
 
 

@@ -1,8 +1,8 @@
-"""PyTorch state dicts (names to arrays) to variables and back, strict in both directions.
+"""PyTorch state dicts (names to arrays) to variables.
 
-Two kinds are read and written: torchvision's ResNets, and checkpoints of the CLSL authors' program,
-all of it or the part after the backbone. Names are checked on both sides: what the file lacks, what
-the model has no place for, and shapes that differ are one error that lists them all.
+Two kinds are read: torchvision's ResNets, and checkpoints of the CLSL authors' program, all of it
+or the part after the backbone. Names are checked on both sides: what the file lacks, what the model
+has no place for, and shapes that differ are one error that lists them all.
 """
 
 import re
@@ -13,7 +13,6 @@ import numpy as np
 from flax import traverse_util
 
 from clsl_jax.errors import InputError, listed
-from clsl_jax.models.resnet import BOTTLENECK, STAGE_SIZES
 
 Path = tuple[str, ...]
 Variables = Mapping[str, Any]
@@ -65,9 +64,6 @@ class TorchLayout(NamedTuple):
     sequential: bool = False
 
 
-DEFAULT_LAYOUT = TorchLayout()
-
-
 def find_layout(state: Mapping[str, Any]) -> TorchLayout:
     """The layout of a state dict, from its stem: the one 4-D weight with 3 input channels.
 
@@ -91,31 +87,6 @@ def find_layout(state: Mapping[str, Any]) -> TorchLayout:
     )
 
 
-def backbone_name(state: Mapping[str, Any]) -> str:
-    """Which ResNet a state dict holds, 'resnet18' to 'resnet152', under whatever prefix.
-
-    Raises:
-      InputError: it holds none of them.
-    """
-    layout = find_layout(state)
-    pattern = re.compile(
-        re.escape(layout.wrapper + (layout.backbone or ""))
-        + (r"([4-7])" if layout.sequential else r"layer([1-4])")
-        + r"\.(\d+)\.conv(\d)\.weight"
-    )
-    found = [tuple(map(int, m.groups())) for m in map(pattern.fullmatch, state) if m]
-    stages = sorted({stage for stage, _, _ in found})
-    sizes = tuple(len({block for s, block, _ in found if s == stage}) for stage in stages)
-    bottleneck = any(conv == 3 for _, _, conv in found)
-    for name, known in STAGE_SIZES.items():
-        if name != "small" and known == sizes and (name in BOTTLENECK) == bottleneck:
-            return name
-    raise InputError(
-        f"state dict: blocks per stage {sizes or 'none'}, {'three' if bottleneck else 'two'} "
-        "convolutions each, is no ResNet-18, 34, 50, 101 or 152."
-    )
-
-
 def import_torch(state: Mapping[str, Any], variables: Variables) -> dict[str, Any]:
     """Variables with the values of a state dict.
 
@@ -135,13 +106,13 @@ def import_torch(state: Mapping[str, Any], variables: Variables) -> dict[str, An
     filled, missing, misshapen, expected = {}, [], [], set()
     for path, name, leaf in _entries(variables, layout):
         expected |= {name, _counter(name)} if path[0] == "batch_stats" else {name}
-        shape = _torch_shape(path, leaf.shape)
+        shape = torch_shape(path, leaf.shape)
         if name not in state:
             missing.append(name)
         elif np.shape(state[name]) != shape:
             misshapen.append(f"{name} is {np.shape(state[name])}, the model has {shape}")
         else:
-            filled[path] = _from_torch(path, np.array(state[name], leaf.dtype))
+            filled[path] = from_torch(path, np.array(state[name], leaf.dtype))
     _raise_if_any(
         {
             "missing from the state dict": missing,
@@ -152,31 +123,9 @@ def import_torch(state: Mapping[str, Any], variables: Variables) -> dict[str, An
     return traverse_util.unflatten_dict(filled)
 
 
-def export_torch(
-    variables: Variables, *, layout: TorchLayout = DEFAULT_LAYOUT
-) -> dict[str, np.ndarray]:
-    """The state dict of variables, or of any tree like them (gradients, moments).
-
-    Args:
-      variables: a mapping with `params`, `batch_stats` or both, of `CLSL`, `CLSLHead` or `ResNet`.
-      layout: names to write; `find_layout` of a state dict gives that one's.
-
-    Returns:
-      Torch names to arrays of the variables' types. With `batch_stats`, every norm has
-      `num_batches_tracked` 0 (int64): torch wants the name, and with a fixed momentum does not use
-      the number.
-    """
-    state = {}
-    for path, name, leaf in _entries(variables, layout):
-        state[name] = _to_torch(path, np.asarray(leaf))
-        if path[0] == "batch_stats":
-            state[_counter(name)] = np.zeros((), np.int64)
-    return state
-
-
 def torch_shapes(variables: Variables, layout: TorchLayout) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the state dict of variables, which may be shapes; without counters."""
-    return {n: _torch_shape(path, leaf.shape) for path, n, leaf in _entries(variables, layout)}
+    return {n: torch_shape(path, leaf.shape) for path, n, leaf in _entries(variables, layout)}
 
 
 def _entries(variables: Variables, layout: TorchLayout) -> Iterator[tuple[Path, str, Any]]:
@@ -219,7 +168,8 @@ def _is_transposed(path: Path) -> bool:
     return path[-1] in ("kernel", "in_proj_kernel") and path[1] != "classifier"
 
 
-def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in PyTorch of the variable at a path."""
     if not _is_transposed(path):
         return tuple(shape)
     tail = (1,) if path[1:-1] in _POINTWISE else ()
@@ -227,14 +177,8 @@ def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (outputs, inputs, *window, *tail)
 
 
-def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
-    if not _is_transposed(path):
-        return array
-    moved = np.moveaxis(array, (-1, -2), (0, 1))
-    return np.ascontiguousarray(moved).reshape(_torch_shape(path, array.shape))
-
-
-def _from_torch(path: Path, array: np.ndarray) -> np.ndarray:
+def from_torch(path: Path, array: np.ndarray) -> np.ndarray:
+    """The variable at a path, of PyTorch's tensor for it."""
     if not _is_transposed(path):
         return array
     if path[1:-1] in _POINTWISE:
