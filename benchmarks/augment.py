@@ -14,14 +14,13 @@ import functools
 import os
 import pathlib
 import platform
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import cv2
 import jax
 import numpy as np
-from rounds import write
+from rounds import between, markdown, spread, write
 
 from clsl_jax import device_transforms
 from clsl_jax.data import transforms
@@ -85,8 +84,8 @@ def measure(side: int, batch_size: int, rounds: int, least_seconds: float) -> li
             {
                 "setting": name,
                 "side": side,
-                "host": summary(host),
-                "device": summary(device),
+                "host": spread(host),
+                "device": spread(device),
                 "compile_seconds": compile_seconds,
                 "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
             }
@@ -94,27 +93,23 @@ def measure(side: int, batch_size: int, rounds: int, least_seconds: float) -> li
     return rows
 
 
-def summary(rates: Sequence[float]) -> dict[str, float]:
-    """Median, slowest and fastest images a second."""
-    return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
-
-
 def show(results: dict) -> None:
     """Prints a Markdown table."""
-    print(f"Images/s, batches of {results['batch_size']} on {results['device']}\n")
-    print("| augmentation | pixels | host, one core | device | ratio | compilation | memory |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
-    for row in results["rows"]:
-        ratio = row["device"]["median"] / row["host"]["median"]
-        print(
-            f"| {row['setting']} | {row['side']} | {_numbers(row['host'])} "
-            f"| {_numbers(row['device'])} | {ratio:.2f} | {row['compile_seconds']:.1f} s "
-            f"| {row['temporary_bytes'] / 2**20:.0f} MiB |"
+    title = f"Images/s, batches of {results['batch_size']} on {results['device']}"
+    header = ("augmentation", "pixels", "host, one core", "device", "ratio", "compilation")
+    lines = [
+        (
+            row["setting"],
+            str(row["side"]),
+            between(row["host"], ",.0f"),
+            between(row["device"], ",.0f"),
+            f"{row['device']['median'] / row['host']['median']:.2f}",
+            f"{row['compile_seconds']:.1f} s",
+            f"{row['temporary_bytes'] / 2**20:.0f} MiB",
         )
-
-
-def _numbers(rates: dict[str, float]) -> str:
-    return f"{rates['median']:,.0f} ({rates['slowest']:,.0f}..{rates['fastest']:,.0f})"
+        for row in results["rows"]
+    ]
+    print(markdown(title, (*header, "memory"), lines))
 
 
 def main() -> None:

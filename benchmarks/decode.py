@@ -25,7 +25,7 @@ import numpy as np
 import rich.console
 import rich.table
 from PIL import Image
-from rounds import write
+from rounds import between, spread, write
 
 from clsl_jax.data import cache, images, pipeline, stored, transforms
 
@@ -110,18 +110,9 @@ def one_core(encoded: Sequence[bytes], rounds: int, least_seconds: float) -> lis
                     done += 1
             rates[name, augmented].append(done / spent)
     return [
-        {"way": name, "augmented": augmented, **summary(values)}
+        {"way": name, "augmented": augmented, **spread(values)}
         for (name, augmented), values in rates.items()
     ]
-
-
-def summary(rates: Sequence[float]) -> dict[str, float]:
-    """Median, slowest and fastest images a second."""
-    return {
-        "median": statistics.median(rates),
-        "slowest": min(rates),
-        "fastest": max(rates),
-    }
 
 
 @contextlib.contextmanager
@@ -174,8 +165,7 @@ def whole_pipeline(
                     rate = _pipeline_rate(source, count, batches, batch_size)
                     rates.setdefault((name, count), []).append(rate)
     return [
-        {"way": name, "workers": count, **summary(values)}
-        for (name, count), values in rates.items()
+        {"way": name, "workers": count, **spread(values)} for (name, count), values in rates.items()
     ]
 
 
@@ -209,14 +199,14 @@ def show(results: dict) -> None:
                 next(r for r in found if (r["way"], r["augmented"]) == (name, flag))
                 for flag in (False, True)
             )
-            table.add_row(name, _numbers(plain), _numbers(augmented))
+            table.add_row(name, between(plain), between(augmented))
         console.print(table)
     table = _table(
         f"Pipeline on {results['cores']} cores, augmented: images/s",
         ("worker processes", "images/s"),
     )
     for row in results["pipeline"]:
-        table.add_row(row["way"], str(row["workers"] or "0 (threads)"), _numbers(row))
+        table.add_row(row["way"], str(row["workers"] or "0 (threads)"), between(row))
     console.print(table)
     console.print(results["decoding"])
 
@@ -227,10 +217,6 @@ def _table(title: str, columns: Sequence[str]) -> rich.table.Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def _numbers(row: dict) -> str:
-    return f"{row['median']:.1f} ({row['slowest']:.1f}..{row['fastest']:.1f})"
 
 
 def main() -> None:

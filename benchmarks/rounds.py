@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from tabulate import tabulate
 
 
 def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
@@ -22,8 +23,8 @@ def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, d
       rounds: how often each is timed.
 
     Returns:
-      For each way `median`, `fastest` and `slowest` by the clock and `cpu`, the median of the
-      process's time on all cores (spent waiting in a loop as well); milliseconds.
+      For each way the `spread` by the clock and `cpu`, the median of the process's time on all
+      cores (spent waiting in a loop as well); milliseconds.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for way in ways.values():
@@ -41,22 +42,30 @@ def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, d
     return result
 
 
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """Returns `median`, `fastest` and `slowest`."""
-    return {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+def spread(numbers: Sequence[float]) -> dict[str, float]:
+    """Returns `median`, `least` and `most`, of times or rates."""
+    return {"median": statistics.median(numbers), "least": min(numbers), "most": max(numbers)}
+
+
+def between(row: Mapping[str, float], form: str = ".1f") -> str:
+    """Returns `median (least..most)` of a `spread`."""
+    return f"{row['median']:{form}} ({row['least']:{form}}..{row['most']:{form}})"
 
 
 def milliseconds(row: Mapping[str, float], digits: int = 1) -> str:
-    """Returns `median (fastest..slowest)`."""
-    return f"{row['median']:.{digits}f} ({row['fastest']:.{digits}f}..{row['slowest']:.{digits}f})"
+    """Returns `median (fastest..slowest)` of a `spread` of times."""
+    return between(row, f".{digits}f")
 
 
 def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table under its title, the first column left and the others right."""
-    lines = [f"### {title}", "", "| " + " | ".join(header) + " |"]
-    lines.append("|---|" + "---:|" * (len(header) - 1))
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    """Returns a `table` under its title."""
+    return f"### {title}\n\n{table(header, rows)}\n"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table, the first column left and the others right."""
+    sides = ("left", *["right"] * (len(header) - 1))
+    return tabulate(rows, header, tablefmt="pipe", disable_numparse=True, colalign=sides)
 
 
 def machine() -> dict[str, Any]:

@@ -27,8 +27,15 @@ SETTINGS = (
 LAYOUTS = ((8, 1), (64, 1), (256, 1), (256, 8))  # devices, those along `model`
 QUICK = (("small", 2_000, 24),), ((8, 1), (8, 2))
 HEADER = (
-    "| set | images x classes | devices (data x model) | matrices | state and batch "
-    "| temporaries | collectives a step | of a step | of a recovery |"
+    "set",
+    "images x classes",
+    "devices (data x model)",
+    "matrices",
+    "state and batch",
+    "temporaries",
+    "collectives a step",
+    "of a step",
+    "of a recovery",
 )
 GIB, MIB = 2**30, 2**20
 
@@ -104,28 +111,25 @@ def measure(
     return found
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        HEADER,
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        step, recover = row["train_step"]["collectives"], row["recover"]["collectives"]
+def cells(row: dict) -> tuple[str, ...]:
+    """A row as text, under `HEADER`."""
+    step, recover = row["train_step"]["collectives"], row["recover"]["collectives"]
 
-        def total(kinds: dict) -> str:
-            return f"{sum(size for _, size in kinds.values()) / MIB:,.1f} MiB"
+    def total(kinds: dict) -> str:
+        return f"{sum(size for _, size in kinds.values()) / MIB:,.1f} MiB"
 
-        device = "" if row["device"] == "cpu" else f" {row['device']}"
-        each = ", ".join(f"{count} {kind}" for kind, (count, _) in sorted(step.items()))
-        lines.append(
-            f"| {row['name']} | {row['images']:,} x {row['classes']} "
-            f"| {row['devices']}{device} ({row['devices'] // row['model']} x {row['model']}) "
-            f"| {row['matrices'] / MIB:,.1f} MiB | {row['train_step']['arguments'] / GIB:.2f} GiB "
-            f"| {row['train_step']['temporaries'] / GIB:.2f} GiB "
-            f"| {each} | {total(step)} | {total(recover)} |"
-        )
-    return "\n".join(lines)
+    device = "" if row["device"] == "cpu" else f" {row['device']}"
+    return (
+        row["name"],
+        f"{row['images']:,} x {row['classes']}",
+        f"{row['devices']}{device} ({row['devices'] // row['model']} x {row['model']})",
+        f"{row['matrices'] / MIB:,.1f} MiB",
+        f"{row['train_step']['arguments'] / GIB:.2f} GiB",
+        f"{row['train_step']['temporaries'] / GIB:.2f} GiB",
+        ", ".join(f"{count} {kind}" for kind, (count, _) in sorted(step.items())),
+        total(step),
+        total(recover),
+    )
 
 
 def main() -> None:
@@ -172,9 +176,9 @@ def main() -> None:
         for devices, along_model in slices:
             row = {"name": name, **measure(images, classes, devices, along_model, options)}
             rows.append(row)
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            print(*cells(row), sep=" | ", flush=True)
     print()
-    print(table(rows))
+    print(rounds.table(HEADER, [cells(row) for row in rows]))
     given = {k: v for k, v in vars(options).items() if k != "json"}
     rounds.write(options.json, {"settings": given, "rows": rows})
 
