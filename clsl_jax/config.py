@@ -37,7 +37,7 @@ def base_config() -> ml_collections.ConfigDict:
 
     c.mesh = ml_collections.ConfigDict()
     # Devices over which wide layers and everything with a size of C are divided; the others divide
-    # the images among them.
+    # the images among them. Neighbours in jax.devices(), of any processes; on CPUs of one process.
     c.mesh.model = 1
 
     c.data = ml_collections.ConfigDict()
