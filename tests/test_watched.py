@@ -183,7 +183,7 @@ def test_a_worker_that_hangs_when_it_is_closed_is_killed_and_leaves_no_shared_me
     assert wait_for(images.held)
     start = time.monotonic()
     data.close()
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 15  # it would hang for longer
     assert wait_for(lambda: worker.exitcode == -signal.SIGKILL, seconds=5)
     gc.collect()  # what Grain raises holds the batch before
     assert wait_for(lambda: not images.held(), seconds=5)
@@ -194,10 +194,10 @@ def test_closing_waits_neither_for_workers_that_start_nor_for_a_thread_that_hang
     data = watched(Images(), workers=1)
     start = time.monotonic()
     data.close()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 4
     assert wait_for(lambda: not set(multiprocessing.active_children()) - before)
     data = watched(Images("hang", seconds=5))
     time.sleep(0.5)
     start = time.monotonic()
     data.close()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 4
