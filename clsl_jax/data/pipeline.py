@@ -186,9 +186,8 @@ def _eval_batches(
     if not length:
         return
     global_size = batch_size * process_count
-    starts = [
-        k * global_size + process_index * batch_size for k in range(-(-length // global_size))
-    ]
+    starts = range(process_index * batch_size, -(-length // global_size) * global_size, global_size)
+    parts = [range(first, min(first + batch_size, length)) for first in starts]  # one may be empty
     first_image = source[0]["image"]
 
     def blank() -> Batch:
@@ -199,10 +198,10 @@ def _eval_batches(
         }
 
     def places() -> Iterator[tuple[Batch, int, int]]:
-        for first in starts:
+        for part in parts:
             batch = blank()
-            for place in range(min(batch_size, length - first)):
-                yield batch, place, first + place
+            for place, index in enumerate(part):
+                yield batch, place, index
 
     def fill(where: tuple[Batch, int, int]) -> Batch:
         batch, place, index = where
@@ -216,9 +215,9 @@ def _eval_batches(
     # By image, so that all threads read one batch; ahead, so that they do while one is computed.
     filled = threads.in_order(fill, places(), threads=number, ahead=max(batch_size, 2 * number))
     with contextlib.closing(filled):
-        for first in starts:
+        for part in parts:
             batch = None
-            for _ in range(min(batch_size, length - first)):
+            for _ in part:
                 batch = next(filled)
             yield batch or blank()
 
