@@ -248,10 +248,7 @@ class Watching(Numbered):
         self.ready, self.directory, self.seen = ready, directory, []
 
     def __getitem__(self, index):
-        deadline = time.monotonic() + 60
-        while not self.ready():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(self.ready, seconds=60)
         self.seen.append(len(list(self.directory.glob("*.partial-*"))))
         return super().__getitem__(index)
 

@@ -43,6 +43,14 @@ def save(checkpointer, step, state=None, selection=0.5, **meta):
     checkpointer.wait()
 
 
+def save_two(directory):
+    """Leaves sound checkpoints of the steps 1 and 2."""
+    checkpointer = Checkpointer(str(directory))
+    for step in (1, 2):
+        save(checkpointer, step)
+    checkpointer.close()
+
+
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_restores_bit_equal_on_other_numbers_of_devices(tmp_path, devices):
     state = make_state(3, devices=8)
@@ -240,10 +248,7 @@ def flip_two(path):
 
 @pytest.mark.parametrize("damage", [truncate, flip_two, os.remove])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage, caplog):
-    checkpointer = Checkpointer(str(tmp_path))
-    save(checkpointer, 1)
-    save(checkpointer, 2)
-    checkpointer.close()
+    save_two(tmp_path)
     damage(largest_file(tmp_path / "2"))
     checkpointer = Checkpointer(str(tmp_path))
     with caplog.at_level("WARNING"):
@@ -260,10 +265,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
 @pytest.mark.parametrize("damage", [truncate, flip, os.remove])
 def test_whatever_file_is_damaged_no_other_arrays_are_restored(tmp_path, damage):
     """Of the older checkpoint, or of this one where the file was not needed: as they were saved."""
-    checkpointer = Checkpointer(str(tmp_path / "whole"))
-    save(checkpointer, 1)
-    save(checkpointer, 2)
-    checkpointer.close()
+    save_two(tmp_path / "whole")
     steps, metrics = [], tmp_path / "whole" / "2" / "metrics" / "metrics"
     for number, path in enumerate(sorted(files_of(tmp_path / "whole" / "2"))):
         copy = tmp_path / str(number)
@@ -283,10 +285,7 @@ def test_whatever_file_is_damaged_no_other_arrays_are_restored(tmp_path, damage)
 @pytest.mark.parametrize("file", ["metrics/metrics", "meta/metadata", "state/_METADATA"])
 def test_storage_that_does_not_answer_is_no_damage(tmp_path, file):
     """Else the checkpoint would be set aside, and with all of them the run begun anew."""
-    checkpointer = Checkpointer(str(tmp_path))
-    save(checkpointer, 1)
-    save(checkpointer, 2)
-    checkpointer.close()
+    save_two(tmp_path)
     sound = tmp_path / "2" / file
     kept = sound.rename(tmp_path / "2" / "kept")
     sound.symlink_to("/proc/self/mem")  # the page at 0 of any process is an input/output error
@@ -312,10 +311,7 @@ def test_what_tensorstore_says_of_storage_that_does_not_answer():
 
 
 def test_a_reader_moves_nothing(tmp_path):
-    writer = Checkpointer(str(tmp_path))
-    for step in (1, 2):
-        save(writer, step)
-    writer.close()
+    save_two(tmp_path)
     files = [p for p in (tmp_path / "2" / "state").rglob("*") if p.is_file()]
     os.truncate(max(files, key=os.path.getsize), 100)
     before = sorted(os.listdir(tmp_path))
@@ -327,10 +323,7 @@ def test_a_reader_moves_nothing(tmp_path):
 
 def test_where_the_metric_of_all_is_damaged_none_is_moved(tmp_path):
     """Training would begin anew, though the states are whole."""
-    checkpointer = Checkpointer(str(tmp_path))
-    save(checkpointer, 1)
-    save(checkpointer, 2)
-    checkpointer.close()
+    save_two(tmp_path)
     for step in ("1", "2"):
         truncate(tmp_path / step / "metrics" / "metrics")
     with pytest.raises(CheckpointError, match=r"is damaged\. Move .* all of them to start anew"):
@@ -339,10 +332,7 @@ def test_where_the_metric_of_all_is_damaged_none_is_moved(tmp_path):
 
 
 def test_all_damaged_is_an_error_and_nothing_is_moved(tmp_path):
-    checkpointer = Checkpointer(str(tmp_path))
-    save(checkpointer, 1)
-    save(checkpointer, 2)
-    checkpointer.close()
+    save_two(tmp_path)
     for step in ("1", "2"):
         truncate(largest_file(tmp_path / step))
     checkpointer = Checkpointer(str(tmp_path))

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_images import MemoryImages
@@ -270,11 +271,10 @@ def test_evaluation_reads_about_one_batch_ahead():
     for number in (1, 2, 3):
         next(batches)
         # This one and the next are read, the rest is not; the first image twice, for its shape.
-        end = time.monotonic() + 30
-        while len(source.rows) < 100 * (number + 1) + 1 and time.monotonic() < end:
-            time.sleep(0.01)
+        read = 100 * (number + 1) + 1
+        wait_for(lambda read=read: len(source.rows) >= read, seconds=30)
         time.sleep(0.1)
-        assert len(source.rows) == 100 * (number + 1) + 1
+        assert len(source.rows) == read
     batches.close()
 
 

@@ -9,6 +9,7 @@ from multiprocessing import shared_memory
 
 import numpy as np
 import pytest
+from commands import wait_for
 
 from clsl_jax.data import pipeline
 from clsl_jax.data import watched as watched_lib
@@ -63,13 +64,6 @@ class Named(Images):
     def held(self):
         """Returns what lies in shared memory."""
         return [name for name in os.listdir("/dev/shm") if f"/{name}".startswith(self.prefix)]
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 def rows(data, count):
@@ -163,9 +157,9 @@ def test_workers_that_are_closed_end_by_themselves_and_leave_no_shared_memory(
         next(data)
     started = [child for child in multiprocessing.active_children() if child not in before]
     assert len(started) == workers
-    assert wait_for(lambda: len(images.held()) >= 4)  # batches of two arrays wait
+    wait_for(lambda: len(images.held()) >= 4)  # batches of two arrays wait
     data.close()
-    assert wait_for(lambda: not images.held(), seconds=5)  # Grain frees the last in a thread
+    wait_for(lambda: not images.held(), seconds=5)  # Grain frees the last in a thread
     assert [worker.exitcode for worker in started] == [0] * workers
 
 
@@ -179,14 +173,14 @@ def test_a_worker_that_hangs_when_it_is_closed_is_killed_and_leaves_no_shared_me
     data = watched(images, workers=1, start=40)
     next(data)
     (worker,) = set(multiprocessing.active_children()) - set(before)
-    assert wait_for((tmp_path / "happened").exists)
-    assert wait_for(images.held)
+    wait_for((tmp_path / "happened").exists)
+    wait_for(images.held)
     start = time.monotonic()
     data.close()
     assert time.monotonic() - start < 15  # it would hang for longer
-    assert wait_for(lambda: worker.exitcode == -signal.SIGKILL, seconds=5)
+    wait_for(lambda: worker.exitcode == -signal.SIGKILL, seconds=5)
     gc.collect()  # what Grain raises holds the batch before
-    assert wait_for(lambda: not images.held(), seconds=5)
+    wait_for(lambda: not images.held(), seconds=5)
 
 
 def test_closing_waits_neither_for_workers_that_start_nor_for_a_thread_that_hangs():
@@ -195,7 +189,7 @@ def test_closing_waits_neither_for_workers_that_start_nor_for_a_thread_that_hang
     start = time.monotonic()
     data.close()
     assert time.monotonic() - start < 4
-    assert wait_for(lambda: not set(multiprocessing.active_children()) - before)
+    wait_for(lambda: not set(multiprocessing.active_children()) - before)
     data = watched(Images("hang", seconds=5))
     time.sleep(0.5)
     start = time.monotonic()
